@@ -1,0 +1,17 @@
+/// optimizer.h - AdamW over a model's trainable parameters, writing the fake-quantized weights in the same pass.
+#pragma once
+#include "core/model/model.h"
+
+typedef struct cq_adamw_options {
+    double beta1, beta2, eps, weight_decay;
+    double clip; ///< global-norm clipping; 0: none
+} cq_adamw_options;
+
+typedef struct cq_adamw cq_adamw;
+CQ_API int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o);
+CQ_API void cq_adamw_close(cq_adamw *a);
+/// Declares both moments (F32).
+CQ_API int cq_adamw_plan(cq_adamw *a, cq_plan *p);
+/// One step at `lr`, step counted from 1; *norm is the global gradient norm before clipping. CQ_ENUMERIC names the
+/// parameter whose gradient is not finite, and nothing is changed then. Weight decay skips tensors of rank 1.
+CQ_API int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm);

@@ -1,0 +1,500 @@
+/// kernels.h - the arguments of every operation in kernels.def, and the table of one backend.
+///
+/// Raw pointers and sizes, no tensors. Every floating buffer of one call has the element type `dtype`
+/// (CQ_F32 or CQ_F64; `cpu` runs F32, `ref` both) unless a comment says otherwise. T tokens lie in one row;
+/// `starts` [n_docs + 1] are the positions where documents begin, the last entry is T. `ld*` is the distance
+/// between rows in elements. Gradients named `d*` are overwritten; those marked += are added to.
+/// A call returns CQ_OK or cq_fail(...). All results are a function of the arguments and the thread count.
+/// Models: Nemotron-H (arXiv 2504.03624), Mamba-2 (arXiv 2405.21060), Qwen3 (arXiv 2505.09388).
+#pragma once
+#include "core/base/dtype.h"
+
+typedef struct cq_kernels cq_kernels;
+
+/// CQ_COMPUTE_BF16 rounds the operands of matrix products to BF16 and accumulates in FP32; all else stays FP32.
+typedef enum cq_compute { CQ_COMPUTE_F32 = 0, CQ_COMPUTE_BF16 = 1 } cq_compute;
+
+/// What runs an operation: a table, its threads, and scratch that the plan paid for.
+typedef struct cq_stream {
+    const cq_kernels *table;
+    int threads;
+    cq_compute compute;
+    void *scratch;         ///< threads * scratch_bytes, 64-byte aligned; owned by the plan
+    int64_t scratch_bytes; ///< per thread; an operation that needs more fails with CQ_ENOMEM
+    void *bf16_scratch;    ///< operands of one matmul in BF16, or NULL; owned by the plan
+    int64_t bf16_scratch_bytes;
+} cq_stream;
+
+/// Fake quantization of rows: groups of consecutive rows each with their own frozen maximum.
+typedef struct cq_fq {
+    const float *amax;      ///< [n_groups] per-tensor maxima; NULL: no quantization
+    const int64_t *offsets; ///< [n_groups + 1] first row of each group; NULL: one group
+    int64_t n_groups;
+    int64_t *saturated; ///< += number of blocks whose scale had to be clamped at 448; may be NULL
+} cq_fq;
+
+/// C[m, n] = alpha op(A) op(B) + beta C; ta: A is stored [k, m]; tb: B is stored [n, k].
+typedef struct cq_matmul_args {
+    cq_dtype dtype;
+    bool ta, tb;
+    int64_t m, n, k;
+    const void *a;
+    int64_t lda;
+    const void *b;
+    int64_t ldb;
+    void *c;
+    int64_t ldc;
+    double alpha, beta;
+} cq_matmul_args;
+
+/// For each group e, over rows offsets[e] .. offsets[e + 1] of x and y (dense rows), weights w[e] [n, k]:
+///   CQ_GROUPED_FORWARD  y[r, n]  = x[r, k] w[e]'            x, w -> y
+///   CQ_GROUPED_INPUT    x[r, k]  = y[r, n] w[e]             y, w -> x
+///   CQ_GROUPED_WEIGHT   w[e]    += y' x                     x, y -> w (a group without rows adds nothing)
+typedef enum cq_grouped { CQ_GROUPED_FORWARD, CQ_GROUPED_INPUT, CQ_GROUPED_WEIGHT } cq_grouped;
+typedef struct cq_matmul_grouped_args {
+    cq_dtype dtype;
+    cq_grouped mode;
+    int64_t groups, n, k;
+    const int64_t *offsets; ///< [groups + 1]
+    void *x, *w, *y;
+} cq_matmul_grouped_args;
+
+/// y = w * x / sqrt(mean(x^2) + eps); yq = fake quantization of y. y or yq may be NULL.
+typedef struct cq_rmsnorm_forward_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *x, *w;
+    double eps;
+    void *y, *yq;
+    cq_fq fq;   ///< used when yq is set
+    void *rstd; ///< [rows] 1 / sqrt(mean(x^2) + eps); may be NULL
+} cq_rmsnorm_forward_args;
+/// dx = rstd (g - xhat mean(g xhat)), g = w dy; added to dx when `accumulate`. dw += sum dy xhat (may be NULL).
+typedef struct cq_rmsnorm_backward_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *x, *w, *rstd, *dy;
+    void *dx, *dw;
+    bool accumulate;
+} cq_rmsnorm_backward_args;
+
+/// Mamba-2 gated norm, gate first: u = y silu(z), out = w * u / sqrt(mean over its group(u^2) + eps).
+/// y [rows, dim] dense, z rows with ldz, `groups` equal groups of channels, rstd [rows, groups].
+typedef struct cq_gatednorm_forward_args {
+    cq_dtype dtype;
+    int64_t rows, dim, groups;
+    const void *y, *z;
+    int64_t ldz;
+    const void *w;
+    double eps;
+    void *out, *outq; ///< either may be NULL
+    cq_fq fq;
+    void *rstd; ///< may be NULL
+} cq_gatednorm_forward_args;
+typedef struct cq_gatednorm_backward_args {
+    cq_dtype dtype;
+    int64_t rows, dim, groups;
+    const void *y, *z;
+    int64_t ldz;
+    const void *w, *rstd, *dout;
+    void *dy, *dz;
+    int64_t lddz;
+    void *dw; ///< += ; may be NULL
+} cq_gatednorm_backward_args;
+
+/// Per-head RMSNorm (skipped when w is NULL) and then rotary embedding (skipped when positions is NULL) of
+/// `heads` heads in each row. Channel i pairs with i + head_dim / 2; angle position * theta^(-2i / head_dim).
+typedef struct cq_headnorm_forward_args {
+    cq_dtype dtype;
+    int64_t rows, heads, head_dim;
+    const void *x;
+    int64_t ldx;
+    const void *w; ///< [head_dim]
+    double eps;
+    const int32_t *positions; ///< [rows]
+    double theta;
+    void *y;
+    int64_t ldy;
+} cq_headnorm_forward_args;
+/// x is the forward's input (rstd is recomputed). dx may alias dy. dw += over rows and heads; may be NULL.
+typedef struct cq_headnorm_backward_args {
+    cq_dtype dtype;
+    int64_t rows, heads, head_dim;
+    const void *x;
+    int64_t ldx;
+    const void *w;
+    double eps;
+    const int32_t *positions;
+    double theta;
+    const void *dy;
+    int64_t lddy;
+    void *dx;
+    int64_t lddx;
+    void *dw;
+} cq_headnorm_backward_args;
+
+/// Causal grouped-query attention inside each document: out = softmax(scale q k') v; query head h reads
+/// kv head h / (heads / kv_heads). lse [tokens, heads] is the log-sum-exp of the scaled scores.
+typedef struct cq_attention_forward_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t heads, kv_heads, head_dim;
+    double scale;
+    const void *q, *k, *v;
+    int64_t ldq, ldk, ldv;
+    void *out; ///< [tokens, heads * head_dim] dense
+    void *lse; ///< may be NULL
+} cq_attention_forward_args;
+typedef struct cq_attention_backward_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t heads, kv_heads, head_dim;
+    double scale;
+    const void *q, *k, *v;
+    int64_t ldq, ldk, ldv;
+    const void *out, *lse, *dout; ///< dense
+    void *dq, *dk, *dv;
+    int64_t lddq, lddk, lddv;
+} cq_attention_backward_args;
+/// Scratch of `cpu` attention per thread, forward or backward, for documents of up to `longest` tokens.
+CQ_API int64_t cq_attention_scratch_bytes(int64_t longest, int64_t head_dim);
+
+/// Causal depthwise convolution and silu: y[t, c] = silu(b[c] + sum_k w[c, k] x[t - width + 1 + k, c]),
+/// reading zero across the document's start. w [channels, width]. b may be NULL.
+typedef struct cq_conv_forward_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t channels, width;
+    const void *x;
+    int64_t ldx;
+    const void *w, *b;
+    void *y; ///< [tokens, channels] dense
+} cq_conv_forward_args;
+typedef struct cq_conv_backward_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t channels, width;
+    const void *x;
+    int64_t ldx;
+    const void *w, *b, *dy; ///< dy dense
+    void *dx;
+    int64_t lddx;
+    void *dw, *db; ///< += ; may be NULL
+} cq_conv_backward_args;
+
+/// Mamba-2 SSD. Per head, zero state at every document's start, A = -exp(a_log), dt = softplus(dt_raw + dt_bias):
+///   S_t = exp(A dt_t) S_{t-1} + dt_t x_t B_t'      y_t = S_t C_t + D x_t
+/// x [tokens, heads, head_dim], B and C [tokens, groups, state], dt_raw [tokens, heads], each with its ld.
+/// Head h reads group h / (heads / groups). `chunk` is the block length of the scan (any value gives the same
+/// result up to rounding). No clamp on dt (time_step_limit is (0, inf)).
+typedef struct cq_ssd_forward_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t heads, head_dim, groups, state, chunk;
+    const void *x, *B, *C, *dt_raw;
+    int64_t ldx, ldB, ldC, ld_dt;
+    const void *dt_bias, *a_log, *d; ///< [heads]
+    void *y;                         ///< [tokens, heads * head_dim] dense
+} cq_ssd_forward_args;
+typedef struct cq_ssd_backward_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t heads, head_dim, groups, state, chunk;
+    const void *x, *B, *C, *dt_raw;
+    int64_t ldx, ldB, ldC, ld_dt;
+    const void *dt_bias, *a_log, *d;
+    const void *dy; ///< dense
+    void *dx, *dB, *dC, *ddt_raw;
+    int64_t lddx, lddB, lddC, ldd_dt;
+    void *ddt_bias, *da_log, *dd; ///< [heads] += ; all three NULL or none
+} cq_ssd_backward_args;
+/// Scratch of `cpu` ssd per thread, forward or backward; `longest` tokens in one document.
+CQ_API int64_t cq_ssd_scratch_bytes(int64_t longest, int64_t chunk, int64_t heads, int64_t head_dim,
+                                    int64_t groups, int64_t state);
+
+/// gu [rows, 2 dim]: gate in the first dim columns, up in the second. h = silu(gate) up.
+typedef struct cq_swiglu_forward_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *gu;
+    void *h, *hq; ///< dense; either may be NULL
+    cq_fq fq;
+} cq_swiglu_forward_args;
+typedef struct cq_swiglu_backward_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *gu, *dh;
+    void *dgu;
+} cq_swiglu_backward_args;
+
+/// h = max(x, 0)^2
+typedef struct cq_relu2_forward_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *x;
+    void *h, *hq; ///< either may be NULL
+    cq_fq fq;
+} cq_relu2_forward_args;
+typedef struct cq_relu2_backward_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *x, *dh;
+    void *dx; ///< may alias dh
+} cq_relu2_backward_args;
+
+/// y = NVFP4 fake quantization of x [rows, cols] (kernels/nvfp4.h); cols is a multiple of 16.
+/// Dynamic by default; with block_amax (static, nvfp4.md 2.2) those block maxima are used and `top` is 448 or 256.
+typedef struct cq_fake_quant_args {
+    cq_dtype dtype;
+    int64_t rows, cols;
+    const void *x;
+    void *y; ///< may alias x
+    cq_fq fq;
+    const float *block_amax; ///< [rows, cols / 16] or NULL
+    float top;               ///< E4M3 value given to the largest block in the static form
+} cq_fake_quant_args;
+/// amax[g] = max(amax[g], largest |x| in group g's rows).
+typedef struct cq_amax_args {
+    cq_dtype dtype;
+    int64_t rows, cols;
+    const void *x;
+    const int64_t *offsets; ///< NULL: one group
+    int64_t n_groups;
+    float *amax;
+} cq_amax_args;
+
+/// Sigmoid routing (Nemotron 3): s = sigmoid(logits); choice = s + bias picks top_k of the experts, ties to the
+/// lowest index, losing groups at -inf; weight = scaling * s / (sum of the selected s + 1e-20) (or scaling * s).
+typedef struct cq_route_forward_args {
+    cq_dtype dtype;
+    int64_t tokens, experts, top_k, n_group, topk_group;
+    bool normalize;
+    double scaling;
+    const void *logits; ///< [tokens, experts]
+    const float *bias;  ///< [experts]
+    int32_t *sel;       ///< [tokens, top_k]
+    void *weight;       ///< [tokens, top_k]
+} cq_route_forward_args;
+typedef struct cq_route_backward_args {
+    cq_dtype dtype;
+    int64_t tokens, experts, top_k;
+    bool normalize;
+    double scaling;
+    const void *logits;
+    const int32_t *sel;
+    const void *dweight; ///< [tokens, top_k]
+    void *dlogits;       ///< [tokens, experts]
+} cq_route_backward_args;
+/// Sorts the tokens * top_k (token, slot) pairs by expert, stable in token order.
+typedef struct cq_route_sort_args {
+    int64_t tokens, experts, top_k;
+    const int32_t *sel;
+    int64_t *offsets;  ///< [experts + 1]
+    int32_t *token;    ///< [tokens * top_k] source token of each sorted row
+    int32_t *position; ///< [tokens, top_k] sorted row of each pair
+} cq_route_sort_args;
+/// y[i] = x[index[i]]; yq its fake quantization by groups of i. Either may be NULL.
+typedef struct cq_gather_rows_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *x;
+    const int32_t *index; ///< [rows]
+    void *y, *yq;
+    cq_fq fq;
+} cq_gather_rows_args;
+/// out[t] += sum_j weight[t, j] y[position[t, j]], j ascending.
+typedef struct cq_combine_forward_args {
+    cq_dtype dtype;
+    int64_t tokens, top_k, dim;
+    const void *y, *weight;
+    const int32_t *position;
+    void *out;
+} cq_combine_forward_args;
+/// dweight[t, j] = <dout[t], y[position]>; dy[position] = weight[t, j] dout[t].
+typedef struct cq_combine_backward_args {
+    cq_dtype dtype;
+    int64_t tokens, top_k, dim;
+    const void *y, *weight, *dout;
+    const int32_t *position;
+    void *dy, *dweight;
+} cq_combine_backward_args;
+/// dx[t] += sum_j dy[position[t, j]], j ascending (the gradient of gathering sorted rows).
+typedef struct cq_ungather_rows_args {
+    cq_dtype dtype;
+    int64_t tokens, top_k, dim;
+    const void *dy;
+    const int32_t *position;
+    void *dx;
+} cq_ungather_rows_args;
+
+typedef struct cq_embed_forward_args {
+    cq_dtype dtype;
+    int64_t tokens, dim, vocab;
+    const int32_t *ids;
+    const void *table;
+    void *h;
+} cq_embed_forward_args;
+/// dtable[ids[t]] += dh[t], t ascending.
+typedef struct cq_embed_backward_args {
+    cq_dtype dtype;
+    int64_t tokens, dim, vocab;
+    const int32_t *ids;
+    const void *dh;
+    void *dtable;
+} cq_embed_backward_args;
+
+/// Forward KL(teacher || student) of a chunk of rows, and d/d(student logits) written over the student logits.
+/// Rows with labels < 0 count nothing and get a zero gradient row. Top-k forms are method.md 3.2:
+/// A renormalized, B truncated, C tail bucket; top_k >= vocab is the full KL in every form.
+typedef enum cq_kl_form { CQ_KL_FULL, CQ_KL_RENORMALIZED, CQ_KL_TRUNCATED, CQ_KL_TAIL_BUCKET } cq_kl_form;
+typedef struct cq_kl_args {
+    cq_dtype dtype;
+    int64_t rows, vocab;
+    cq_kl_form form;
+    int64_t top_k;
+    const void *teacher;   ///< [rows, vocab]
+    void *student;         ///< in: logits; out: scale * gradient of the row's KL when `gradient`, else unchanged
+    const int32_t *labels; ///< [rows]
+    double scale;          ///< usually 1 / valid tokens
+    bool gradient;
+    double *sum;           ///< += sum of KL over valid rows, nats
+    double *nll_teacher, *nll_student; ///< += negative log-likelihood of the labels; may be NULL
+    int64_t *agree;        ///< += valid rows whose top-1 tokens agree (ties to the lowest id); may be NULL
+    int64_t *valid;        ///< += valid rows; may be NULL
+} cq_kl_args;
+/// Cross-entropy of rows with labels >= 0; logits become scale * gradient when `gradient`.
+typedef struct cq_cross_entropy_args {
+    cq_dtype dtype;
+    int64_t rows, vocab;
+    void *logits;
+    const int32_t *labels;
+    double scale;
+    bool gradient;
+    double *sum;
+    int64_t *correct, *valid; ///< += ; may be NULL
+} cq_cross_entropy_args;
+
+/// Gram matrix of n rows, centred: biased K = Xc Xc' with Xc = X - column means; unbiased: U-centred X X'
+/// (zero diagonal). n >= 2 (biased) or 4 (unbiased). method.md 4.1.
+typedef struct cq_gram_args {
+    cq_dtype dtype;
+    int64_t n, dim;
+    const void *x; ///< [n, dim] dense; not changed
+    bool unbiased;
+    void *scratch; ///< [n, dim] for the centred rows
+    void *gram;    ///< [n, n]
+} cq_gram_args;
+/// Two losses of a student Gram k and a teacher Gram l [n, n], both centred the same way.
+///   CQ_GRAM_CKA        loss = 1 - <K, L> / (|K| |L|), evaluated as |K/|K| - L/|L||^2 / 2 (no cancellation);
+///                      0 when a norm is 0 or not finite
+///   CQ_GRAM_FROBENIUS  loss = |K - L|^2 / |L|^2
+/// out[0] = <K, L>, out[1] = <K, K>, out[2] = <L, L>, out[3] = loss, all in double.
+typedef enum cq_gram_loss { CQ_GRAM_CKA, CQ_GRAM_FROBENIUS } cq_gram_loss;
+typedef struct cq_cka_args {
+    cq_dtype dtype;
+    cq_gram_loss loss;
+    int64_t n;
+    const void *k, *l;
+    double *out;
+} cq_cka_args;
+/// dx = weight * dloss/dX; for CKA -weight * (2/b) (L/c - cka K/b) X with b = |K|, c = |L| (method.md 4.2), for
+/// Frobenius weight * 4 (K - L) X / |L|^2. k is destroyed. Zero where the loss is defined as 0. x need not be centred.
+typedef struct cq_cka_backward_args {
+    cq_dtype dtype;
+    cq_gram_loss loss;
+    int64_t n, dim;
+    void *k;
+    const void *l;
+    const void *x; ///< [n, dim]
+    double weight;
+    const double *stats; ///< the four values of cq_cka_args
+    void *dx;            ///< [n, dim]
+} cq_cka_backward_args;
+/// Rivals of CKA on the same rows: cosine: mean over rows of 1 - cos(x, y); mse: |X - Y|^2 / |Y|^2.
+typedef enum cq_rowloss_form { CQ_ROWLOSS_COSINE, CQ_ROWLOSS_MSE } cq_rowloss_form;
+typedef struct cq_rowloss_args {
+    cq_dtype dtype;
+    cq_rowloss_form form;
+    int64_t n, dim;
+    const void *x, *y; ///< student, teacher
+    double *out;       ///< [1]
+} cq_rowloss_args;
+/// dx = weight * d(loss)/dX.
+typedef struct cq_rowloss_backward_args {
+    cq_dtype dtype;
+    cq_rowloss_form form;
+    int64_t n, dim;
+    const void *x, *y;
+    double weight;
+    void *dx;
+} cq_rowloss_backward_args;
+/// x[index[i]] += y[i]; indices are distinct.
+typedef struct cq_scatter_rows_args {
+    cq_dtype dtype;
+    int64_t rows, dim;
+    const void *y;
+    const int32_t *index;
+    void *x;
+} cq_scatter_rows_args;
+
+/// AdamW (arXiv 1711.05101) with bias correction at step `step` (from 1): g' = g * grad_scale,
+/// w -= lr (mhat / (sqrt(vhat) + eps) + weight_decay w); then wq = fake quantization of the new w
+/// [rows, cols] in the same pass when wq is set. Weights, moments and gradient F32 or F64.
+typedef struct cq_adamw_args {
+    cq_dtype dtype;
+    int64_t rows, cols;
+    void *w, *m, *v;
+    const void *g;
+    double lr, beta1, beta2, eps, weight_decay, grad_scale;
+    int64_t step;
+    void *wq; ///< may be NULL
+    cq_fq fq;
+    const float *block_amax;
+    float top;
+} cq_adamw_args;
+/// out[0] += sum of squares in double; non-finite input gives a non-finite sum.
+typedef struct cq_sumsq_args {
+    cq_dtype dtype;
+    int64_t n;
+    const void *x;
+    double *out;
+} cq_sumsq_args;
+/// y = alpha x + beta y (beta 0: y is not read).
+typedef struct cq_axpy_args {
+    cq_dtype dtype;
+    int64_t n;
+    double alpha, beta;
+    const void *x;
+    void *y;
+} cq_axpy_args;
+
+#ifndef CQ_CDEF
+/// One backend: a function per operation.
+struct cq_kernels {
+    const char *name;
+#define CQ_KERNEL(op) int (*op)(cq_stream *, const cq_##op##_args *);
+#include "kernels/kernels.def"
+#undef CQ_KERNEL
+};
+#define CQ_KERNEL(op)                                                                              \
+    int cq_ref_##op(cq_stream *s, const cq_##op##_args *a);                                        \
+    int cq_cpu_##op(cq_stream *s, const cq_##op##_args *a);
+#include "kernels/kernels.def"
+#undef CQ_KERNEL
+/// Runs one operation with designated initialisers: CQ_RUN(s, axpy, .dtype = CQ_F32, .n = n, ...).
+#define CQ_RUN(s, op, ...) (s)->table->op((s), &(cq_##op##_args){__VA_ARGS__})
+#endif
+
+/// The table `ref` or `cpu`; NULL for another name. An operation or dtype that `cpu` lacks runs in `ref`.
+CQ_API const cq_kernels *cq_kernels_find(const char *name);
+/// What `cpu` dispatches to on this machine: "avx512", "avx2" or "generic".
+CQ_API const char *cq_cpu_isa(void);
+/// Sets the OpenMP thread count (0: the machine's cores) and passive waiting; returns the count.
+CQ_API int cq_threads_set(int threads);
