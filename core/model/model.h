@@ -4,6 +4,7 @@
 /// open (names, shapes, no bytes) - quantize - plan - commit - load - calibrate - forward/backward - export.
 /// Values are `dtype` (F32; F64 in checks). A student shares config and, for frozen parameters, storage with its teacher.
 #pragma once
+#include "core/block/param.h"
 #include "core/model/config.h"
 #include "core/quant/rules.h"
 #include "core/tensor/plan.h"
@@ -11,35 +12,7 @@
 #include "core/text/batch.h"
 #include "kernels/kernels.h"
 
-/// One checkpoint tensor. Linear weights may be quantized: then `fq` is its fake-quantized copy.
-typedef struct cq_param {
-    char name[128];  ///< checkpoint name, ends in .weight, .bias, .A_log ...
-    cq_shape shape;  ///< as in the checkpoint
-    cq_dtype disk;   ///< dtype in the checkpoint it came from (BF16 or F32)
-    int32_t block;   ///< -1: embedding, final norm, head
-    bool linear;     ///< a matrix product uses it: eligible for quantization
-    bool buffer;     ///< not a parameter for the optimizer (e_score_correction_bias)
-    bool trainable;
-    bool quantized;
-    const char *reason; ///< why a linear is not quantized, else NULL
-    cq_tensor value;    ///< master weight
-    cq_tensor fq;       ///< what forward multiplies with: the fake-quantized copy, or the same memory as value
-    cq_tensor grad;     ///< no data when not trainable
-    float amax;         ///< frozen weight maximum, shared in fused groups
-    float *amax_x;      ///< frozen input maximum; points into the model; NULL when the linear is not quantized
-    cq_tensor block_amax; ///< static scales [rows, cols / 16] F32, else no data
-    float top;            ///< 448, or 256 for four-over-six
-    int64_t fuse;         ///< parameters with the same non-zero number share scales (q/k/v, gate/up)
-    double lr_scale;      ///< learning-rate factor, 1 unless a pattern says otherwise
-} cq_param;
-
 typedef struct cq_model cq_model; ///< the rest is core/model/model_impl.h
-
-typedef enum cq_mode {
-    CQ_MODE_INFER,     ///< forward only
-    CQ_MODE_SAVE,      ///< everything backward needs is kept
-    CQ_MODE_RECOMPUTE, ///< block inputs are kept, the rest is computed again
-} cq_mode;
 
 /// Opens a checkpoint folder, BF16/F32/F16 or an exported NVFP4 one, and checks every tensor's name, shape and dtype
 /// against the config. `dtype` is CQ_F32 or CQ_F64.
@@ -62,10 +35,12 @@ CQ_API bool cq_model_is_nvfp4(const cq_model *m);
 
 /// Declares weights (and, when `trained`, gradients) in the plan; a frozen parameter of a student declares nothing.
 CQ_API int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained);
+/// Precision of matrix products; before plan_work. Default CQ_COMPUTE_F32.
+CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
 /// Declares activations for micro-batches of up to `tokens` tokens, no document longer than `longest`; also the
 /// kernel scratch. `threads` as in the stream.
 CQ_API int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest, cq_mode mode, int threads);
-/// Points the stream at the kernel scratch that was planned last.
+/// Points the stream at this model's kernel scratch and sets its compute precision; before each use of the stream.
 CQ_API void cq_model_bind_stream(cq_model *m, cq_stream *s);
 /// Copies the checkpoint into the planned weights. CQ_ENUMERIC names a tensor with NaN or Inf.
 CQ_API int cq_model_load(cq_model *m);
