@@ -8,7 +8,8 @@ typedef enum cq_family { CQ_NEMOTRON_H = 0, CQ_QWEN3 = 1 } cq_family;
 typedef struct cq_config {
     cq_family family;
     int64_t n_blocks;
-    char pattern[512]; ///< one letter per block: M mamba, E moe, * attention, - mlp; Q: a qwen3 block
+    char pattern[512]; ///< one letter per block: M mamba, E moe, * attention, - mlp; Q: a qwen3
+                       ///< block
     int64_t hidden, vocab;
     double norm_eps;
     bool tied; ///< the head is the embedding

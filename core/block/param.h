@@ -4,24 +4,26 @@
 
 /// One checkpoint tensor. Linear weights may be quantized: then `fq` is its fake-quantized copy.
 typedef struct cq_param {
-    char name[128];  ///< checkpoint name, ends in .weight, .bias, .A_log ...
-    cq_shape shape;  ///< as in the checkpoint
-    cq_dtype disk;   ///< dtype in the checkpoint it came from (BF16 or F32)
-    int32_t block;   ///< -1: embedding, final norm, head
-    bool linear;     ///< a matrix product uses it: eligible for quantization
-    bool buffer;     ///< not a parameter for the optimizer (e_score_correction_bias)
+    char name[128]; ///< checkpoint name, ends in .weight, .bias, .A_log ...
+    cq_shape shape; ///< as in the checkpoint
+    cq_dtype disk;  ///< dtype in the checkpoint it came from (BF16 or F32)
+    int32_t block;  ///< -1: embedding, final norm, head
+    bool linear;    ///< a matrix product uses it: eligible for quantization
+    bool buffer;    ///< not a parameter for the optimizer (e_score_correction_bias)
     bool trainable;
     bool quantized;
     const char *reason; ///< why a linear is not quantized, else NULL
     cq_tensor value;    ///< master weight
-    cq_tensor fq;       ///< what forward multiplies with: the fake-quantized copy, or the same memory as value
-    cq_tensor grad;     ///< no data when not trainable
-    float amax;         ///< frozen weight maximum, shared in fused groups
-    float *amax_x;      ///< frozen input maximum; points into the model; NULL when the linear is not quantized
+    cq_tensor
+        fq; ///< what forward multiplies with: the fake-quantized copy, or the same memory as value
+    cq_tensor grad; ///< no data when not trainable
+    float amax;     ///< frozen weight maximum, shared in fused groups
+    float *amax_x;  ///< frozen input maximum; points into the model; NULL when the linear is not
+                    ///< quantized
     cq_tensor block_amax; ///< static scales [rows, cols / 16] F32, else no data
     float top;            ///< 448, or 256 for four-over-six
-    int64_t fuse;         ///< parameters with the same non-zero number share scales (q/k/v, gate/up)
-    double lr_scale;      ///< learning-rate factor, 1 unless a pattern says otherwise
+    int64_t fuse;    ///< parameters with the same non-zero number share scales (q/k/v, gate/up)
+    double lr_scale; ///< learning-rate factor, 1 unless a pattern says otherwise
 } cq_param;
 
 typedef enum cq_mode {

@@ -1,8 +1,9 @@
 /// model.h - a nemotron_h or qwen3 model: parameters, blocks, and their buffers.
 ///
-/// A decoder block is one layer (nemotron_h: norm and one mixer) or two (qwen3: attention, MLP). Life of a model:
-/// open (names, shapes, no bytes) - quantize - plan - commit - load - calibrate - forward/backward - export.
-/// Values are `dtype` (F32; F64 in checks). A student shares config and, for frozen parameters, storage with its teacher.
+/// A decoder block is one layer (nemotron_h: norm and one mixer) or two (qwen3: attention, MLP).
+/// Life of a model: open (names, shapes, no bytes) - quantize - plan - commit - load - calibrate -
+/// forward/backward - export. Values are `dtype` (F32; F64 in checks). A student shares config and,
+/// for frozen parameters, storage with its teacher.
 #pragma once
 #include "core/block/param.h"
 #include "core/model/config.h"
@@ -14,49 +15,61 @@
 
 typedef struct cq_model cq_model; ///< the rest is core/model/model_impl.h
 
-/// Opens a checkpoint folder, BF16/F32/F16 or an exported NVFP4 one, and checks every tensor's name, shape and dtype
-/// against the config. `dtype` is CQ_F32 or CQ_F64.
+/// Opens a checkpoint folder, BF16/F32/F16 or an exported NVFP4 one, and checks every tensor's
+/// name, shape and dtype against the config. `dtype` is CQ_F32 or CQ_F64.
 CQ_API int cq_model_open(cq_model **out, const char *dir, cq_dtype dtype);
-/// A model with the architecture of `dir/config.json` and no weights yet; `cq_model_init` fills them.
+/// A model with the architecture of `dir/config.json` and no weights yet; `cq_model_init` fills
+/// them.
 CQ_API int cq_model_create(cq_model **out, const char *dir, cq_dtype dtype);
-/// Random weights as models.md 2.10: matrices N(0, initializer_range), norms 1, Mamba A_log, D, dt_bias; after commit.
+/// Random weights as models.md 2.10: matrices N(0, initializer_range), norms 1, Mamba A_log, D,
+/// dt_bias; after commit.
 CQ_API int cq_model_init(cq_model *m, uint64_t seed);
 /// The 4-bit student of a teacher: same checkpoint, quantization decided by `o`.
 CQ_API int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_options *o);
 CQ_API void cq_model_close(cq_model *m);
 
 CQ_API const cq_config *cq_model_config(const cq_model *m);
+/// What it computes in: CQ_F32 or CQ_F64.
+CQ_API cq_dtype cq_model_dtype(const cq_model *m);
 CQ_API const char *cq_model_dir(const cq_model *m);
 CQ_API int64_t cq_model_n_params(const cq_model *m);
 CQ_API cq_param *cq_model_param(cq_model *m, int64_t i);
 CQ_API cq_param *cq_model_find(cq_model *m, const char *name);
-/// True when the folder it was opened from holds NVFP4 weights; they load as already fake-quantized values.
+/// True when the folder it was opened from holds NVFP4 weights; they load as already fake-quantized
+/// values.
 CQ_API bool cq_model_is_nvfp4(const cq_model *m);
 
-/// Declares weights (and, when `trained`, gradients) in the plan; a frozen parameter of a student declares nothing.
+/// Declares weights (and, when `trained`, gradients) in the plan; a frozen parameter of a student
+/// declares nothing.
 CQ_API int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained);
 /// Precision of matrix products; before plan_work. Default CQ_COMPUTE_F32.
 CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
-/// Declares activations for micro-batches of up to `tokens` tokens, no document longer than `longest`; also the
-/// kernel scratch. `threads` as in the stream.
-CQ_API int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest, cq_mode mode, int threads);
-/// Points the stream at this model's kernel scratch and sets its compute precision; before each use of the stream.
+/// Declares activations for micro-batches of up to `tokens` tokens, no document longer than
+/// `longest`; also the kernel scratch. `threads` as in the stream.
+CQ_API int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest,
+                              cq_mode mode, int threads);
+/// Points the stream at this model's kernel scratch and sets its compute precision; before each use
+/// of the stream.
 CQ_API void cq_model_bind_stream(cq_model *m, cq_stream *s);
 /// Copies the checkpoint into the planned weights. CQ_ENUMERIC names a tensor with NaN or Inf.
 CQ_API int cq_model_load(cq_model *m);
 
-/// Calibration: begin clears the maxima; forwards between begin and end run unquantized and record |input| maxima; end
-/// unites fused groups, gives experts that saw no token the largest maximum of their layer, searches static scales and
-/// writes the fake-quantized weights. *unreached: number of such experts.
+/// Calibration: begin clears the maxima; forwards between begin and end run unquantized and record
+/// |input| maxima; end unites fused groups, gives experts that saw no token the largest maximum of
+/// their layer, searches static scales and writes the fake-quantized weights. *unreached: number of
+/// such experts.
 CQ_API int cq_model_calibrate_begin(cq_model *m);
 CQ_API int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached);
-/// Takes given maxima instead (golden files, checkpoints): set amax and *amax_x first. Writes the fake-quantized weights.
+/// Takes given maxima instead (golden files, checkpoints): set amax and *amax_x first. Writes the
+/// fake-quantized weights.
 CQ_API int cq_model_requantize(cq_model *m, cq_stream *s);
 /// Blocks whose activation or weight scale was clamped since the last call.
 CQ_API int64_t cq_model_saturated(cq_model *m);
+/// The counter behind it, for whoever quantizes weights in another pass.
+CQ_API int64_t *cq_model_saturation(cq_model *m);
 
-/// h = embedding of the batch. The residual stream after block l is *cq_model_hidden(m, l) right after its forward
-/// (all l stay valid in the SAVE and RECOMPUTE modes).
+/// h = embedding of the batch. The residual stream after block l is *cq_model_hidden(m, l) right
+/// after its forward (all l stay valid in the SAVE and RECOMPUTE modes).
 CQ_API int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 CQ_API int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block);
 CQ_API const cq_tensor *cq_model_hidden(const cq_model *m, int64_t block);
@@ -64,21 +77,24 @@ CQ_API const cq_tensor *cq_model_hidden(const cq_model *m, int64_t block);
 CQ_API int cq_model_norm_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 CQ_API const cq_tensor *cq_model_final(const cq_model *m);
 /// logits [n, vocab] of rows [begin, begin + n) of `xf`.
-CQ_API int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf, int64_t begin, int64_t n,
-                                 void *logits);
+CQ_API int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf, int64_t begin,
+                                 int64_t n, void *logits);
 /// Whole forward without logits.
 CQ_API int cq_model_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 
-/// Backward, last to first. dxf [tokens, hidden] is the gradient of the final hidden state; the running gradient of the
-/// residual stream is *cq_model_dhidden(m): after norm_backward that of the last block's output, after
-/// block_backward(l) that of block l's input.
+/// Backward, last to first. dxf [tokens, hidden] is the gradient of the final hidden state; the
+/// running gradient of the residual stream is *cq_model_dhidden(m): after norm_backward that of the
+/// last block's output, after block_backward(l) that of block l's input.
 CQ_API int cq_model_norm_backward(cq_model *m, cq_stream *s, const cq_batch *b, const void *dxf);
 CQ_API int cq_model_block_backward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block);
 CQ_API int cq_model_embed_backward(cq_model *m, cq_stream *s, const cq_batch *b);
 CQ_API cq_tensor *cq_model_dhidden(cq_model *m);
+/// Backward passes leave parameter gradients alone while this is on.
+CQ_API void cq_model_input_only(cq_model *m, bool on);
 /// Gradients to zero; nothing else does that.
 CQ_API int cq_model_zero_grad(cq_model *m);
 /// The weight the head multiplies with (the embedding when tied).
 CQ_API cq_param *cq_model_head(cq_model *m);
-/// Sets lr_scale = factor (0 freezes) for parameters whose names match; returns how many, or CQ_EUSAGE for none.
+/// Sets lr_scale = factor (0 freezes) for parameters whose names match; returns how many, or
+/// CQ_EUSAGE for none.
 CQ_API int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor);

@@ -1,8 +1,10 @@
-/// distill.h - one micro-batch of distillation: both forwards, KL at the head, a layerwise loss at tapped blocks.
+/// distill.h - one micro-batch of distillation: both forwards, KL at the head, a layerwise loss at
+/// tapped blocks.
 ///
 ///     L = w_kl KL(teacher || student) + sum over tapped l of w_l (layer loss l)
 ///
-/// The teacher leaves only its final hidden state and one Gram per tapped block. Logits exist for `chunk` tokens at a time.
+/// The teacher leaves only its final hidden state and one Gram per tapped block. Logits exist for
+/// `chunk` tokens at a time.
 #pragma once
 #include "core/model/model.h"
 
@@ -27,15 +29,17 @@ typedef struct cq_distill_options {
     int64_t top_k;
     int64_t chunk; ///< tokens per logits chunk
     cq_layer_loss layer_loss;
-    int64_t rows;      ///< sampled tokens per Gram; fewer valid ones are all used, below 4 the term is skipped
-    const bool *taps;  ///< [n_blocks]
-    uint64_t seed;     ///< of the sampled rows
-    bool many;         ///< more than one micro-batch per step: the head's gradient gets a buffer of its own
+    int64_t rows; ///< sampled tokens per Gram; fewer valid ones are all used, below 4 the term is
+                  ///< skipped
+    const bool *taps; ///< [n_blocks]
+    uint64_t seed;    ///< of the sampled rows
+    bool many; ///< more than one micro-batch per step: the head's gradient gets a buffer of its own
 } cq_distill_options;
 
 typedef struct cq_distill cq_distill;
 
-CQ_API int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student, const cq_distill_options *o);
+CQ_API int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
+                           const cq_distill_options *o);
 CQ_API void cq_distill_close(cq_distill *d);
 /// Declares logits, Grams and rows; after the models' own plan calls, with the same `tokens`.
 CQ_API int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens);
@@ -44,26 +48,31 @@ typedef struct cq_distill_result {
     double logit_loss; ///< mean over the micro-batch's valid tokens
     double accuracy;   ///< CE: fraction of labels that are the top-1; KL: top-1 agreement
     int64_t valid;
-    int64_t rows;             ///< rows in each Gram
-    const double *layer_loss; ///< [n_blocks] 1 - cka or the alternative; NaN where untapped or skipped
+    int64_t rows; ///< rows in each Gram
+    const double
+        *layer_loss; ///< [n_blocks] 1 - cka or the alternative; NaN where untapped or skipped
 } cq_distill_result;
 
-/// Both forwards. `valid_total` is the number of valid tokens of the whole step (all micro-batches): gradients are
-/// normalized by it. `micro` is the global index of the micro-batch in the step. CQ_ENUMERIC names the block whose
-/// output or loss is not finite.
-CQ_API int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
-                              int64_t valid_total, cq_distill_result *out);
+/// Both forwards. `valid_total` is the number of valid tokens of the whole step (all
+/// micro-batches): gradients are normalized by it. `micro` is the global index of the micro-batch
+/// in the step. CQ_ENUMERIC names the block whose output or loss is not finite.
+CQ_API int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step,
+                              int64_t micro, int64_t valid_total, cq_distill_result *out);
 /// Takes these rows for the next forward instead of sampling (golden files).
 CQ_API int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n);
-/// Adds the gradient of (valid / valid_total) (w_kl KL + sum_l w_layer[l] loss_l) to the student's parameters.
-/// w_layer [n_blocks], may be NULL.
-CQ_API int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl, const double *w_layer);
-/// For gradnorm: |dKL/dh| and |dlayer loss/dh| at tapped block outputs over the whole micro-batch, at weight 1,
-/// by an extra backward without parameter gradients. Both [n_blocks], 0 where untapped.
-CQ_API int cq_distill_norms(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl, double *layer);
+/// Adds the gradient of (valid / valid_total) (w_kl KL + sum_l w_layer[l] loss_l) to the student's
+/// parameters. w_layer [n_blocks], may be NULL.
+CQ_API int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
+                               const double *w_layer);
+/// For gradnorm: |dKL/dh| and |dlayer loss/dh| at tapped block outputs over the whole micro-batch,
+/// at weight 1, by an extra backward without parameter gradients. Both [n_blocks], 0 where
+/// untapped.
+CQ_API int cq_distill_norms(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl,
+                            double *layer);
 
-/// Held-out comparison, accumulated over batches: KL, negative log-likelihood, top-1 agreement, and minibatch-unbiased
-/// CKA of every block over all valid rows in Grams of at most 512 rows (Nguyen et al. 2021, arXiv 2010.15327 eq. 3).
+/// Held-out comparison, accumulated over batches: KL, negative log-likelihood, top-1 agreement, and
+/// minibatch-unbiased CKA of every block over all valid rows in Grams of at most 512 rows (Nguyen
+/// et al. 2021, arXiv 2010.15327 eq. 3).
 typedef struct cq_eval cq_eval;
 CQ_API int cq_eval_open(cq_eval **out, cq_model *teacher, cq_model *student);
 CQ_API void cq_eval_close(cq_eval *e);
@@ -71,7 +80,7 @@ CQ_API int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk);
 CQ_API void cq_eval_reset(cq_eval *e);
 CQ_API int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b);
 typedef struct cq_eval_result {
-    double kl, top1;                            ///< nats per token; fraction
+    double kl, top1; ///< nats per token; fraction
     double perplexity_teacher, perplexity_student;
     int64_t tokens;
     double cka_mean, cka_min;

@@ -1,4 +1,5 @@
-/// optimizer.h - AdamW over a model's trainable parameters, writing the fake-quantized weights in the same pass.
+/// optimizer.h - AdamW over a model's trainable parameters, writing the fake-quantized weights in
+/// the same pass.
 #pragma once
 #include "core/model/model.h"
 
@@ -12,6 +13,9 @@ CQ_API int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o)
 CQ_API void cq_adamw_close(cq_adamw *a);
 /// Declares both moments (F32).
 CQ_API int cq_adamw_plan(cq_adamw *a, cq_plan *p);
-/// One step at `lr`, step counted from 1; *norm is the global gradient norm before clipping. CQ_ENUMERIC names the
-/// parameter whose gradient is not finite, and nothing is changed then. Weight decay skips tensors of rank 1.
+/// One step at `lr`, step counted from 1; *norm is the global gradient norm before clipping.
+/// CQ_ENUMERIC names the parameter whose gradient is not finite, and nothing is changed then.
+/// Weight decay skips tensors of rank 1.
 CQ_API int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm);
+/// Moment 0 (first) or 1 (second) of parameter i; no data where it is not trained.
+CQ_API const cq_tensor *cq_adamw_moment(const cq_adamw *a, int64_t param, int which);

@@ -1,0 +1,117 @@
+/// block.h - the layers a decoder block is made of: a norm and one mixer on the residual stream.
+///
+///     h_out = h_in + mixer(rmsnorm(h_in))        kinds: M mamba-2, E moe, * attention, - relu2
+///     mlp, S swiglu mlp
+///
+/// Each layer has plan / forward / backward. Linear layers multiply with the fake-quantized weight
+/// and, in W4A4, the fake-quantized input; the backward uses the same two (straight-through), so
+/// only those are kept.
+#pragma once
+#include "core/block/config.h"
+#include "core/block/param.h"
+#include "core/tensor/plan.h"
+#include "core/text/batch.h"
+#include "kernels/kernels.h"
+
+/// Weights that read the same input, stacked: [q; k; v], [gate; up], or the experts of one
+/// projection.
+typedef struct cq_linear {
+    int64_t groups;  ///< 1, or the number of experts
+    int64_t n, k;    ///< rows of one group's stack, columns
+    int64_t n_parts; ///< parameters in the stack
+    cq_param **part; ///< in stacking order
+    cq_tensor value; ///< [groups * n, k] master weights
+    cq_tensor fq;    ///< what forward multiplies with
+    cq_tensor grad;  ///< no data when none is trainable
+    bool quantized;  ///< all parts are
+    bool act_quant;  ///< inputs are fake-quantized too
+    float *amax_x;   ///< [groups] frozen input maxima
+} cq_linear;
+
+/// Run state that all layers of a model share.
+typedef struct cq_layer_env {
+    const cq_config *config;
+    cq_dtype dtype;
+    cq_mode mode;
+    bool calibrating;  ///< unquantized, recording input maxima
+    bool input_only;   ///< backward without parameter gradients
+    int64_t saturated; ///< blocks whose scale was clamped
+    int64_t tokens;    ///< planned capacity
+} cq_layer_env;
+
+typedef struct cq_layer {
+    char kind;
+    int32_t block;
+    cq_layer_env *env;
+    cq_param *norm;
+    cq_linear *in[3]; ///< attention: one stack or q, k, v; mlp: up (or gate/up, or gate, up);
+                      ///< mamba: in_proj; moe: experts' up
+    int n_in;
+    cq_linear *out; ///< o_proj, down_proj, out_proj, experts' down
+    cq_linear *shared_up, *shared_down;
+    cq_param *q_norm, *k_norm;
+    cq_param *conv_w, *conv_b, *a_log, *d, *dt_bias, *gated_norm;
+    cq_param *gate, *bias;
+    /* kept for backward */
+    cq_tensor rstd, x, xq;       ///< norm: [T], [T, D], [T, D]
+    cq_tensor proj;              ///< first projection: qkv, zxbcdt, gate/up, up, shared up
+    cq_tensor mid, midq;         ///< input of the last projection, plain and quantized
+    cq_tensor rotated, lse;      ///< attention
+    cq_tensor conv, scan, rstd2; ///< mamba
+    cq_tensor logits, sel, weight, offsets, token, position; ///< moe routing
+    cq_tensor xg, up, hidden, down;                          ///< moe: sorted rows
+    /* backward scratch */
+    cq_tensor dproj, dmid, dx, dconv, dlogits, dweight, dsorted, dhidden;
+} cq_layer;
+
+/// Number of elements per row of `proj`.
+int64_t cq_layer_proj_width(const cq_layer *l);
+/// Declares what forward keeps and, unless the mode is CQ_MODE_INFER, what backward needs; sizes
+/// for env->tokens.
+int cq_layer_plan(cq_layer *l, cq_plan *p);
+/// h_out = h_in + mixer(norm(h_in)); h_out may be h_in in CQ_MODE_INFER. [tokens, hidden].
+int cq_layer_forward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *h_out);
+/// dh: gradient of h_out in, of h_in out; parameter gradients are added to.
+int cq_layer_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *dh);
+
+/* the mixers; h is the residual stream that the mixer's result is added to */
+int cq_attention_plan(cq_layer *l, cq_plan *p);
+int cq_attention_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h);
+int cq_attention_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh);
+int cq_mlp_plan(cq_layer *l, cq_plan *p);
+int cq_mlp_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h);
+int cq_mlp_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh);
+int cq_mamba_plan(cq_layer *l, cq_plan *p);
+int cq_mamba_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h);
+int cq_mamba_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh);
+int cq_moe_plan(cq_layer *l, cq_plan *p);
+int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h);
+int cq_moe_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh);
+
+/// One buffer of a layer: kept values go to `activations` in CQ_MODE_SAVE, else to shared scratch.
+int cq_layer_keep(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq_dtype dtype,
+                  int64_t rows, int64_t cols);
+/// Scratch of the backward; declares nothing in CQ_MODE_INFER.
+int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, int64_t rows,
+                     int64_t cols);
+
+/// Whether this linear's input is fake-quantized now.
+bool cq_linear_acts(const cq_layer *l, const cq_linear *w);
+/// The fake-quantization request for this linear's input; offsets as in cq_fq (NULL: one group).
+cq_fq cq_linear_fq(cq_layer *l, const cq_linear *w, const int64_t *offsets);
+/// While calibrating, records the maximum of an input [rows, k].
+int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows,
+                      const int64_t *offsets);
+/// y[:, 0..n) (row distance ldy) = beta y + x W'.
+int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
+                      int64_t ldy, double beta);
+/// dx = beta dx + dy W, and grad += dy' x; dx may be NULL.
+int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
+                       int64_t lddy, int64_t rows, void *dx, double beta);
+/// The same over sorted expert rows: y = x W[e]'.
+int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
+                       const void *x, void *y);
+int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
+                        const void *x, const void *dy, void *dx);
+/// The gradient buffer of a small parameter, or NULL when it is not trained now.
+void *cq_param_grad(const cq_layer *l, const cq_param *p);

@@ -1,0 +1,132 @@
+/// layer.c - what every layer does around its mixer: norm in, residual out.
+///
+///     x = rmsnorm(h_in), xq = FQ(x)        dh_in = dh_out + rmsnorm'(dx)
+///
+/// The plain x is written only for who reads it: a router, an unquantized linear, calibration.
+#include "core/base/error.h"
+#include "core/block/block.h"
+
+int64_t cq_layer_proj_width(const cq_layer *l) {
+    int64_t width = 0;
+    for (int i = 0; i < l->n_in; i++)
+        width += l->in[i]->n;
+    return width;
+}
+
+int cq_layer_keep(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq_dtype dtype,
+                  int64_t rows, int64_t cols) {
+    cq_purpose purpose = l->env->mode == CQ_MODE_SAVE ? CQ_FOR_ACTIVATIONS : CQ_FOR_SCRATCH;
+    return cq_plan_add(p, slot, purpose, name, dtype, CQ_SHAPE2(rows, cols));
+}
+
+int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, int64_t rows,
+                     int64_t cols) {
+    if (l->env->mode == CQ_MODE_INFER)
+        return CQ_OK;
+    return cq_plan_add(p, slot, CQ_FOR_SCRATCH, name, l->env->dtype, CQ_SHAPE2(rows, cols));
+}
+
+/* Whether the plain norm output has a reader besides the quantizer. */
+static bool needs_plain(const cq_layer *l) {
+    if (l->kind == 'E')
+        return true;
+    for (int i = 0; i < l->n_in; i++)
+        if (!l->in[i]->act_quant)
+            return true;
+    return false;
+}
+
+static bool needs_quantized(const cq_layer *l) {
+    if (l->kind == 'E')
+        return l->shared_up && l->shared_up->act_quant;
+    for (int i = 0; i < l->n_in; i++)
+        if (l->in[i]->act_quant)
+            return true;
+    return false;
+}
+
+int cq_layer_plan(cq_layer *l, cq_plan *p) {
+    const cq_layer_env *e = l->env;
+    int64_t rows = e->tokens, dim = e->config->hidden;
+    CQ_TRY(cq_layer_keep(l, p, &l->rstd, "rstd", e->dtype, rows, 1));
+    if (needs_plain(l))
+        CQ_TRY(cq_layer_keep(l, p, &l->x, "x", e->dtype, rows, dim));
+    if (needs_quantized(l))
+        CQ_TRY(cq_layer_keep(l, p, &l->xq, "xq", e->dtype, rows, dim));
+    CQ_TRY(cq_layer_scratch(l, p, &l->dx, "dx", rows, dim));
+    switch (l->kind) {
+    case '*':
+        return cq_attention_plan(l, p);
+    case 'M':
+        return cq_mamba_plan(l, p);
+    case 'E':
+        return cq_moe_plan(l, p);
+    default:
+        return cq_mlp_plan(l, p);
+    }
+}
+
+/* While calibrating nothing is quantized, so the plain output goes where xq would be. */
+static int norm_forward(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in) {
+    const cq_layer_env *e = l->env;
+    const cq_linear *reader = l->kind == 'E' ? l->shared_up : l->in[0];
+    for (int i = 0; l->kind != 'E' && i < l->n_in; i++)
+        if (l->in[i]->act_quant)
+            reader = l->in[i];
+    cq_rmsnorm_forward_args a = {.dtype = e->dtype,
+                                 .rows = rows,
+                                 .dim = e->config->hidden,
+                                 .x = h_in,
+                                 .w = l->norm->value.data,
+                                 .eps = e->config->norm_eps,
+                                 .y = l->x.data,
+                                 .rstd = l->rstd.data};
+    if (e->calibrating && !l->x.data)
+        a.y = l->xq.data;
+    else if (l->xq.data && !e->calibrating) {
+        a.yq = l->xq.data;
+        a.fq = cq_linear_fq(l, reader, NULL);
+    }
+    CQ_TRY(s->table->rmsnorm_forward(s, &a));
+    if (e->calibrating && l->x.data && l->xq.data)
+        return CQ_RUN(s, axpy, .dtype = e->dtype, .n = rows * e->config->hidden, .alpha = 1,
+                      .x = l->x.data, .y = l->xq.data);
+    return CQ_OK;
+}
+
+int cq_layer_forward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *h_out) {
+    CQ_TRY(norm_forward(l, s, b->tokens, h_in));
+    if (h_out != h_in)
+        CQ_TRY(CQ_RUN(s, axpy, .dtype = l->env->dtype, .n = b->tokens * l->env->config->hidden,
+                      .alpha = 1, .x = h_in, .y = h_out));
+    switch (l->kind) {
+    case '*':
+        return cq_attention_forward(l, s, b, h_out);
+    case 'M':
+        return cq_mamba_forward(l, s, b, h_out);
+    case 'E':
+        return cq_moe_forward(l, s, b, h_out);
+    default:
+        return cq_mlp_forward(l, s, b, h_out);
+    }
+}
+
+int cq_layer_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *dh) {
+    switch (l->kind) {
+    case '*':
+        CQ_TRY(cq_attention_backward(l, s, b, dh));
+        break;
+    case 'M':
+        CQ_TRY(cq_mamba_backward(l, s, b, dh));
+        break;
+    case 'E':
+        CQ_TRY(cq_moe_backward(l, s, b, dh));
+        break;
+    default:
+        CQ_TRY(cq_mlp_backward(l, s, b, dh));
+    }
+    return CQ_RUN(s, rmsnorm_backward, .dtype = l->env->dtype, .rows = b->tokens,
+                  .dim = l->env->config->hidden, .x = h_in, .w = l->norm->value.data,
+                  .rstd = l->rstd.data, .dy = l->dx.data, .dx = dh, .dw = cq_param_grad(l, l->norm),
+                  .accumulate = true);
+}

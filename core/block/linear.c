@@ -1,0 +1,76 @@
+/// linear.c - stacked linear layers on fake-quantized operands.
+///
+///     y = FQ(x) FQ(W)'        dx = dy FQ(W)        dW = dy' FQ(x)        (straight-through)
+///
+/// The caller quantizes x, because its producer can do so in the same pass.
+#include "core/base/error.h"
+#include "core/block/block.h"
+
+static const void *weight_now(const cq_layer *l, const cq_linear *w) {
+    return l->env->calibrating ? w->value.data : w->fq.data;
+}
+
+bool cq_linear_acts(const cq_layer *l, const cq_linear *w) {
+    return w->act_quant && !l->env->calibrating;
+}
+
+cq_fq cq_linear_fq(cq_layer *l, const cq_linear *w, const int64_t *offsets) {
+    return (cq_fq){.amax = w->amax_x,
+                   .offsets = w->groups > 1 ? offsets : NULL,
+                   .n_groups = w->groups,
+                   .saturated = &l->env->saturated};
+}
+
+int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows,
+                      const int64_t *offsets) {
+    if (!l->env->calibrating || !w->quantized)
+        return CQ_OK;
+    return CQ_RUN(s, amax, .dtype = l->env->dtype, .rows = rows, .cols = w->k, .x = x,
+                  .offsets = w->groups > 1 ? offsets : NULL, .n_groups = w->groups,
+                  .amax = w->amax_x);
+}
+
+int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
+                      int64_t ldy, double beta) {
+    CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
+    return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
+                  .a = x, .lda = w->k, .b = weight_now(l, w), .ldb = w->k, .c = y, .ldc = ldy,
+                  .alpha = 1, .beta = beta);
+}
+
+int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
+                       int64_t lddy, int64_t rows, void *dx, double beta) {
+    if (dx)
+        CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
+                      .lda = lddy, .b = w->fq.data, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
+                      .beta = beta));
+    if (!w->grad.data || l->env->input_only)
+        return CQ_OK;
+    return CQ_RUN(s, matmul, .dtype = l->env->dtype, .ta = true, .m = w->n, .n = w->k, .k = rows,
+                  .a = dy, .lda = lddy, .b = x, .ldb = w->k, .c = w->grad.data, .ldc = w->k,
+                  .alpha = 1, .beta = 1);
+}
+
+int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
+                       const void *x, void *y) {
+    CQ_TRY(cq_linear_observe(l, w, s, x, offsets[w->groups], offsets));
+    return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_FORWARD,
+                  .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
+                  .w = (void *)weight_now(l, w), .y = y);
+}
+
+int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
+                        const void *x, const void *dy, void *dx) {
+    CQ_TRY(CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_INPUT,
+                  .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = dx,
+                  .w = w->fq.data, .y = (void *)dy));
+    if (!w->grad.data || l->env->input_only)
+        return CQ_OK;
+    return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_WEIGHT,
+                  .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
+                  .w = w->grad.data, .y = (void *)dy);
+}
+
+void *cq_param_grad(const cq_layer *l, const cq_param *p) {
+    return p && !l->env->input_only ? p->grad.data : NULL;
+}

@@ -1,0 +1,132 @@
+/// moe.c - sigmoid-routed mixture of experts with one shared expert (models.md 2.5).
+///
+///     h += sum_j w_j down_e(relu(up_e(x))^2)  +  shared_down(relu(shared_up(x))^2)
+///
+/// Tokens are sorted by expert once; the router reads the unquantized x, each expert its own
+/// quantization of it.
+#include "core/base/error.h"
+#include "core/block/block.h"
+
+int cq_moe_plan(cq_layer *l, cq_plan *p) {
+    const cq_config *c = l->env->config;
+    cq_dtype t = l->env->dtype;
+    int64_t rows = l->env->tokens, pairs = rows * c->top_k, f = c->moe_intermediate, d = c->hidden;
+    CQ_TRY(cq_layer_keep(l, p, &l->logits, "router logits", t, rows, c->experts));
+    CQ_TRY(cq_layer_keep(l, p, &l->sel, "selected", CQ_I32, rows, c->top_k));
+    CQ_TRY(cq_layer_keep(l, p, &l->weight, "router weights", t, rows, c->top_k));
+    CQ_TRY(cq_layer_keep(l, p, &l->offsets, "expert offsets", CQ_I64, c->experts + 1, 1));
+    CQ_TRY(cq_layer_keep(l, p, &l->token, "sorted tokens", CQ_I32, pairs, 1));
+    CQ_TRY(cq_layer_keep(l, p, &l->position, "sorted positions", CQ_I32, rows, c->top_k));
+    CQ_TRY(cq_layer_keep(l, p, &l->xg, "expert x", t, pairs, d));
+    CQ_TRY(cq_layer_keep(l, p, &l->up, "expert up", t, pairs, f));
+    CQ_TRY(cq_layer_keep(l, p, &l->hidden, "expert act", t, pairs, f));
+    CQ_TRY(cq_layer_keep(l, p, &l->down, "expert down", t, pairs, d));
+    if (l->shared_up) {
+        CQ_TRY(cq_layer_keep(l, p, &l->proj, "shared up", t, rows, l->shared_up->n));
+        CQ_TRY(cq_layer_keep(l, p, &l->mid, "shared act", t, rows, l->shared_up->n));
+        CQ_TRY(cq_layer_scratch(l, p, &l->dmid, "dshared", rows, l->shared_up->n));
+    }
+    CQ_TRY(cq_layer_scratch(l, p, &l->dlogits, "drouter", rows, c->experts));
+    CQ_TRY(cq_layer_scratch(l, p, &l->dweight, "drouter weights", rows, c->top_k));
+    CQ_TRY(cq_layer_scratch(l, p, &l->dsorted, "dexpert x", pairs, d));
+    return cq_layer_scratch(l, p, &l->dhidden, "dexpert act", pairs, f);
+}
+
+static int route(cq_layer *l, cq_stream *s, int64_t rows) {
+    const cq_layer_env *e = l->env;
+    const cq_config *c = e->config;
+    CQ_TRY(CQ_RUN(s, matmul, .dtype = e->dtype, .tb = true, .m = rows, .n = c->experts,
+                  .k = c->hidden, .a = l->x.data, .lda = c->hidden, .b = l->gate->value.data,
+                  .ldb = c->hidden, .c = l->logits.data, .ldc = c->experts, .alpha = 1));
+    CQ_TRY(CQ_RUN(s, route_forward, .dtype = e->dtype, .tokens = rows, .experts = c->experts,
+                  .top_k = c->top_k, .n_group = c->n_group, .topk_group = c->topk_group,
+                  .normalize = c->norm_topk, .scaling = c->routed_scaling, .logits = l->logits.data,
+                  .bias = l->bias->value.data, .sel = l->sel.data, .weight = l->weight.data));
+    return CQ_RUN(s, route_sort, .tokens = rows, .experts = c->experts, .top_k = c->top_k,
+                  .sel = l->sel.data, .offsets = l->offsets.data, .token = l->token.data,
+                  .position = l->position.data);
+}
+
+/* dst = relu(src)^2, quantized for the linear that reads it. */
+static int act(cq_layer *l, cq_stream *s, cq_linear *reader, int64_t rows, const void *src,
+               void *dst) {
+    bool quant = cq_linear_acts(l, reader);
+    return CQ_RUN(s, relu2_forward, .dtype = l->env->dtype, .rows = rows, .dim = reader->k,
+                  .x = src, .h = quant ? NULL : dst, .hq = quant ? dst : NULL,
+                  .fq = cq_linear_fq(l, reader, l->offsets.data));
+}
+
+int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
+    const cq_layer_env *e = l->env;
+    const cq_config *c = e->config;
+    cq_linear *up = l->in[0], *down = l->out;
+    int64_t rows = b->tokens, pairs = rows * c->top_k;
+    CQ_TRY(route(l, s, rows));
+    const int64_t *offsets = l->offsets.data;
+    bool quant = cq_linear_acts(l, up);
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = e->dtype, .rows = pairs, .dim = c->hidden,
+                  .x = l->x.data, .index = l->token.data, .y = quant ? NULL : l->xg.data,
+                  .yq = quant ? l->xg.data : NULL, .fq = cq_linear_fq(l, up, offsets)));
+    CQ_TRY(cq_experts_forward(l, up, s, offsets, l->xg.data, l->up.data));
+    CQ_TRY(act(l, s, down, pairs, l->up.data, l->hidden.data));
+    CQ_TRY(cq_experts_forward(l, down, s, offsets, l->hidden.data, l->down.data));
+    CQ_TRY(CQ_RUN(s, combine_forward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
+                  .dim = c->hidden, .y = l->down.data, .weight = l->weight.data,
+                  .position = l->position.data, .out = h));
+    if (!l->shared_up)
+        return CQ_OK;
+    const void *x = cq_linear_acts(l, l->shared_up) ? l->xq.data : l->x.data;
+    CQ_TRY(cq_linear_forward(l, l->shared_up, s, x, rows, l->proj.data, l->shared_up->n, 0));
+    CQ_TRY(act(l, s, l->shared_down, rows, l->proj.data, l->mid.data));
+    return cq_linear_forward(l, l->shared_down, s, l->mid.data, rows, h, c->hidden, 1);
+}
+
+static int shared_backward(cq_layer *l, cq_stream *s, int64_t rows, const void *dh) {
+    int64_t f = l->shared_up->n;
+    const void *x = l->shared_up->act_quant ? l->xq.data : l->x.data;
+    CQ_TRY(cq_linear_backward(l, l->shared_down, s, l->mid.data, dh, l->env->config->hidden, rows,
+                              l->dmid.data, 0));
+    CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = l->env->dtype, .rows = rows, .dim = f,
+                  .x = l->proj.data, .dh = l->dmid.data, .dx = l->dmid.data));
+    return cq_linear_backward(l, l->shared_up, s, x, l->dmid.data, f, rows, l->dx.data, 1);
+}
+
+/* dx = dlogits gate, dgate += dlogits' x. */
+static int router_backward(cq_layer *l, cq_stream *s, int64_t rows) {
+    const cq_layer_env *e = l->env;
+    const cq_config *c = e->config;
+    CQ_TRY(CQ_RUN(s, route_backward, .dtype = e->dtype, .tokens = rows, .experts = c->experts,
+                  .top_k = c->top_k, .normalize = c->norm_topk, .scaling = c->routed_scaling,
+                  .logits = l->logits.data, .sel = l->sel.data, .dweight = l->dweight.data,
+                  .dlogits = l->dlogits.data));
+    CQ_TRY(CQ_RUN(s, matmul, .dtype = e->dtype, .m = rows, .n = c->hidden, .k = c->experts,
+                  .a = l->dlogits.data, .lda = c->experts, .b = l->gate->value.data,
+                  .ldb = c->hidden, .c = l->dx.data, .ldc = c->hidden, .alpha = 1));
+    void *dgate = cq_param_grad(l, l->gate);
+    if (!dgate)
+        return CQ_OK;
+    return CQ_RUN(s, matmul, .dtype = e->dtype, .ta = true, .m = c->experts, .n = c->hidden,
+                  .k = rows, .a = l->dlogits.data, .lda = c->experts, .b = l->x.data,
+                  .ldb = c->hidden, .c = dgate, .ldc = c->hidden, .alpha = 1, .beta = 1);
+}
+
+int cq_moe_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh) {
+    const cq_layer_env *e = l->env;
+    const cq_config *c = e->config;
+    int64_t rows = b->tokens, pairs = rows * c->top_k;
+    const int64_t *offsets = l->offsets.data;
+    CQ_TRY(CQ_RUN(s, combine_backward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
+                  .dim = c->hidden, .y = l->down.data, .weight = l->weight.data, .dout = dh,
+                  .position = l->position.data, .dy = l->dsorted.data, .dweight = l->dweight.data));
+    CQ_TRY(cq_experts_backward(l, l->out, s, offsets, l->hidden.data, l->dsorted.data,
+                               l->dhidden.data));
+    CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = e->dtype, .rows = pairs, .dim = c->moe_intermediate,
+                  .x = l->up.data, .dh = l->dhidden.data, .dx = l->dhidden.data));
+    CQ_TRY(
+        cq_experts_backward(l, l->in[0], s, offsets, l->xg.data, l->dhidden.data, l->dsorted.data));
+    CQ_TRY(router_backward(l, s, rows));
+    CQ_TRY(CQ_RUN(s, ungather_rows, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
+                  .dim = c->hidden, .dy = l->dsorted.data, .position = l->position.data,
+                  .dx = l->dx.data));
+    return l->shared_up ? shared_backward(l, s, rows, dh) : CQ_OK;
+}

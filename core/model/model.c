@@ -1,0 +1,341 @@
+/// model.c - opening, checking, planning and loading a model.
+///
+/// Opening reads config and headers only. Every tensor is checked against the config before any
+/// byte is allocated; a missing, extra or misshapen one is named.
+#include "core/base/error.h"
+#include "core/base/rng.h"
+#include "core/model/model_impl.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Older and newer names of the same tensors (models.md 2.9). */
+const cq_entry *cq_model_entry(const cq_model *m, const char *name) {
+    char other[192];
+    const cq_entry *e = cq_safetensors_find(m->files, name);
+    if (e || strncmp(name, "backbone.", 9))
+        return e;
+    snprintf(other, sizeof other, "model.%s", name + 9);
+    if ((e = cq_safetensors_find(m->files, other)))
+        return e;
+    return strcmp(name, "backbone.embeddings.weight")
+               ? NULL
+               : cq_safetensors_find(m->files, "backbone.embedding.weight");
+}
+
+static int check_shape(const cq_model *m, const cq_entry *e, const cq_shape *want,
+                       const char *what) {
+    char found[96], wanted[96];
+    if (cq_shape_equal(e->tensor.shape, *want))
+        return CQ_OK;
+    return cq_fail(CQ_EDATA, "%s: %s has shape %s, wanted %s %s", cq_safetensors_path(m->files, e),
+                   e->name, cq_shape_text(found, sizeof found, e->tensor.shape),
+                   cq_shape_text(wanted, sizeof wanted, *want), what);
+}
+
+static int check_dtype(const cq_model *m, const cq_entry *e, cq_dtype want) {
+    if (e->tensor.dtype == want)
+        return CQ_OK;
+    return cq_fail(CQ_EDATA, "%s: %s is %s, wanted %s", cq_safetensors_path(m->files, e), e->name,
+                   cq_dtype_name(e->tensor.dtype), cq_dtype_name(want));
+}
+
+static const cq_entry *suffixed(const cq_model *m, const cq_param *p, const char *suffix) {
+    char name[160];
+    cq_module_name(name, p->name, suffix);
+    return cq_model_entry(m, name);
+}
+
+/* The four tensors of one NVFP4 matrix. */
+static int check_nvfp4(cq_model *m, cq_param *p, const cq_entry *e, int64_t *used) {
+    int64_t n = p->shape.dim[0], k = p->shape.dim[1];
+    cq_shape packed = CQ_SHAPE2(n, k / 2), scales = CQ_SHAPE2(n, k / 16);
+    CQ_TRY(check_dtype(m, e, CQ_U8));
+    CQ_TRY(check_shape(m, e, &packed, "(two codes a byte)"));
+    const cq_entry *s = suffixed(m, p, ".weight_scale"), *g = suffixed(m, p, ".weight_scale_2");
+    const cq_entry *x = suffixed(m, p, ".input_scale");
+    if (!g)
+        return cq_fail(CQ_EDATA, "%s: %s has no weight_scale_2 beside it",
+                       cq_safetensors_path(m->files, e), p->name);
+    CQ_TRY(check_dtype(m, s, CQ_F8_E4M3));
+    CQ_TRY(check_shape(m, s, &scales, "(one scale for 16 columns)"));
+    CQ_TRY(check_dtype(m, g, CQ_F32));
+    if (x)
+        CQ_TRY(check_dtype(m, x, CQ_F32));
+    if (cq_tensor_elems(g->tensor) != 1 || (x && cq_tensor_elems(x->tensor) != 1))
+        return cq_fail(CQ_EDATA,
+                       "%s: the tensor scales of %s have more than one element, wanted one",
+                       cq_safetensors_path(m->files, e), p->name);
+    *used += x ? 3 : 2;
+    return CQ_OK;
+}
+
+static int check_param(cq_model *m, cq_param *p, int64_t *used) {
+    const cq_entry *e = cq_model_entry(m, p->name);
+    if (!e)
+        return cq_fail(CQ_EDATA, "%s: tensor %s is missing, the config wants it", m->dir, p->name);
+    ++*used;
+    if (m->nvfp4 && p->quantized)
+        return check_nvfp4(m, p, e, used);
+    cq_dtype t = e->tensor.dtype;
+    if (t != CQ_BF16 && t != CQ_F32 && t != CQ_F16)
+        return cq_fail(CQ_EDATA, "%s: %s is %s, wanted BF16, F32 or F16",
+                       cq_safetensors_path(m->files, e), e->name, cq_dtype_name(t));
+    p->disk = t;
+    return check_shape(m, e, &p->shape, "from config.json");
+}
+
+/* A tied checkpoint may carry the head once more; then it must be the same bytes. */
+static int check_tied_head(const cq_model *m, int64_t *used) {
+    const cq_entry *h = cq_safetensors_find(m->files, "lm_head.weight");
+    if (!m->config.tied || !h)
+        return CQ_OK;
+    const cq_entry *e = cq_model_entry(m, m->embed->name);
+    ++*used;
+    if (h->tensor.dtype == e->tensor.dtype &&
+        cq_tensor_bytes(h->tensor) == cq_tensor_bytes(e->tensor) &&
+        !memcmp(h->tensor.data, e->tensor.data, (size_t)cq_tensor_bytes(e->tensor)))
+        return CQ_OK;
+    return cq_fail(CQ_EDATA, "%s: lm_head.weight differs from %s, wanted equal ones (tied)",
+                   cq_safetensors_path(m->files, h), m->embed->name);
+}
+
+static bool is_kv_scale(const char *name) {
+    const char *dot = strrchr(name, '.');
+    return dot && (!strcmp(dot, ".k_scale") || !strcmp(dot, ".v_scale"));
+}
+
+static bool known_name(const cq_model *m, const char *name) {
+    char buffer[192];
+    const char *suffixes[] = {"", ".weight_scale", ".weight_scale_2", ".input_scale"};
+    for (int64_t i = 0; i < m->n_params; i++)
+        for (int k = 0; k < (m->param[i]->quantized && m->nvfp4 ? 4 : 1); k++) {
+            const cq_entry *e;
+            if (k)
+                cq_module_name(buffer, m->param[i]->name, suffixes[k]);
+            e = cq_model_entry(m, k ? buffer : m->param[i]->name);
+            if (e && !strcmp(e->name, name))
+                return true;
+        }
+    return m->config.tied && !strcmp(name, "lm_head.weight");
+}
+
+static int check_files(cq_model *m) {
+    int64_t used = 0;
+    for (int64_t i = 0; i < m->n_params; i++)
+        CQ_TRY(check_param(m, m->param[i], &used));
+    CQ_TRY(check_tied_head(m, &used));
+    int64_t n = cq_safetensors_count(m->files);
+    for (int64_t i = 0; i < n; i++)
+        used += is_kv_scale(cq_safetensors_at(m->files, i)->name);
+    for (int64_t i = 0; i < n && used != n; i++) {
+        const cq_entry *e = cq_safetensors_at(m->files, i);
+        if (!is_kv_scale(e->name) && !known_name(m, e->name))
+            return cq_fail(CQ_EDATA, "%s: tensor %s is not one that the config wants",
+                           cq_safetensors_path(m->files, e), e->name);
+    }
+    return CQ_OK;
+}
+
+static bool has_nvfp4(const cq_safetensors *files) {
+    for (int64_t i = 0; i < cq_safetensors_count(files); i++) {
+        const char *name = cq_safetensors_at(files, i)->name, *dot = strrchr(name, '.');
+        if (dot && !strcmp(dot, ".weight_scale_2"))
+            return true;
+    }
+    return false;
+}
+
+static int new_model(cq_model **out, const char *dir, cq_dtype dtype) {
+    if (dtype != CQ_F32 && dtype != CQ_F64)
+        return cq_fail(CQ_EUSAGE, "model: compute dtype is %s, wanted F32 or F64",
+                       cq_dtype_name(dtype));
+    cq_model *m = calloc(1, sizeof *m);
+    if (!m || !(m->dir = strdup(dir))) {
+        free(m);
+        return cq_fail(CQ_ENOMEM, "model: no memory to open %s", dir);
+    }
+    m->env.dtype = dtype;
+    *out = m;
+    return CQ_OK;
+}
+
+int cq_model_open(cq_model **out, const char *dir, cq_dtype dtype) {
+    cq_model *m = NULL;
+    *out = NULL;
+    CQ_TRY(new_model(&m, dir, dtype));
+    int status = cq_config_load(&m->config, dir);
+    if (!status)
+        status = cq_safetensors_open(&m->files, dir);
+    if (!status) {
+        m->nvfp4 = has_nvfp4(m->files);
+        status = cq_model_build(m, NULL);
+    }
+    if (!status)
+        status = check_files(m);
+    if (status) {
+        cq_model_close(m);
+        return status;
+    }
+    *out = m;
+    return CQ_OK;
+}
+
+int cq_model_create(cq_model **out, const char *dir, cq_dtype dtype) {
+    cq_model *m = NULL;
+    *out = NULL;
+    CQ_TRY(new_model(&m, dir, dtype));
+    int status = cq_config_load(&m->config, dir);
+    if (!status)
+        status = cq_model_build(m, NULL);
+    if (status) {
+        cq_model_close(m);
+        return status;
+    }
+    *out = m;
+    return CQ_OK;
+}
+
+void cq_model_close(cq_model *m) {
+    if (!m)
+        return;
+    for (int64_t i = 0; i < m->n_linears; i++) {
+        free(m->linear[i]->part);
+        free(m->linear[i]->amax_x);
+        free(m->linear[i]);
+    }
+    for (int64_t i = 0; i < m->n_params; i++)
+        free(m->param[i]);
+    cq_safetensors_close(m->files);
+    free(m->linear);
+    free(m->param);
+    free(m->layer);
+    free(m->first_layer);
+    free(m->h);
+    free(m->dir);
+    free(m);
+}
+
+const cq_config *cq_model_config(const cq_model *m) { return &m->config; }
+const char *cq_model_dir(const cq_model *m) { return m->dir; }
+int64_t cq_model_n_params(const cq_model *m) { return m->n_params; }
+cq_param *cq_model_param(cq_model *m, int64_t i) {
+    return i >= 0 && i < m->n_params ? m->param[i] : NULL;
+}
+cq_param *cq_model_find(cq_model *m, const char *name) {
+    for (int64_t i = 0; i < m->n_params; i++)
+        if (!strcmp(m->param[i]->name, name))
+            return m->param[i];
+    return NULL;
+}
+bool cq_model_is_nvfp4(const cq_model *m) { return m->nvfp4; }
+int64_t *cq_model_saturation(cq_model *m) { return &m->env.saturated; }
+void cq_model_input_only(cq_model *m, bool on) { m->env.input_only = on; }
+cq_dtype cq_model_dtype(const cq_model *m) { return m->env.dtype; }
+cq_param *cq_model_head(cq_model *m) { return m->head; }
+void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
+
+int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < m->n_params; i++) {
+        cq_param *p = m->param[i];
+        if (p->buffer || !cq_glob_match(globs, p->name))
+            continue;
+        p->lr_scale = factor;
+        p->trainable = factor > 0;
+        n++;
+    }
+    return n ? n : cq_fail(CQ_EUSAGE, "learning rates: no parameter matches %s", globs);
+}
+
+/* A stack whose parts are all frozen lives in the teacher's memory. */
+static bool stack_shared(const cq_model *m, const cq_linear *w) {
+    bool trainable = false;
+    for (int64_t i = 0; i < w->n_parts; i++)
+        trainable = trainable || w->part[i]->trainable;
+    return m->teacher && !trainable;
+}
+
+static bool stack_trained(const cq_model *m, const cq_linear *w) {
+    bool trainable = false;
+    for (int64_t i = 0; i < w->n_parts; i++)
+        trainable = trainable || w->part[i]->trainable;
+    return m->trained && trainable;
+}
+
+static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights) {
+    cq_dtype t = m->env.dtype;
+    cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k);
+    const char *name = w->part[0]->name;
+    if (!stack_shared(m, w))
+        CQ_TRY(cq_plan_add(p, &w->value, weights, name, t, shape));
+    if (w->quantized && !m->nvfp4)
+        CQ_TRY(cq_plan_add(p, &w->fq, CQ_FOR_FAKEQUANT, name, t, shape));
+    for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
+        CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
+                           CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
+    return stack_trained(m, w) ? cq_plan_add(p, &w->grad, CQ_FOR_GRADIENT, name, t, shape) : CQ_OK;
+}
+
+bool cq_param_stacked(const cq_model *m, const cq_param *p) { return p->linear && p != m->head; }
+
+int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
+    cq_purpose weights = m->teacher || trained ? CQ_FOR_STUDENT : CQ_FOR_TEACHER;
+    if (trained && m->nvfp4)
+        return cq_fail(CQ_EUSAGE, "model: %s holds NVFP4 weights, wanted BF16 ones to train",
+                       m->dir);
+    m->trained = trained;
+    for (int64_t i = 0; i < m->n_linears; i++)
+        CQ_TRY(plan_linear(m, p, m->linear[i], weights));
+    for (int64_t i = 0; i < m->n_params; i++) {
+        cq_param *q = m->param[i];
+        if (cq_param_stacked(m, q))
+            continue;
+        if (q->trainable || !m->teacher)
+            CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, q->buffer ? CQ_F32 : m->env.dtype,
+                               q->shape));
+        if (trained && q->trainable)
+            CQ_TRY(cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape));
+    }
+    return CQ_OK;
+}
+
+static cq_tensor part_of(cq_tensor whole, const cq_param *p, int64_t *row) {
+    cq_tensor t = cq_tensor_rows(whole, *row, p->shape.dim[0]);
+    *row += p->shape.dim[0];
+    return t;
+}
+
+int cq_model_bind(cq_model *m) {
+    for (int64_t i = 0; i < m->n_linears; i++) {
+        cq_linear *w = m->linear[i];
+        if (stack_shared(m, w)) {
+            cq_param *first = cq_model_find(m->teacher, w->part[0]->name);
+            w->value =
+                (cq_tensor){first->value.data, CQ_SHAPE2(w->groups * w->n, w->k), m->env.dtype};
+        }
+        if (!w->fq.data)
+            w->fq = w->value;
+        int64_t row = 0, row_fq = 0, row_grad = 0;
+        for (int64_t k = 0; k < w->n_parts; k++) {
+            cq_param *p = w->part[k];
+            p->value = part_of(w->value, p, &row);
+            p->fq = part_of(w->fq, p, &row_fq);
+            if (w->grad.data && p->trainable)
+                p->grad = cq_tensor_rows(w->grad, row_grad, p->shape.dim[0]);
+            row_grad += p->shape.dim[0];
+        }
+    }
+    for (int64_t i = 0; i < m->n_params; i++) {
+        cq_param *p = m->param[i];
+        if (cq_param_stacked(m, p))
+            continue;
+        if (m->teacher && !p->trainable)
+            p->value = cq_model_find(m->teacher, p->name)->value;
+        p->fq = p->value;
+    }
+    if (m->n_params && !m->param[0]->value.data)
+        return cq_fail(CQ_EUSAGE, "model: %s is used before its plan is committed", m->dir);
+    return CQ_OK;
+}

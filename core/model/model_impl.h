@@ -1,0 +1,42 @@
+/// model_impl.h - the inside of a model, for core/model/*.c only.
+#pragma once
+#include "core/block/block.h"
+#include "core/model/model.h"
+
+struct cq_model {
+    cq_config config;
+    char *dir;
+    cq_safetensors *files; ///< the checkpoint; NULL for a created model
+    cq_model *teacher;     ///< of a student
+    bool nvfp4;            ///< opened from an exported folder
+    bool trained;          ///< gradients are planned
+    bool weights_only;
+    cq_scale_method scales;
+    cq_compute compute;
+    cq_layer_env env;
+    cq_param **param;
+    int64_t n_params, cap_params;
+    cq_linear **linear;
+    int64_t n_linears, cap_linears;
+    cq_layer *layer;
+    int64_t n_layers;
+    int64_t *first_layer; ///< [n_blocks + 1]
+    cq_param *embed, *norm_f, *head;
+    cq_tensor *h; ///< [n_layers + 1] inputs of the layers and the last output; one when inferring
+    cq_tensor xf, rstd_f, dh, kernel_scratch, bf16_scratch;
+    int threads;
+};
+
+/// Fills params, linears and layers from the config; `o` decides what is quantized (NULL: nothing,
+/// or what the files say when they are NVFP4).
+int cq_model_build(cq_model *m, const cq_quant_options *o);
+/// Points parameters into the stacks that the plan allocated; a frozen stack of a student into its
+/// teacher's.
+int cq_model_bind(cq_model *m);
+/// The checkpoint entry of a parameter under its published name or a known older one; NULL when
+/// missing.
+const cq_entry *cq_model_entry(const cq_model *m, const char *name);
+/// `<module><suffix>` for a parameter name that ends in `.weight`.
+void cq_module_name(char out[160], const char *weight, const char *suffix);
+/// Whether a parameter lives in one of the linear stacks (all linears but the head).
+bool cq_param_stacked(const cq_model *m, const cq_param *p);

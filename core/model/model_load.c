@@ -1,0 +1,133 @@
+/// model_load.c - weights into planned memory: from a checkpoint, from a teacher, or random.
+#include "core/base/error.h"
+#include "core/base/rng.h"
+#include "core/model/model_impl.h"
+#include "core/quant/scales.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int check_finite(const cq_model *m, const cq_param *p) {
+    int64_t n = cq_tensor_elems(p->value);
+    for (int64_t i = 0; i < n; i++) {
+        double v = p->value.dtype == CQ_F64 ? ((const double *)p->value.data)[i]
+                                            : (double)((const float *)p->value.data)[i];
+        if (!isfinite(v))
+            return cq_fail(CQ_ENUMERIC, "%s: %s holds %s at element %ld, wanted finite weights",
+                           m->dir, p->name, isnan(v) ? "NaN" : "Inf", (long)i);
+    }
+    return CQ_OK;
+}
+
+/* The maximum whose division by 2688 gives `scale` again, so that activations quantize as the
+ * exporter's did. */
+static float amax_of_scale(float scale) {
+    float amax = scale * 2688.0f, low = amax, high = amax;
+    for (int i = 0; i < 4; i++) {
+        if (low / 2688.0f == scale)
+            return low;
+        if (high / 2688.0f == scale)
+            return high;
+        low = nextafterf(low, 0.0f);
+        high = nextafterf(high, INFINITY);
+    }
+    return amax;
+}
+
+static int load_nvfp4(cq_model *m, cq_param *p, const cq_entry *e) {
+    char name[160];
+    int64_t n = p->shape.dim[0], k = p->shape.dim[1];
+    float scale_2, scale_x, *y = p->value.data;
+    cq_module_name(name, p->name, ".weight_scale");
+    const cq_entry *s = cq_model_entry(m, name);
+    cq_module_name(name, p->name, ".weight_scale_2");
+    memcpy(&scale_2, cq_model_entry(m, name)->tensor.data, sizeof scale_2);
+    cq_module_name(name, p->name, ".input_scale");
+    const cq_entry *x = cq_model_entry(m, name);
+    if (x) {
+        memcpy(&scale_x, x->tensor.data, sizeof scale_x);
+        if (!(scale_x > 0) || !isfinite(scale_x))
+            return cq_fail(CQ_EDATA, "%s: %s is %g, wanted a positive number",
+                           cq_safetensors_path(m->files, x), x->name, (double)scale_x);
+        *p->amax_x = amax_of_scale(scale_x);
+    }
+    if (m->env.dtype == CQ_F64 && !(y = malloc((size_t)(n * k) * sizeof *y)))
+        return cq_fail(CQ_ENOMEM, "model: no memory to unpack %s", p->name);
+    int status = cq_nvfp4_unpack(y, e->tensor.data, s->tensor.data, scale_2, n, k);
+    if (m->env.dtype == CQ_F64) {
+        if (!status)
+            status = cq_convert(p->value.data, CQ_F64, y, CQ_F32, n * k);
+        free(y);
+    }
+    cq_safetensors_drop(m->files, s);
+    return status;
+}
+
+static int load_param(cq_model *m, cq_param *p) {
+    if (m->teacher) {
+        const cq_param *from = cq_model_find(m->teacher, p->name);
+        if (from->value.data != p->value.data)
+            memcpy(p->value.data, from->value.data, (size_t)cq_tensor_bytes(p->value));
+        p->disk = from->disk;
+        return CQ_OK;
+    }
+    const cq_entry *e = cq_model_entry(m, p->name);
+    if (m->nvfp4 && p->quantized)
+        CQ_TRY(load_nvfp4(m, p, e));
+    else
+        CQ_TRY(cq_convert(p->value.data, p->value.dtype, e->tensor.data, e->tensor.dtype,
+                          cq_tensor_elems(p->value)));
+    cq_safetensors_drop(m->files, e);
+    return check_finite(m, p);
+}
+
+int cq_model_load(cq_model *m) {
+    if (!m->files && !m->teacher)
+        return cq_fail(CQ_EUSAGE, "model: %s was created without weights, wanted init", m->dir);
+    CQ_TRY(cq_model_bind(m));
+    for (int64_t i = 0; i < m->n_params; i++)
+        CQ_TRY(load_param(m, m->param[i]));
+    return CQ_OK;
+}
+
+static void put(cq_param *p, int64_t i, double v) {
+    if (p->value.dtype == CQ_F64)
+        ((double *)p->value.data)[i] = v;
+    else
+        ((float *)p->value.data)[i] = (float)v;
+}
+
+/* Mamba-2's own initial values (models.md 2.10). */
+static double mamba_value(const char *kind, int64_t i, uint64_t seed, uint64_t stream) {
+    if (!strcmp(kind, "A_log"))
+        return log((double)(i + 1));
+    if (!strcmp(kind, "dt_bias")) {
+        double dt = exp(log(1e-3) + cq_random_uniform(seed, stream, (uint64_t)i) * log(100.0));
+        if (dt < 1e-4)
+            dt = 1e-4;
+        return dt + log(-expm1(-dt));
+    }
+    return 1.0; /* D and every norm */
+}
+
+int cq_model_init(cq_model *m, uint64_t seed) {
+    double std = m->config.initializer_range > 0 ? m->config.initializer_range : 0.02;
+    CQ_TRY(cq_model_bind(m));
+    for (int64_t i = 0; i < m->n_params; i++) {
+        cq_param *p = m->param[i];
+        int64_t n = cq_tensor_elems(p->value);
+        const char *kind = strrchr(p->name, '.') + 1;
+        bool bias = !strcmp(kind, "bias") || p->buffer;
+        uint64_t stream = (uint64_t)i;
+        double scale = std;
+        if (strstr(p->name,
+                   "conv1d.weight")) /* fan-in of the short window, as torch's Conv1d has it */
+            scale = 1 / sqrt(3.0 * (double)m->config.conv_width);
+        for (int64_t k = 0; k < n; k++)
+            put(p, k,
+                bias                ? 0
+                : p->shape.rank > 1 ? scale * cq_random_normal(seed, stream, (uint64_t)k)
+                                    : mamba_value(kind, k, seed, stream));
+    }
+    return CQ_OK;
+}

@@ -1,0 +1,144 @@
+/// model_quant.c - the 4-bit student: calibration, shared scales, and the fake-quantized weights.
+///
+/// Maxima are frozen after calibration. Weights that servers fuse (q/k/v, gate/up) share them from
+/// the start, because an exporter would otherwise take their maximum and change the bits that were
+/// trained.
+#include "core/base/error.h"
+#include "core/model/model_impl.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_options *o) {
+    *student = NULL;
+    CQ_TRY(cq_quant_check(o));
+    if (teacher->nvfp4)
+        return cq_fail(CQ_EUSAGE, "model: %s is quantized already, wanted a BF16 checkpoint",
+                       teacher->dir);
+    cq_model *m = calloc(1, sizeof *m);
+    if (!m || !(m->dir = strdup(teacher->dir))) {
+        free(m);
+        return cq_fail(CQ_ENOMEM, "model: no memory for a student");
+    }
+    m->config = teacher->config;
+    m->env.dtype = teacher->env.dtype;
+    m->teacher = teacher;
+    m->weights_only = o->weights_only;
+    m->scales = o->scales;
+    m->compute = teacher->compute;
+    int status = cq_model_build(m, o);
+    if (status) {
+        cq_model_close(m);
+        return status;
+    }
+    for (int64_t i = 0; i < m->n_params; i++) {
+        m->param[i]->disk = teacher->param[i]->disk;
+        m->param[i]->top = m->scales == CQ_SCALE_FOUR_OVER_SIX ? 256.0f : 448.0f;
+    }
+    *student = m;
+    return CQ_OK;
+}
+
+int cq_model_calibrate_begin(cq_model *m) {
+    for (int64_t i = 0; i < m->n_linears; i++)
+        memset(m->linear[i]->amax_x, 0, (size_t)m->linear[i]->groups * sizeof(float));
+    m->env.calibrating = true;
+    return CQ_OK;
+}
+
+/* Experts that saw no token take the largest maximum of their layer's experts. */
+static int64_t fill_unreached(cq_linear *w) {
+    float largest = 0;
+    int64_t n = 0;
+    for (int64_t e = 0; e < w->groups; e++)
+        largest = w->amax_x[e] > largest ? w->amax_x[e] : largest;
+    for (int64_t e = 0; e < w->groups; e++)
+        if (!(w->amax_x[e] > 0)) {
+            w->amax_x[e] = largest > 0 ? largest : 1.0f;
+            n++;
+        }
+    return n;
+}
+
+static int weight_amax(cq_model *m, cq_stream *s) {
+    for (int64_t i = 0; i < m->n_params; i++) {
+        cq_param *p = m->param[i];
+        if (!p->quantized)
+            continue;
+        p->amax = 0;
+        CQ_TRY(CQ_RUN(s, amax, .dtype = m->env.dtype, .rows = p->shape.dim[0],
+                      .cols = p->shape.dim[1], .x = p->value.data, .n_groups = 1,
+                      .amax = &p->amax));
+        if (!isfinite(p->amax))
+            return cq_fail(CQ_ENUMERIC, "calibration: %s holds a value that is not finite",
+                           p->name);
+    }
+    return CQ_OK;
+}
+
+/* Parameters of one group get the group's largest maxima. */
+static void unite(cq_model *m) {
+    for (int64_t i = 0; i < m->n_params; i++)
+        for (int64_t k = 0; k < m->n_params && m->param[i]->fuse; k++) {
+            cq_param *p = m->param[i], *q = m->param[k];
+            if (q->fuse != p->fuse)
+                continue;
+            p->amax = q->amax > p->amax ? q->amax : p->amax;
+            if (p->amax_x && q->amax_x && *q->amax_x > *p->amax_x)
+                *p->amax_x = *q->amax_x;
+        }
+}
+
+static int search(cq_model *m) {
+    for (int64_t i = 0; i < m->n_params && m->scales != CQ_SCALE_MAX; i++) {
+        cq_param *p = m->param[i];
+        int64_t n = cq_tensor_elems(p->value);
+        float *copy = NULL;
+        if (!p->quantized)
+            continue;
+        if (m->env.dtype == CQ_F64) {
+            if (!(copy = malloc((size_t)n * sizeof *copy)))
+                return cq_fail(CQ_ENOMEM, "calibration: no memory to search the scales of %s",
+                               p->name);
+            CQ_TRY(cq_convert(copy, CQ_F32, p->value.data, CQ_F64, n));
+        }
+        int status = cq_nvfp4_search(p->block_amax.data, copy ? copy : p->value.data,
+                                     p->shape.dim[0], p->shape.dim[1], p->amax, m->scales);
+        free(copy);
+        CQ_TRY(status);
+    }
+    return CQ_OK;
+}
+
+int cq_model_requantize(cq_model *m, cq_stream *s) {
+    for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++) {
+        cq_param *p = m->param[i];
+        if (!p->quantized)
+            continue;
+        CQ_TRY(CQ_RUN(s, fake_quant, .dtype = m->env.dtype, .rows = p->shape.dim[0],
+                      .cols = p->shape.dim[1], .x = p->value.data, .y = p->fq.data,
+                      .fq = {.amax = &p->amax, .n_groups = 1, .saturated = &m->env.saturated},
+                      .block_amax = p->block_amax.data, .top = p->top));
+    }
+    return CQ_OK;
+}
+
+int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached) {
+    m->env.calibrating = false;
+    *unreached = 0;
+    for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->act_quant)
+            *unreached += fill_unreached(m->linear[i]);
+    CQ_TRY(weight_amax(m, s));
+    unite(m);
+    CQ_TRY(search(m));
+    CQ_TRY(cq_model_requantize(m, s));
+    m->env.saturated = 0;
+    return CQ_OK;
+}
+
+int64_t cq_model_saturated(cq_model *m) {
+    int64_t n = m->env.saturated;
+    m->env.saturated = 0;
+    return n;
+}

@@ -1,0 +1,184 @@
+/// model_run.c - buffers of a forward and backward, and the passes themselves, block by block.
+///
+/// Recomputation runs a layer's forward again from its kept input right before its backward; the
+/// same bits come out.
+#include "core/base/error.h"
+#include "core/model/model_impl.h"
+#include <string.h>
+
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Per thread: the norms' partial sums, and what attention and SSD ask for. */
+static int64_t scratch_bytes(const cq_config *c, int64_t longest) {
+    int64_t bytes = 1 << 20;
+    bytes = max64(bytes, 4 * max64(c->hidden, max64(c->intermediate, 3 * c->heads * c->head_dim)));
+    if (cq_config_count(c, '*') + cq_config_count(c, 'Q') > 0)
+        bytes = max64(bytes, cq_attention_scratch_bytes(longest, c->head_dim));
+    if (cq_config_count(c, 'M') > 0)
+        bytes =
+            max64(bytes, cq_ssd_scratch_bytes(longest, c->chunk, c->mamba_heads, c->mamba_head_dim,
+                                              c->mamba_groups, c->mamba_state));
+    return (bytes + 63) / 64 * 64;
+}
+
+/* Both operands of the largest product in BF16. */
+static int64_t bf16_bytes(const cq_model *m, int64_t tokens) {
+    int64_t widest = m->config.vocab, largest = m->config.vocab * m->config.hidden;
+    for (int64_t i = 0; i < m->n_linears; i++) {
+        widest = max64(widest, max64(m->linear[i]->n, m->linear[i]->k));
+        largest = max64(largest, m->linear[i]->n * m->linear[i]->k);
+    }
+    int64_t rows = tokens * max64(1, m->config.top_k);
+    return 2 * max64(2 * rows * widest, rows * widest + largest);
+}
+
+static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
+    cq_dtype t = m->env.dtype;
+    int64_t rows = m->env.tokens, dim = m->config.hidden;
+    bool infer = m->env.mode == CQ_MODE_INFER;
+    cq_purpose keep =
+        CQ_FOR_ACTIVATIONS; /* never scratch: an evaluation runs two models in lock-step */
+    for (int64_t i = 0; i <= (infer ? 0 : m->n_layers); i++)
+        CQ_TRY(cq_plan_add(p, &m->h[i], keep, "residual stream", t, CQ_SHAPE2(rows, dim)));
+    CQ_TRY(cq_plan_add(p, &m->xf, keep, "final hidden", t, CQ_SHAPE2(rows, dim)));
+    CQ_TRY(cq_plan_add(p, &m->rstd_f, keep, "final rstd", t, CQ_SHAPE1(rows)));
+    if (!infer)
+        CQ_TRY(cq_plan_add(p, &m->dh, keep, "residual gradient", t, CQ_SHAPE2(rows, dim)));
+    CQ_TRY(cq_plan_add(p, &m->kernel_scratch, CQ_FOR_SCRATCH, "kernel scratch", CQ_U8,
+                       CQ_SHAPE2(m->threads, scratch_bytes(&m->config, longest))));
+    if (m->compute == CQ_COMPUTE_BF16)
+        CQ_TRY(cq_plan_add(p, &m->bf16_scratch, CQ_FOR_SCRATCH, "bf16 operands", CQ_U8,
+                           CQ_SHAPE1(bf16_bytes(m, rows))));
+    return CQ_OK;
+}
+
+int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest, cq_mode mode,
+                       int threads) {
+    if (tokens < 1 || longest < 1 || longest > tokens || threads < 1)
+        return cq_fail(CQ_EUSAGE,
+                       "plan: %ld tokens, longest document %ld, %d threads do not fit together",
+                       (long)tokens, (long)longest, threads);
+    m->env.mode = mode;
+    m->env.tokens = tokens;
+    m->threads = threads;
+    CQ_TRY(plan_shared(m, p, longest));
+    int64_t mark = cq_plan_mark(p, CQ_FOR_SCRATCH);
+    for (int64_t i = 0; i < m->n_layers; i++) {
+        CQ_TRY(cq_layer_plan(&m->layer[i], p));
+        if (i + 1 < m->n_layers)
+            cq_plan_rewind(p, CQ_FOR_SCRATCH, mark);
+    }
+    return CQ_OK;
+}
+
+void cq_model_bind_stream(cq_model *m, cq_stream *s) {
+    s->scratch = m->kernel_scratch.data;
+    s->scratch_bytes = m->kernel_scratch.shape.dim[1];
+    s->bf16_scratch = m->bf16_scratch.data;
+    s->bf16_scratch_bytes = m->bf16_scratch.data ? m->bf16_scratch.shape.dim[0] : 0;
+    s->compute = m->compute;
+}
+
+static int check_batch(const cq_model *m, const cq_batch *b) {
+    if (b->tokens < 1 || b->tokens > m->env.tokens)
+        return cq_fail(CQ_ESHAPE, "batch: %ld tokens, wanted 1 to the planned %ld", (long)b->tokens,
+                       (long)m->env.tokens);
+    for (int64_t i = 0; i < b->tokens; i++)
+        if (b->ids[i] < 0 || b->ids[i] >= m->config.vocab)
+            return cq_fail(CQ_EDATA, "batch: token id %d at position %ld, wanted below %ld",
+                           b->ids[i], (long)i, (long)m->config.vocab);
+    return CQ_OK;
+}
+
+int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
+    CQ_TRY(check_batch(m, b));
+    cq_model_bind_stream(m, s);
+    return CQ_RUN(s, embed_forward, .dtype = m->env.dtype, .tokens = b->tokens,
+                  .dim = m->config.hidden, .vocab = m->config.vocab, .ids = b->ids,
+                  .table = m->embed->value.data, .h = m->h[0].data);
+}
+
+/* Input and output buffer of a layer. */
+static void *layer_in(const cq_model *m, int64_t i) {
+    return m->env.mode == CQ_MODE_INFER ? m->h[0].data : m->h[i].data;
+}
+
+int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
+    cq_model_bind_stream(m, s);
+    for (int64_t i = m->first_layer[block]; i < m->first_layer[block + 1]; i++)
+        CQ_TRY(cq_layer_forward(&m->layer[i], s, b, layer_in(m, i), layer_in(m, i + 1)));
+    return CQ_OK;
+}
+
+const cq_tensor *cq_model_hidden(const cq_model *m, int64_t block) {
+    return m->env.mode == CQ_MODE_INFER ? &m->h[0] : &m->h[m->first_layer[block + 1]];
+}
+
+int cq_model_norm_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
+    return CQ_RUN(s, rmsnorm_forward, .dtype = m->env.dtype, .rows = b->tokens,
+                  .dim = m->config.hidden, .x = layer_in(m, m->n_layers),
+                  .w = m->norm_f->value.data, .eps = m->config.norm_eps, .y = m->xf.data,
+                  .rstd = m->rstd_f.data);
+}
+
+const cq_tensor *cq_model_final(const cq_model *m) { return &m->xf; }
+
+int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf, int64_t begin, int64_t n,
+                          void *logits) {
+    int64_t dim = m->config.hidden, vocab = m->config.vocab;
+    const char *x = (const char *)xf->data + begin * dim * cq_dtype_bytes(m->env.dtype);
+    return CQ_RUN(s, matmul, .dtype = m->env.dtype, .tb = true, .m = n, .n = vocab, .k = dim,
+                  .a = x, .lda = dim, .b = m->head->fq.data, .ldb = dim, .c = logits, .ldc = vocab,
+                  .alpha = 1);
+}
+
+int cq_model_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
+    CQ_TRY(cq_model_embed_forward(m, s, b));
+    for (int64_t l = 0; l < m->config.n_blocks; l++)
+        CQ_TRY(cq_model_block_forward(m, s, b, l));
+    return cq_model_norm_forward(m, s, b);
+}
+
+int cq_model_norm_backward(cq_model *m, cq_stream *s, const cq_batch *b, const void *dxf) {
+    cq_model_bind_stream(m, s);
+    return CQ_RUN(s, rmsnorm_backward, .dtype = m->env.dtype, .rows = b->tokens,
+                  .dim = m->config.hidden, .x = layer_in(m, m->n_layers),
+                  .w = m->norm_f->value.data, .rstd = m->rstd_f.data, .dy = dxf, .dx = m->dh.data,
+                  .dw = m->env.input_only ? NULL : m->norm_f->grad.data);
+}
+
+int cq_model_block_backward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
+    for (int64_t i = m->first_layer[block + 1] - 1; i >= m->first_layer[block]; i--) {
+        if (m->env.mode == CQ_MODE_RECOMPUTE) {
+            int64_t saturated = m->env.saturated;
+            CQ_TRY(cq_layer_forward(&m->layer[i], s, b, layer_in(m, i), layer_in(m, i + 1)));
+            m->env.saturated = saturated;
+        }
+        CQ_TRY(cq_layer_backward(&m->layer[i], s, b, layer_in(m, i), m->dh.data));
+    }
+    return CQ_OK;
+}
+
+int cq_model_embed_backward(cq_model *m, cq_stream *s, const cq_batch *b) {
+    if (!m->embed->grad.data || m->env.input_only)
+        return CQ_OK;
+    return CQ_RUN(s, embed_backward, .dtype = m->env.dtype, .tokens = b->tokens,
+                  .dim = m->config.hidden, .vocab = m->config.vocab, .ids = b->ids,
+                  .dh = m->dh.data, .dtable = m->embed->grad.data);
+}
+
+cq_tensor *cq_model_dhidden(cq_model *m) { return &m->dh; }
+
+static void zero(cq_tensor *t) {
+    if (t->data)
+        memset(t->data, 0, (size_t)cq_tensor_bytes(*t));
+}
+
+int cq_model_zero_grad(cq_model *m) {
+    for (int64_t i = 0; i < m->n_linears; i++)
+        zero(&m->linear[i]->grad);
+    for (int64_t i = 0; i < m->n_params; i++)
+        if (!cq_param_stacked(m, m->param[i]))
+            zero(&m->param[i]->grad);
+    return CQ_OK;
+}

@@ -1,0 +1,113 @@
+/// adamw.c - AdamW with global-norm clipping; each weight's fake-quantized copy is written in the
+/// update's own pass.
+#include "core/base/error.h"
+#include "core/train/optimizer.h"
+#include <math.h>
+#include <stdlib.h>
+
+struct cq_adamw {
+    cq_model *model;
+    cq_adamw_options o;
+    int64_t n;
+    cq_tensor (*moment)[2]; ///< [n] first and second, no data where not trained
+};
+
+int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
+    *out = NULL;
+    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1 && o->eps > 0 &&
+          o->weight_decay >= 0 && o->clip >= 0))
+        return cq_fail(CQ_EUSAGE,
+                       "adamw: betas %g and %g, eps %g, weight decay %g, clip %g; wanted betas in "
+                       "[0, 1), eps above 0, "
+                       "the others at least 0",
+                       o->beta1, o->beta2, o->eps, o->weight_decay, o->clip);
+    cq_adamw *a = calloc(1, sizeof *a);
+    if (a) {
+        a->n = cq_model_n_params(m);
+        a->moment = calloc((size_t)a->n, sizeof *a->moment);
+    }
+    if (!a || !a->moment) {
+        free(a);
+        return cq_fail(CQ_ENOMEM, "adamw: no memory");
+    }
+    a->model = m;
+    a->o = *o;
+    *out = a;
+    return CQ_OK;
+}
+
+void cq_adamw_close(cq_adamw *a) {
+    if (a)
+        free(a->moment);
+    free(a);
+}
+
+int cq_adamw_plan(cq_adamw *a, cq_plan *p) {
+    for (int64_t i = 0; i < a->n; i++) {
+        const cq_param *q = cq_model_param(a->model, i);
+        for (int k = 0; k < 2 && q->trainable; k++)
+            CQ_TRY(cq_plan_add(p, &a->moment[i][k], CQ_FOR_MOMENTS, q->name,
+                               cq_model_dtype(a->model), q->shape));
+    }
+    return CQ_OK;
+}
+
+const cq_tensor *cq_adamw_moment(const cq_adamw *a, int64_t param, int which) {
+    return &a->moment[param][which];
+}
+
+static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
+    double total = 0;
+    for (int64_t i = 0; i < a->n; i++) {
+        const cq_param *p = cq_model_param(a->model, i);
+        double sum = 0;
+        if (!p->grad.data)
+            continue;
+        CQ_TRY(CQ_RUN(s, sumsq, .dtype = p->grad.dtype, .n = cq_tensor_elems(p->grad),
+                      .x = p->grad.data, .out = &sum));
+        if (!isfinite(sum))
+            return cq_fail(CQ_ENUMERIC, "adamw: the gradient of %s is not finite (block %d)",
+                           p->name, (int)p->block);
+        total += sum;
+    }
+    *norm = sqrt(total);
+    return CQ_OK;
+}
+
+static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step, double scale) {
+    cq_param *p = cq_model_param(a->model, i);
+    int64_t rows = p->shape.rank > 1 ? p->shape.dim[0] : 1;
+    cq_adamw_args u = {.dtype = p->value.dtype,
+                       .rows = rows,
+                       .cols = cq_tensor_elems(p->value) / rows,
+                       .w = p->value.data,
+                       .m = a->moment[i][0].data,
+                       .v = a->moment[i][1].data,
+                       .g = p->grad.data,
+                       .lr = lr * p->lr_scale,
+                       .beta1 = a->o.beta1,
+                       .beta2 = a->o.beta2,
+                       .eps = a->o.eps,
+                       .weight_decay = p->shape.rank > 1 ? a->o.weight_decay : 0,
+                       .grad_scale = scale,
+                       .step = step};
+    if (p->quantized) {
+        u.wq = p->fq.data;
+        u.fq = (cq_fq){.amax = &p->amax, .n_groups = 1, .saturated = cq_model_saturation(a->model)};
+        u.block_amax = p->block_amax.data;
+        u.top = p->top;
+    }
+    return s->table->adamw(s, &u);
+}
+
+int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm) {
+    if (step < 1)
+        return cq_fail(CQ_EUSAGE, "adamw: step is %ld, wanted at least 1", (long)step);
+    cq_model_bind_stream(a->model, s);
+    CQ_TRY(gradient_norm(a, s, norm));
+    double scale = a->o.clip > 0 && *norm > a->o.clip ? a->o.clip / *norm : 1;
+    for (int64_t i = 0; i < a->n; i++)
+        if (a->moment[i][0].data && cq_model_param(a->model, i)->grad.data)
+            CQ_TRY(update(a, s, i, lr, step, scale));
+    return CQ_OK;
+}

@@ -1,0 +1,116 @@
+/// checkpoint.c - a training state on disk, whole or not at all.
+///
+/// `state.safetensors` holds, for each parameter NAME of the student: master.NAME, and where
+/// trained m.NAME and v.NAME; where quantized amax.NAME, amax_x.NAME and block_amax.NAME, so that a
+/// resumed run quantizes as the stopped one did. `state.json` is the driver's. The folder is
+/// written beside its place and renamed.
+#include "core/train/checkpoint.h"
+#include "core/base/error.h"
+#include "core/base/file.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* One named tensor of the state; data may be a scalar inside a parameter. */
+typedef int (*visit_fn)(void *context, const char *name, cq_tensor t);
+
+static int visit_param(cq_param *p, cq_adamw *adam, int64_t i, visit_fn visit, void *context) {
+    char name[160];
+    static const char *const moments[] = {"m", "v"};
+    snprintf(name, sizeof name, "master.%s", p->name);
+    CQ_TRY(visit(context, name, p->value));
+    for (int k = 0; k < 2 && adam && cq_adamw_moment(adam, i, k)->data; k++) {
+        snprintf(name, sizeof name, "%s.%s", moments[k], p->name);
+        CQ_TRY(visit(context, name, *cq_adamw_moment(adam, i, k)));
+    }
+    if (!p->quantized)
+        return CQ_OK;
+    snprintf(name, sizeof name, "amax.%s", p->name);
+    CQ_TRY(visit(context, name, (cq_tensor){&p->amax, CQ_SHAPE1(1), CQ_F32}));
+    snprintf(name, sizeof name, "amax_x.%s", p->name);
+    CQ_TRY(visit(context, name, (cq_tensor){p->amax_x, CQ_SHAPE1(1), CQ_F32}));
+    snprintf(name, sizeof name, "block_amax.%s", p->name);
+    return p->block_amax.data ? visit(context, name, p->block_amax) : CQ_OK;
+}
+
+static int visit_all(cq_model *m, cq_adamw *adam, visit_fn visit, void *context) {
+    for (int64_t i = 0; i < cq_model_n_params(m); i++)
+        CQ_TRY(visit_param(cq_model_param(m, i), adam, i, visit, context));
+    return CQ_OK;
+}
+
+static int add_tensor(void *writer, const char *name, cq_tensor t) {
+    return cq_st_writer_add(writer, name, t);
+}
+
+static int write_files(const char *dir, cq_st_writer *w, const char *json) {
+    char path[4096];
+    CQ_TRY(cq_folder_make(dir));
+    snprintf(path, sizeof path, "%s/state.safetensors", dir);
+    CQ_TRY(cq_st_writer_file(w, path));
+    snprintf(path, sizeof path, "%s/state.json", dir);
+    return cq_file_write(path, json, (int64_t)strlen(json));
+}
+
+int cq_checkpoint_save(const char *dir, cq_model *student, cq_adamw *adam, const char *json) {
+    char part[4096];
+    cq_st_writer *w = NULL;
+    snprintf(part, sizeof part, "%s.part.%ld", dir, (long)getpid());
+    CQ_TRY(cq_st_writer_open(&w));
+    int status = visit_all(student, adam, add_tensor, w);
+    if (!status)
+        status = write_files(part, w, json);
+    if (!status)
+        status = cq_folder_replace(dir, part);
+    cq_st_writer_close(w);
+    if (status) {
+        char message[1024];
+        snprintf(message, sizeof message, "%s", cq_error());
+        cq_folder_remove(part);
+        return cq_fail(status, "%s", message);
+    }
+    return CQ_OK;
+}
+
+typedef struct reader {
+    const cq_safetensors *st;
+    const char *dir;
+    int64_t used;
+} reader;
+
+static int read_tensor(void *context, const char *name, cq_tensor t) {
+    reader *r = context;
+    const cq_entry *e = cq_safetensors_find(r->st, name);
+    char found[96], wanted[96];
+    if (!e)
+        return cq_fail(CQ_EDATA, "%s: %s is missing, the run wants it", r->dir, name);
+    if (e->tensor.dtype != t.dtype || !cq_shape_equal(e->tensor.shape, t.shape))
+        return cq_fail(CQ_EDATA, "%s: %s is %s %s, wanted %s %s", r->dir, name,
+                       cq_dtype_name(e->tensor.dtype),
+                       cq_shape_text(found, sizeof found, e->tensor.shape), cq_dtype_name(t.dtype),
+                       cq_shape_text(wanted, sizeof wanted, t.shape));
+    memcpy(t.data, e->tensor.data, (size_t)cq_tensor_bytes(t));
+    r->used++;
+    return CQ_OK;
+}
+
+int cq_checkpoint_load(const char *dir, cq_model *student, cq_adamw *adam, cq_stream *s,
+                       char **json) {
+    char path[4096];
+    cq_safetensors *st = NULL;
+    int64_t bytes;
+    *json = NULL;
+    snprintf(path, sizeof path, "%s/state.safetensors", dir);
+    CQ_TRY(cq_safetensors_open(&st, path));
+    reader r = {st, dir, 0};
+    int status = visit_all(student, adam, read_tensor, &r);
+    if (!status && r.used != cq_safetensors_count(st))
+        status = cq_fail(CQ_EDATA, "%s: holds %ld tensors, the run wants %ld", dir,
+                         (long)cq_safetensors_count(st), (long)r.used);
+    cq_safetensors_close(st);
+    snprintf(path, sizeof path, "%s/state.json", dir);
+    if (!status)
+        status = cq_model_requantize(student, s);
+    return status ? status : cq_file_read(json, &bytes, path);
+}

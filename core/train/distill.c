@@ -1,0 +1,388 @@
+/// distill.c - both forwards of a micro-batch, the losses, and the student's backward.
+///
+/// The teacher runs first and leaves its final hidden state and one Gram (or, for row losses, n
+/// rows) per tapped block. The head's gradients are made in the forward, chunk by chunk, at weight
+/// 1; the backward scales them.
+#include "core/train/distill.h"
+#include "core/base/error.h"
+#include "core/base/rng.h"
+#include "core/train/taps.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct cq_distill {
+    cq_model *teacher, *student;
+    cq_distill_options o;
+    cq_dtype dtype;
+    int64_t n_blocks, dim, teacher_dim, vocab;
+    bool *taps;
+    cq_tensor zt, zs, dxf, dhead;
+    cq_tensor candidates, rows, xs, centred, dxs, work;
+    cq_tensor *of_teacher, *of_student; ///< [n_blocks] Grams or rows
+    double (*stats)[4];
+    double *loss;
+    int64_t n_rows, given, valid, valid_total;
+};
+
+static bool is_row_loss(const cq_distill *d) {
+    return d->o.layer_loss == CQ_LAYER_COSINE || d->o.layer_loss == CQ_LAYER_MSE;
+}
+
+static cq_rowloss_form row_form(const cq_distill *d) {
+    return d->o.layer_loss == CQ_LAYER_COSINE ? CQ_ROWLOSS_COSINE : CQ_ROWLOSS_MSE;
+}
+
+static cq_gram_loss gram_loss(const cq_distill *d) {
+    return d->o.layer_loss == CQ_LAYER_GRAM ? CQ_GRAM_FROBENIUS : CQ_GRAM_CKA;
+}
+
+static int check_pair(const cq_model *teacher, const cq_model *student,
+                      const cq_distill_options *o) {
+    const cq_config *s = cq_model_config(student), *t = teacher ? cq_model_config(teacher) : NULL;
+    if (!t)
+        return o->logit_loss == CQ_LOGIT_KL || o->layer_loss != CQ_LAYER_NONE
+                   ? cq_fail(CQ_EUSAGE, "distill: no teacher, wanted one for KL and layer losses")
+                   : CQ_OK;
+    if (t->vocab != s->vocab || t->n_blocks != s->n_blocks)
+        return cq_fail(CQ_ESHAPE,
+                       "distill: teacher has vocabulary %ld and %ld blocks, student %ld and %ld",
+                       (long)t->vocab, (long)t->n_blocks, (long)s->vocab, (long)s->n_blocks);
+    if (t->hidden != s->hidden &&
+        (o->layer_loss == CQ_LAYER_COSINE || o->layer_loss == CQ_LAYER_MSE))
+        return cq_fail(CQ_ESHAPE,
+                       "distill: hidden sizes are %ld and %ld, wanted equal ones for a row loss",
+                       (long)t->hidden, (long)s->hidden);
+    return CQ_OK;
+}
+
+int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
+                    const cq_distill_options *o) {
+    *out = NULL;
+    CQ_TRY(check_pair(teacher, student, o));
+    if (o->chunk < 1 || (o->layer_loss != CQ_LAYER_NONE && o->rows < 4))
+        return cq_fail(CQ_EUSAGE, "distill: chunk is %ld and rows %ld, wanted at least 1 and 4",
+                       (long)o->chunk, (long)o->rows);
+    cq_distill *d = calloc(1, sizeof *d);
+    if (!d)
+        return cq_fail(CQ_ENOMEM, "distill: no memory");
+    d->teacher = teacher;
+    d->student = student;
+    d->o = *o;
+    d->dtype = cq_model_dtype(student);
+    d->n_blocks = cq_model_config(student)->n_blocks;
+    d->dim = cq_model_config(student)->hidden;
+    d->teacher_dim = teacher ? cq_model_config(teacher)->hidden : 0;
+    d->vocab = cq_model_config(student)->vocab;
+    size_t n = (size_t)d->n_blocks;
+    d->taps = calloc(n, sizeof *d->taps);
+    d->of_teacher = calloc(n, sizeof *d->of_teacher);
+    d->of_student = calloc(n, sizeof *d->of_student);
+    d->stats = calloc(n, sizeof *d->stats);
+    d->loss = calloc(n, sizeof *d->loss);
+    if (!d->taps || !d->of_teacher || !d->of_student || !d->stats || !d->loss) {
+        cq_distill_close(d);
+        return cq_fail(CQ_ENOMEM, "distill: no memory");
+    }
+    if (o->layer_loss != CQ_LAYER_NONE && o->taps)
+        memcpy(d->taps, o->taps, n * sizeof *d->taps);
+    d->o.taps = d->taps;
+    *out = d;
+    return CQ_OK;
+}
+
+void cq_distill_close(cq_distill *d) {
+    if (!d)
+        return;
+    free(d->taps);
+    free(d->of_teacher);
+    free(d->of_student);
+    free(d->stats);
+    free(d->loss);
+    free(d);
+}
+
+static int plan_taps(cq_distill *d, cq_plan *p, int64_t tokens) {
+    int64_t n = d->o.rows < tokens ? d->o.rows : tokens, cols = is_row_loss(d) ? d->dim : n;
+    int64_t wide = d->teacher_dim > d->dim ? d->teacher_dim : d->dim;
+    d->o.rows = n;
+    CQ_TRY(cq_plan_add(p, &d->candidates, CQ_FOR_CKA, "candidate rows", CQ_I32, CQ_SHAPE1(tokens)));
+    CQ_TRY(cq_plan_add(p, &d->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(n)));
+    CQ_TRY(cq_plan_add(p, &d->xs, CQ_FOR_CKA, "rows", d->dtype, CQ_SHAPE2(n, wide)));
+    CQ_TRY(cq_plan_add(p, &d->centred, CQ_FOR_CKA, "centred rows", d->dtype, CQ_SHAPE2(n, wide)));
+    CQ_TRY(cq_plan_add(p, &d->dxs, CQ_FOR_CKA, "rows' gradient", d->dtype, CQ_SHAPE2(n, d->dim)));
+    CQ_TRY(cq_plan_add(p, &d->work, CQ_FOR_CKA, "Gram copy", d->dtype, CQ_SHAPE2(n, cols)));
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        if (d->taps[l]) {
+            CQ_TRY(cq_plan_add(p, &d->of_teacher[l], CQ_FOR_CKA, "teacher's Gram", d->dtype,
+                               CQ_SHAPE2(n, cols)));
+            if (!is_row_loss(d))
+                CQ_TRY(cq_plan_add(p, &d->of_student[l], CQ_FOR_CKA, "student's Gram", d->dtype,
+                                   CQ_SHAPE2(n, cols)));
+        }
+    return CQ_OK;
+}
+
+int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
+    if (d->o.chunk > tokens)
+        d->o.chunk = tokens;
+    if (d->o.logit_loss == CQ_LOGIT_KL)
+        CQ_TRY(cq_plan_add(p, &d->zt, CQ_FOR_LOGITS, "teacher logits", d->dtype,
+                           CQ_SHAPE2(d->o.chunk, d->vocab)));
+    if (d->o.logit_loss != CQ_LOGIT_NONE)
+        CQ_TRY(cq_plan_add(p, &d->zs, CQ_FOR_LOGITS, "student logits", d->dtype,
+                           CQ_SHAPE2(d->o.chunk, d->vocab)));
+    CQ_TRY(cq_plan_add(p, &d->dxf, CQ_FOR_LOGITS, "final hidden gradient", d->dtype,
+                       CQ_SHAPE2(tokens, d->dim)));
+    if (d->o.many && cq_model_head(d->student)->trainable)
+        CQ_TRY(cq_plan_add(p, &d->dhead, CQ_FOR_LOGITS, "head gradient of one micro-batch",
+                           d->dtype, CQ_SHAPE2(d->vocab, d->dim)));
+    return d->o.layer_loss == CQ_LAYER_NONE ? CQ_OK : plan_taps(d, p, tokens);
+}
+
+int64_t cq_tap_candidates(int32_t *rows, const cq_batch *b) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < b->tokens; i++)
+        if (b->labels[i] >= 0 && b->positions[i] > 0)
+            rows[n++] = (int32_t)i;
+    return n;
+}
+
+int cq_tap_gram(cq_stream *s, cq_dtype dtype, const void *h, int64_t dim, const int32_t *rows,
+                int64_t n, bool unbiased, void *xs, void *centred, void *gram) {
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = dtype, .rows = n, .dim = dim, .x = h, .index = rows,
+                  .y = xs));
+    return CQ_RUN(s, gram, .dtype = dtype, .n = n, .dim = dim, .x = xs, .unbiased = unbiased,
+                  .scratch = centred, .gram = gram);
+}
+
+static void sample_rows(cq_distill *d, const cq_batch *b, int64_t step, int64_t micro) {
+    int32_t *candidate = d->candidates.data, *row = d->rows.data;
+    if (d->given) {
+        d->n_rows = d->given;
+        d->given = 0;
+        return;
+    }
+    int64_t found = cq_tap_candidates(candidate, b);
+    d->n_rows = found < d->o.rows ? found : d->o.rows;
+    cq_random_sample(row, d->n_rows, found, d->o.seed, ((uint64_t)step << 24) + (uint64_t)micro);
+    for (int64_t i = 0; i < d->n_rows; i++)
+        row[i] = candidate[row[i]];
+}
+
+int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n) {
+    if (d->o.layer_loss == CQ_LAYER_NONE || n < 4 || n > d->o.rows)
+        return cq_fail(CQ_EUSAGE, "distill: %ld rows given, wanted 4 to %ld and a layer loss",
+                       (long)n, (long)d->o.rows);
+    memcpy(d->rows.data, rows, (size_t)n * sizeof *rows);
+    d->given = n;
+    return CQ_OK;
+}
+
+static int tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
+    const cq_tensor *h = cq_model_hidden(teacher ? d->teacher : d->student, l);
+    int64_t dim = teacher ? d->teacher_dim : d->dim, n = d->n_rows;
+    if (!is_row_loss(d)) {
+        void *gram = teacher ? d->of_teacher[l].data : d->of_student[l].data;
+        CQ_TRY(cq_tap_gram(s, d->dtype, h->data, dim, d->rows.data, n,
+                           d->o.layer_loss == CQ_LAYER_CKA_UNBIASED, d->xs.data, d->centred.data,
+                           gram));
+        if (teacher)
+            return CQ_OK;
+        CQ_TRY(CQ_RUN(s, cka, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .k = gram,
+                      .l = d->of_teacher[l].data, .out = d->stats[l]));
+        d->loss[l] = d->stats[l][3];
+        return CQ_OK;
+    }
+    void *rows = teacher ? d->of_teacher[l].data : d->xs.data;
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = n, .dim = dim, .x = h->data,
+                  .index = d->rows.data, .y = rows));
+    return teacher ? CQ_OK
+                   : CQ_RUN(s, rowloss, .dtype = d->dtype, .form = row_form(d), .n = n, .dim = dim,
+                            .x = rows, .y = d->of_teacher[l].data, .out = &d->loss[l]);
+}
+
+static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher) {
+    cq_model *m = teacher ? d->teacher : d->student;
+    CQ_TRY(cq_model_embed_forward(m, s, b));
+    for (int64_t l = 0; l < d->n_blocks; l++) {
+        CQ_TRY(cq_model_block_forward(m, s, b, l));
+        if (d->taps[l] && d->n_rows >= 4)
+            CQ_TRY(tap(d, s, l, teacher));
+    }
+    return cq_model_norm_forward(m, s, b);
+}
+
+/* Loss of one chunk of tokens; leaves the gradient of the final hidden state and the head. */
+static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at, double *sum,
+                      int64_t *right) {
+    int64_t n = b->tokens - at < d->o.chunk ? b->tokens - at : d->o.chunk;
+    int64_t size = cq_dtype_bytes(d->dtype);
+    double scale = 1.0 / (double)d->valid_total;
+    const cq_tensor *xf = cq_model_final(d->student);
+    cq_param *head = cq_model_head(d->student);
+    CQ_TRY(cq_model_head_forward(d->student, s, xf, at, n, d->zs.data));
+    if (d->o.logit_loss == CQ_LOGIT_KL) {
+        CQ_TRY(cq_model_head_forward(d->teacher, s, cq_model_final(d->teacher), at, n, d->zt.data));
+        CQ_TRY(CQ_RUN(s, kl, .dtype = d->dtype, .rows = n, .vocab = d->vocab, .form = d->o.form,
+                      .top_k = d->o.top_k, .teacher = d->zt.data, .student = d->zs.data,
+                      .labels = b->labels + at, .scale = scale, .gradient = true, .sum = sum,
+                      .agree = right));
+    } else
+        CQ_TRY(CQ_RUN(s, cross_entropy, .dtype = d->dtype, .rows = n, .vocab = d->vocab,
+                      .logits = d->zs.data, .labels = b->labels + at, .scale = scale,
+                      .gradient = true, .sum = sum, .correct = right));
+    CQ_TRY(CQ_RUN(s, matmul, .dtype = d->dtype, .m = n, .n = d->dim, .k = d->vocab, .a = d->zs.data,
+                  .lda = d->vocab, .b = head->fq.data, .ldb = d->dim,
+                  .c = (char *)d->dxf.data + at * d->dim * size, .ldc = d->dim, .alpha = 1));
+    void *grad = d->o.many ? d->dhead.data : head->grad.data;
+    if (!grad)
+        return CQ_OK;
+    return CQ_RUN(s, matmul, .dtype = d->dtype, .ta = true, .m = d->vocab, .n = d->dim, .k = n,
+                  .a = d->zs.data, .lda = d->vocab, .b = (char *)xf->data + at * d->dim * size,
+                  .ldb = d->dim, .c = grad, .ldc = d->dim, .alpha = 1, .beta = at > 0);
+}
+
+static bool all_finite(const cq_tensor *t, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(t->dtype == CQ_F64 ? ((const double *)t->data)[i]
+                                         : (double)((const float *)t->data)[i]))
+            return false;
+    return true;
+}
+
+/* Names the first place where a number went wrong. */
+static int not_finite(cq_distill *d, const cq_batch *b, int64_t step, const char *what,
+                      double value) {
+    if (d->teacher && !all_finite(cq_model_final(d->teacher), b->tokens * d->teacher_dim))
+        return cq_fail(CQ_ENUMERIC, "step %ld: %s is %g; the teacher's output is not finite",
+                       (long)step, what, value);
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        if (!all_finite(cq_model_hidden(d->student, l), b->tokens * d->dim))
+            return cq_fail(CQ_ENUMERIC,
+                           "step %ld: %s is %g; the first output that is not finite is block %ld's",
+                           (long)step, what, value, (long)l);
+    return cq_fail(CQ_ENUMERIC,
+                   "step %ld: %s is %g; every block's output is finite, the head's is not",
+                   (long)step, what, value);
+}
+
+static int check_losses(cq_distill *d, const cq_batch *b, int64_t step, double logit_loss) {
+    if (!isfinite(logit_loss))
+        return not_finite(d, b, step, d->o.logit_loss == CQ_LOGIT_KL ? "KL" : "cross-entropy",
+                          logit_loss);
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        if (d->taps[l] && d->n_rows >= 4 && !isfinite(d->loss[l]))
+            return not_finite(d, b, step, "a layer loss", d->loss[l]);
+    return CQ_OK;
+}
+
+int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
+                       int64_t valid_total, cq_distill_result *out) {
+    double sum = 0;
+    int64_t right = 0;
+    if (b->valid < 1 || valid_total < b->valid)
+        return cq_fail(
+            CQ_EDATA,
+            "distill: %ld of %ld tokens of a micro-batch are targets, wanted at least one",
+            (long)b->valid, (long)valid_total);
+    d->valid = b->valid;
+    d->valid_total = valid_total;
+    d->n_rows = 0;
+    if (d->o.layer_loss != CQ_LAYER_NONE)
+        sample_rows(d, b, step, micro);
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        d->loss[l] = NAN;
+    if (d->teacher)
+        CQ_TRY(forward(d, s, b, true));
+    CQ_TRY(forward(d, s, b, false));
+    if (d->o.logit_loss == CQ_LOGIT_NONE)
+        memset(d->dxf.data, 0, (size_t)(b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
+    for (int64_t at = 0; at < b->tokens && d->o.logit_loss != CQ_LOGIT_NONE; at += d->o.chunk)
+        CQ_TRY(head_chunk(d, s, b, at, &sum, &right));
+    *out = (cq_distill_result){.logit_loss = sum / (double)b->valid,
+                               .accuracy = (double)right / (double)b->valid,
+                               .valid = b->valid,
+                               .rows = d->n_rows,
+                               .layer_loss = d->loss};
+    return check_losses(d, b, step, out->logit_loss);
+}
+
+/* dxs = weight * d(layer loss l) / d(sampled rows). */
+static int layer_gradient(cq_distill *d, cq_stream *s, int64_t l, double weight) {
+    int64_t n = d->n_rows;
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = n, .dim = d->dim,
+                  .x = cq_model_hidden(d->student, l)->data, .index = d->rows.data,
+                  .y = d->xs.data));
+    if (is_row_loss(d))
+        return CQ_RUN(s, rowloss_backward, .dtype = d->dtype, .form = row_form(d), .n = n,
+                      .dim = d->dim, .x = d->xs.data, .y = d->of_teacher[l].data, .weight = weight,
+                      .dx = d->dxs.data);
+    memcpy(d->work.data, d->of_student[l].data, (size_t)(n * n * cq_dtype_bytes(d->dtype)));
+    return CQ_RUN(s, cka_backward, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .dim = d->dim,
+                  .k = d->work.data, .l = d->of_teacher[l].data, .x = d->xs.data, .weight = weight,
+                  .stats = d->stats[l], .dx = d->dxs.data);
+}
+
+static int scale_head(cq_distill *d, cq_stream *s, double w) {
+    int64_t n = d->vocab * d->dim;
+    cq_tensor *grad = &cq_model_head(d->student)->grad;
+    if (!grad->data || d->o.logit_loss == CQ_LOGIT_NONE)
+        return CQ_OK;
+    if (d->o.many)
+        return CQ_RUN(s, axpy, .dtype = d->dtype, .n = n, .alpha = w, .beta = 1, .x = d->dhead.data,
+                      .y = grad->data);
+    return w == 1 ? CQ_OK
+                  : CQ_RUN(s, axpy, .dtype = d->dtype, .n = n, .alpha = w, .x = grad->data,
+                           .y = grad->data);
+}
+
+int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
+                        const double *w_layer) {
+    double share = (double)d->valid / (double)d->valid_total;
+    CQ_TRY(scale_head(d, s, w_kl));
+    if (w_kl != 1)
+        CQ_TRY(CQ_RUN(s, axpy, .dtype = d->dtype, .n = b->tokens * d->dim, .alpha = w_kl,
+                      .x = d->dxf.data, .y = d->dxf.data));
+    CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
+    for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
+        if (w_layer && w_layer[l] != 0 && d->taps[l] && d->n_rows >= 4) {
+            CQ_TRY(layer_gradient(d, s, l, w_layer[l] * share));
+            CQ_TRY(CQ_RUN(s, scatter_rows, .dtype = d->dtype, .rows = d->n_rows, .dim = d->dim,
+                          .y = d->dxs.data, .index = d->rows.data,
+                          .x = cq_model_dhidden(d->student)->data));
+        }
+        CQ_TRY(cq_model_block_backward(d->student, s, b, l));
+    }
+    return cq_model_embed_backward(d->student, s, b);
+}
+
+static int norm_of(cq_stream *s, cq_dtype dtype, const void *x, int64_t n, double *out) {
+    *out = 0;
+    CQ_TRY(CQ_RUN(s, sumsq, .dtype = dtype, .n = n, .x = x, .out = out));
+    *out = sqrt(*out);
+    return CQ_OK;
+}
+
+static int measure(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl, double *layer) {
+    double share = (double)d->valid / (double)d->valid_total;
+    CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
+    for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
+        kl[l] = layer[l] = 0;
+        if (d->taps[l] && d->n_rows >= 4) {
+            CQ_TRY(norm_of(s, d->dtype, cq_model_dhidden(d->student)->data, b->tokens * d->dim,
+                           &kl[l]));
+            CQ_TRY(layer_gradient(d, s, l, share));
+            CQ_TRY(norm_of(s, d->dtype, d->dxs.data, d->n_rows * d->dim, &layer[l]));
+        }
+        CQ_TRY(cq_model_block_backward(d->student, s, b, l));
+    }
+    return CQ_OK;
+}
+
+int cq_distill_norms(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl, double *layer) {
+    cq_model_input_only(d->student, true);
+    int status = measure(d, s, b, kl, layer);
+    cq_model_input_only(d->student, false);
+    return status;
+}

@@ -1,0 +1,10 @@
+/// taps.h - sampled rows of a block's output and the layer losses on them, for core/train/*.c only.
+#pragma once
+#include "core/train/distill.h"
+
+/// Rows of one micro-batch that Grams are made of: labelled tokens, never a document's first
+/// (attention sinks). Writes candidate positions to rows [tokens] and returns how many.
+int64_t cq_tap_candidates(int32_t *rows, const cq_batch *b);
+/// xs [n, dim] = h[rows], and its Gram.
+int cq_tap_gram(cq_stream *s, cq_dtype dtype, const void *h, int64_t dim, const int32_t *rows,
+                int64_t n, bool unbiased, void *xs, void *centred, void *gram);
