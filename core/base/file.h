@@ -36,3 +36,5 @@ CQ_API int cq_folder_make(const char *path);
 CQ_API int cq_folder_remove(const char *path);
 /// Renames a folder over another: the old one is removed after the new one is in place, the parent is fsynced.
 CQ_API int cq_folder_replace(const char *to, const char *from);
+/// out = "a/b"; CQ_EUSAGE when it does not fit.
+CQ_API int cq_path_join(char *out, size_t size, const char *a, const char *b);

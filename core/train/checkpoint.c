@@ -47,14 +47,14 @@ static int add_tensor(void *writer, const char *name, cq_tensor t) {
 static int write_files(const char *dir, cq_st_writer *w, const char *json) {
     char path[4096];
     CQ_TRY(cq_folder_make(dir));
-    snprintf(path, sizeof path, "%s/state.safetensors", dir);
+    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.safetensors"));
     CQ_TRY(cq_st_writer_file(w, path));
-    snprintf(path, sizeof path, "%s/state.json", dir);
+    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.json"));
     return cq_file_write(path, json, (int64_t)strlen(json));
 }
 
 int cq_checkpoint_save(const char *dir, cq_model *student, cq_adamw *adam, const char *json) {
-    char part[4096];
+    char part[4200];
     cq_st_writer *w = NULL;
     snprintf(part, sizeof part, "%s.part.%ld", dir, (long)getpid());
     CQ_TRY(cq_st_writer_open(&w));
@@ -101,7 +101,7 @@ int cq_checkpoint_load(const char *dir, cq_model *student, cq_adamw *adam, cq_st
     cq_safetensors *st = NULL;
     int64_t bytes;
     *json = NULL;
-    snprintf(path, sizeof path, "%s/state.safetensors", dir);
+    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.safetensors"));
     CQ_TRY(cq_safetensors_open(&st, path));
     reader r = {st, dir, 0};
     int status = visit_all(student, adam, read_tensor, &r);
@@ -109,8 +109,8 @@ int cq_checkpoint_load(const char *dir, cq_model *student, cq_adamw *adam, cq_st
         status = cq_fail(CQ_EDATA, "%s: holds %ld tensors, the run wants %ld", dir,
                          (long)cq_safetensors_count(st), (long)r.used);
     cq_safetensors_close(st);
-    snprintf(path, sizeof path, "%s/state.json", dir);
-    if (!status)
-        status = cq_model_requantize(student, s);
-    return status ? status : cq_file_read(json, &bytes, path);
+    CQ_TRY(status);
+    CQ_TRY(cq_model_requantize(student, s));
+    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.json"));
+    return cq_file_read(json, &bytes, path);
 }
