@@ -1,0 +1,278 @@
+/* test_model.c - whole models: gradients against finite differences, and bits that must not depend
+ * on how a step is run. */
+#include "tests/harness.h"
+#include <unistd.h>
+
+static const char *const models[] = {"nemotron_h_tiny", "qwen3_tiny"};
+
+static harness_options pair(const char *dir) {
+    return (harness_options){.dir = dir,
+                             .dtype = CQ_F32,
+                             .kernels = "cpu",
+                             .mode = CQ_MODE_SAVE,
+                             .quant = {.preset = "all"},
+                             .distill = {.layer_loss = CQ_LAYER_CKA_UNBIASED, .seed = 3}};
+}
+
+static double *at(cq_param *p, int64_t i) { return (double *)p->value.data + i; }
+
+/* kl + 0.7 mean(layer loss), the loss of the golden files. */
+static double total_loss(harness *h, cq_distill_result *r) {
+    int64_t blocks = cq_model_config(h->student)->n_blocks;
+    double sum = 0;
+    OK(cq_distill_forward(h->distill, &h->stream, h->batch[0], 1, 0, h->batch[0]->valid, r));
+    for (int64_t l = 0; l < blocks; l++)
+        sum += isnan(r->layer_loss[l]) ? 0 : r->layer_loss[l];
+    return r->logit_loss + 0.7 * sum / (double)blocks;
+}
+
+/* Richardson-extrapolated central difference of one element. */
+static double slope(harness *h, cq_param *p, int64_t i) {
+    cq_distill_result r;
+    double x = *at(p, i), e = 1e-4 * (fabs(x) > 0.01 ? fabs(x) : 0.01), d[2];
+    for (int k = 0; k < 2; k++, e /= 2) {
+        *at(p, i) = x + e;
+        double up = total_loss(h, &r);
+        *at(p, i) = x - e;
+        d[k] = (up - total_loss(h, &r)) / (2 * e);
+    }
+    *at(p, i) = x;
+    return (4 * d[1] - d[0]) / 3;
+}
+
+static void check_gradients(const char *dir, cq_layer_loss layer_loss, cq_logit_loss logit_loss) {
+    harness h;
+    harness_options o = pair(dir);
+    o.dtype = CQ_F64;
+    o.kernels = "ref";
+    o.quant.preset = "none";
+    o.distill.layer_loss = layer_loss;
+    o.distill.logit_loss = logit_loss;
+    harness_open(&h, &o);
+    harness_disturb(&h, 0.05);
+    int64_t blocks = cq_model_config(h.student)->n_blocks;
+    double *w = malloc((size_t)blocks * sizeof *w);
+    for (int64_t l = 0; l < blocks; l++)
+        w[l] = 0.7 / (double)blocks;
+    cq_distill_result r;
+    OK(cq_model_zero_grad(h.student));
+    total_loss(&h, &r);
+    OK(cq_distill_backward(h.distill, &h.stream, h.batch[0], 1, w));
+    for (int64_t i = 0; i < cq_model_n_params(h.student); i++) {
+        cq_param *p = cq_model_param(h.student, i);
+        if (!p->grad.data)
+            continue;
+        int64_t n = cq_tensor_elems(p->value), k = cq_random_below(11, (uint64_t)i, 0, n);
+        double norm = 0, want = slope(&h, p, k), got = ((double *)p->grad.data)[k];
+        for (int64_t j = 0; j < n; j++)
+            norm += pow(((double *)p->grad.data)[j], 2);
+        double bound = 2e-5 * fabs(want) + 1e-5 * sqrt(norm / (double)n) + 1e-9;
+        cr_expect(fabs(want - got) <= bound, "%s %s[%ld]: gradient %.10g, differences %.10g", dir,
+                  p->name, (long)k, got, want);
+    }
+    free(w);
+    harness_close(&h);
+}
+
+Test(model, gradient_of_kl_and_unbiased_cka_equals_differences_nemotron) {
+    check_gradients(models[0], CQ_LAYER_CKA_UNBIASED, CQ_LOGIT_KL);
+}
+Test(model, gradient_of_kl_and_biased_cka_equals_differences_qwen3) {
+    check_gradients(models[1], CQ_LAYER_CKA, CQ_LOGIT_KL);
+}
+Test(model, gradient_of_cross_entropy_and_cosine_equals_differences_qwen3) {
+    check_gradients(models[1], CQ_LAYER_COSINE, CQ_LOGIT_CE);
+}
+Test(model, gradient_of_gram_loss_alone_equals_differences_nemotron) {
+    check_gradients(models[0], CQ_LAYER_GRAM, CQ_LOGIT_NONE);
+}
+Test(model, gradient_of_relative_mse_equals_differences_qwen3) {
+    check_gradients(models[1], CQ_LAYER_MSE, CQ_LOGIT_KL);
+}
+
+static void run_steps(const harness_options *o, int steps, char hex[65]) {
+    harness h;
+    harness_open(&h, o);
+    for (int i = 1; i <= steps; i++)
+        harness_step(&h, i, o->distill.many ? 2 : 1, 1, 0.5);
+    harness_hash(&h, hex);
+    harness_close(&h);
+}
+
+Test(model, same_seed_gives_the_same_bits_and_another_seed_others) {
+    for (int m = 0; m < 2; m++) {
+        char a[65], b[65], c[65];
+        harness_options o = pair(models[m]);
+        o.threads = 2;
+        o.distill.many = true;
+        run_steps(&o, 3, a);
+        run_steps(&o, 3, b);
+        o.distill.seed = 4;
+        run_steps(&o, 3, c);
+        cr_expect_str_eq(a, b, "%s", models[m]);
+        cr_expect_str_neq(a, c, "%s: the sampled rows do not matter", models[m]);
+    }
+}
+
+Test(model, recomputing_activations_gives_the_bits_of_keeping_them) {
+    for (int m = 0; m < 2; m++) {
+        char a[65], b[65];
+        harness_options o = pair(models[m]);
+        run_steps(&o, 3, a);
+        o.mode = CQ_MODE_RECOMPUTE;
+        run_steps(&o, 3, b);
+        cr_expect_str_eq(a, b, "%s", models[m]);
+    }
+}
+
+Test(model, recomputing_plans_fewer_bytes) {
+    harness a, b;
+    harness_options o = pair(models[0]);
+    harness_open(&a, &o);
+    o.mode = CQ_MODE_RECOMPUTE;
+    harness_open(&b, &o);
+    cr_expect_lt(cq_plan_bytes(b.plan, CQ_N_PURPOSES), cq_plan_bytes(a.plan, CQ_N_PURPOSES));
+    harness_close(&a);
+    harness_close(&b);
+}
+
+Test(model, weight_of_zero_leaves_the_head_untouched) {
+    harness h;
+    harness_options o = pair(models[0]);
+    harness_open(&h, &o);
+    harness_disturb(&h, 0.05);
+    cq_distill_result r;
+    OK(cq_model_zero_grad(h.student));
+    OK(cq_distill_forward(h.distill, &h.stream, h.batch[0], 1, 0, h.batch[0]->valid, &r));
+    OK(cq_distill_backward(h.distill, &h.stream, h.batch[0], 0, NULL));
+    for (int64_t i = 0; i < cq_model_n_params(h.student); i++) {
+        cq_param *p = cq_model_param(h.student, i);
+        for (int64_t k = 0; p->grad.data && k < cq_tensor_elems(p->grad); k++)
+            cr_assert_eq(((float *)p->grad.data)[k], 0.0f, "%s", p->name);
+    }
+    harness_close(&h);
+}
+
+/* Gradient of two micro-batches equals the sum of what each gives alone at the same normalization.
+ */
+Test(model, micro_batches_add_up_also_with_a_free_weight) {
+    harness h;
+    harness_options o = pair(models[1]);
+    o.distill.many = true;
+    harness_open(&h, &o);
+    harness_disturb(&h, 0.05);
+    cq_param *head = cq_model_head(h.student);
+    int64_t n = cq_tensor_elems(head->grad), valid = h.batch[0]->valid + h.batch[1]->valid;
+    float *sum = calloc((size_t)n, sizeof *sum);
+    cq_distill_result r;
+    for (int i = 0; i < 2; i++) {
+        OK(cq_model_zero_grad(h.student));
+        OK(cq_distill_forward(h.distill, &h.stream, h.batch[i], 1, i, valid, &r));
+        OK(cq_distill_backward(h.distill, &h.stream, h.batch[i], i ? 0.25 : 3, NULL));
+        for (int64_t k = 0; k < n; k++)
+            sum[k] += ((float *)head->grad.data)[k];
+    }
+    OK(cq_model_zero_grad(h.student));
+    for (int i = 0; i < 2; i++) {
+        OK(cq_distill_forward(h.distill, &h.stream, h.batch[i], 1, i, valid, &r));
+        OK(cq_distill_backward(h.distill, &h.stream, h.batch[i], i ? 0.25 : 3, NULL));
+    }
+    for (int64_t k = 0; k < n; k++)
+        cr_assert_float_eq(((float *)head->grad.data)[k], sum[k],
+                           1e-6 + 1e-5 * fabs((double)sum[k]));
+    free(sum);
+    harness_close(&h);
+}
+
+Test(model, measuring_gradient_norms_changes_nothing) {
+    char a[65], b[65];
+    for (int measure = 0; measure < 2; measure++) {
+        harness h;
+        harness_options o = pair(models[0]);
+        harness_open(&h, &o);
+        harness_disturb(&h, 0.05);
+        cq_distill_result r;
+        double norm, kl[64], layer[64], w[64];
+        int64_t blocks = cq_model_config(h.student)->n_blocks;
+        OK(cq_model_zero_grad(h.student));
+        OK(cq_distill_forward(h.distill, &h.stream, h.batch[0], 1, 0, h.batch[0]->valid, &r));
+        if (measure) {
+            OK(cq_distill_norms(h.distill, &h.stream, h.batch[0], kl, layer));
+            for (int64_t l = 0; l < blocks; l++)
+                cr_expect(kl[l] > 0 && layer[l] > 0, "block %ld: norms %g and %g", (long)l, kl[l],
+                          layer[l]);
+        }
+        for (int64_t l = 0; l < blocks; l++)
+            w[l] = 0.1;
+        OK(cq_distill_backward(h.distill, &h.stream, h.batch[0], 1, w));
+        OK(cq_adamw_step(h.adam, &h.stream, 1e-3, 1, &norm));
+        harness_hash(&h, measure ? b : a);
+        harness_close(&h);
+    }
+    cr_expect_str_eq(a, b);
+}
+
+Test(model, frozen_parameters_are_the_teachers_own_memory) {
+    harness h;
+    harness_options o = pair(models[0]);
+    o.quant.freeze = "*experts*,*embeddings*";
+    harness_open(&h, &o);
+    cq_param *s = cq_model_find(h.student, "backbone.layers.1.mixer.experts.0.up_proj.weight");
+    cq_param *t = cq_model_find(h.teacher, s->name);
+    cr_expect_eq(s->value.data, t->value.data);
+    cr_expect_neq(s->fq.data, t->value.data, "a quantized weight has a copy of its own");
+    cr_expect_null(s->grad.data);
+    cr_expect_eq(cq_model_find(h.student, "backbone.embeddings.weight")->value.data,
+                 cq_model_find(h.teacher, "backbone.embeddings.weight")->value.data);
+    char before[65], after[65];
+    cq_sha256 hash;
+    for (int i = 0; i < 2; i++) {
+        cq_sha256_init(&hash);
+        cq_sha256_add(&hash, t->value.data, (size_t)cq_tensor_bytes(t->value));
+        cq_sha256_hex(&hash, i ? after : before);
+        harness_step(&h, i + 1, 1, 1, 0.5);
+    }
+    cr_expect_str_eq(before, after);
+    harness_close(&h);
+}
+
+Test(model, a_checkpoint_continues_bit_for_bit) {
+    char a[65], b[65], dir[256], *json;
+    harness h;
+    harness_options o = pair(models[0]);
+    o.quant.scales = CQ_SCALE_FOUR_OVER_SIX;
+    snprintf(dir, sizeof dir, "/tmp/ckaqad-test-checkpoint-%ld", (long)getpid());
+    harness_open(&h, &o);
+    harness_step(&h, 1, 1, 1, 0.5);
+    OK(cq_checkpoint_save(dir, h.student, h.adam, "{\"step\": 1}"));
+    harness_step(&h, 2, 1, 1, 0.5);
+    harness_hash(&h, a);
+    harness_close(&h);
+    harness_open(&h, &o);
+    OK(cq_checkpoint_load(dir, h.student, h.adam, &h.stream, &json));
+    cr_expect_str_eq(json, "{\"step\": 1}");
+    free(json);
+    harness_step(&h, 2, 1, 1, 0.5);
+    harness_hash(&h, b);
+    cr_expect_str_eq(a, b);
+    harness_close(&h);
+    o = pair(models[1]);
+    harness_open(&h, &o);
+    cr_expect_eq(cq_checkpoint_load(dir, h.student, h.adam, &h.stream, &json), CQ_EDATA,
+                 "another model's state is refused");
+    harness_close(&h);
+    OK(cq_folder_remove(dir));
+}
+
+Test(model, a_loss_that_is_not_finite_names_step_and_block) {
+    harness h;
+    harness_options o = pair(models[0]);
+    harness_open(&h, &o);
+    cq_param *p = cq_model_find(h.student, "backbone.layers.2.norm.weight");
+    ((float *)p->value.data)[3] = INFINITY;
+    cq_distill_result r;
+    cr_expect_eq(cq_distill_forward(h.distill, &h.stream, h.batch[0], 17, 0, h.batch[0]->valid, &r),
+                 CQ_ENUMERIC);
+    cr_expect(strstr(cq_error(), "step 17") && strstr(cq_error(), "block 2"), "%s", cq_error());
+    harness_close(&h);
+}
