@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds, runs every test. Each part prints one line; the last line counts them.
+#   bash tests/run.sh [PART...]      only these parts: gcc clang sanitize lint lua golden recipes install long
+set -u
+cd "$(dirname "$0")/.."
+. recipes/packages.sh
+# shellcheck disable=SC2086
+need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang clang-format shellcheck libclang-rt-14-dev || exit 1
+
+want=" ${*:-gcc clang sanitize lint lua golden recipes install long} "
+logs=build/logs; mkdir -p "$logs"
+passed=0; failed=0; skipped=0
+part() { # NAME LABEL COMMAND...
+  case "$want" in *" $1 "*) ;; *) return 0 ;; esac
+  local label=$2 log="$logs/$(printf '%s' "$2" | tr -c 'a-zA-Z0-9\n' '_').log" t=$SECONDS rc=0
+  shift 2
+  "$@" >"$log" 2>&1 </dev/null || rc=$?
+  case $rc in
+    0) passed=$((passed + 1)); printf 'ok      %-52s %4d s\n' "$label" $((SECONDS - t)) ;;
+    77) skipped=$((skipped + 1)); printf 'skipped %-52s %4d s\n' "$label" $((SECONDS - t)) ;;
+    *) failed=$((failed + 1)); printf 'FAILED  %-52s %4d s  exit %d, end of %s:\n' "$label" $((SECONDS - t)) $rc "$log"; tail -n 30 "$log" ;;
+  esac
+}
+build() { # FOLDER CMAKE-OPTIONS...
+  local dir=$1; shift
+  cmake -S . -B "$dir" -G Ninja -DCKAQAD_WERROR=ON "$@" && cmake --build "$dir"
+}
+each_test() { ctest --test-dir "$1" --output-on-failure --timeout 300 -j 2; }
+sanitized() {
+  build build/asan -DCKAQAD_SANITIZE=address,undefined && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
+}
+
+part gcc "build with gcc, warnings are errors" build build
+part gcc "unit tests" each_test build
+part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang
+part clang "build without oneDNN" build build/plain -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF
+part sanitize "unit tests under address and undefined sanitizers" sanitized
+for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
+part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua
+for script in tests/golden/*.sh; do part golden "golden: $(basename "$script" .sh)" bash "$script"; done
+for script in tests/recipes/*.sh; do part recipes "recipes: $(basename "$script" .sh)" bash "$script"; done
+part install "install, and a program against the installed library" bash tests/install/run.sh
+part long "long measurements, a twentieth of the trials" bash tests/long.sh --share=20
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ]
