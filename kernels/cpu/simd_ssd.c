@@ -1,0 +1,90 @@
+/* simd_ssd.c - the Mamba-2 scan in chunks, forward.
+ *
+ *     y_t = sum_{s <= t} L[t, s] (C_t . B_s) dt_s x_s + e_t S_in' C_t + D x_t
+ *
+ * Symbols are ssd.h's. C B' is computed once for the heads of a group. A unit of work is a document
+ * and a group; it writes nothing that another unit writes.
+ */
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/ssd.h"
+
+/// m[t, s] = cb[t, s] L[t, s] dt_s on and below the diagonal, zero to the end of the strip.
+static void weigh(float *m, const float *cb, int64_t ld, const ssd_decay *w, int64_t n) {
+    for (int64_t t = 0; t < n; t++) {
+        float high = w->high[t], low = w->low[t], *to = m + t * ld;
+        const float *from = cb + t * ld;
+        int64_t strip = ssd_min(n, t / SSD_STRIP * SSD_STRIP + SSD_STRIP), end = tile_pad(t + 1);
+        for (int64_t s = 0; s < end; s++) {
+            float d = (high - w->high[s]) + (low - w->low[s]);
+            to[s] = from[s] * vec_exp(d < 0.0f ? d : 0.0f) * w->dt[s];
+        }
+        for (int64_t s = t + 1; s < strip; s++)
+            to[s] = 0.0f;
+    }
+}
+
+/// One head of one chunk: y of its n tokens from t0 on, given S_in (NULL: zero).
+static void head_chunk(const ssd_input *in, float *y, const float *m, int64_t ld, float *weighted,
+                       const float *state, const ssd_decay *w, int64_t head, int64_t t0,
+                       int64_t n) {
+    int64_t dim = in->dim, ns = in->state, ldy = in->heads * dim;
+    const float *x = in->x + t0 * in->ldx + head * dim;
+    const float *c = in->c + t0 * in->ldc + head / (in->heads / in->groups) * ns;
+    float skip = in->d[head];
+    y += t0 * ldy + head * dim;
+    for (int64_t i = 0; i < n; i += SSD_STRIP) {
+        int64_t rows = ssd_min(SSD_STRIP, n - i);
+        tile_product(
+            &(tile_args){rows, dim, i + rows, m + i * ld, ld, 1, x, in->ldx, y + i * ldy, ldy},
+            false);
+    }
+    if (state) {
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t i = 0; i < ns; i++)
+                weighted[t * ns + i] = w->e[t] * c[t * in->ldc + i];
+        tile_product(&(tile_args){n, dim, ns, weighted, ns, 1, state, dim, y, ldy}, true);
+    }
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t i = 0; i < dim; i++)
+            y[t * ldy + i] += skip * x[t * in->ldx + i];
+}
+
+/// One group of one document of `length` tokens from `start` on.
+static void forward_unit(const ssd_input *in, float *y, int64_t group, int64_t start,
+                         int64_t length, float *scratch) {
+    int64_t chunk = ssd_min(in->chunk, length), ld = tile_pad(chunk), ns = in->state;
+    int64_t per_group = in->heads / in->groups, size = ns * in->dim;
+    float *states = ssd_take(&scratch, per_group * size), *bt = ssd_take(&scratch, ns * ld);
+    float *cb = ssd_take(&scratch, chunk * ld), *m = ssd_take(&scratch, chunk * ld);
+    float *weighted = ssd_take(&scratch, chunk * ns);
+    ssd_decay w = ssd_decay_take(&scratch, chunk);
+    for (int64_t t0 = 0; t0 < length; t0 += chunk) {
+        int64_t n = ssd_min(chunk, length - t0), t = start + t0;
+        ssd_products(cb, bt, ld, in, group, t, n);
+        for (int64_t h = 0; h < per_group; h++) {
+            int64_t head = group * per_group + h;
+            float *state = states + h * size;
+            ssd_decays(&w, in, head, t, n);
+            weigh(m, cb, ld, &w, n);
+            head_chunk(in, y, m, ld, weighted, t0 ? state : NULL, &w, head, t, n);
+            if (t0 + n < length)
+                ssd_state(state, t0 ? state : NULL, weighted, in, &w, head, t, n);
+        }
+    }
+}
+
+int CQ_OP(ssd_forward)(cq_stream *s, const cq_ssd_forward_args *a) {
+    CQ_F32_OR_REF(ssd_forward);
+    const ssd_input in = SSD_INPUT(a);
+    int64_t longest = sequence_longest(a->starts, a->n_docs);
+    CQ_TRY(scratch_check(
+        s, "ssd_forward",
+        cq_ssd_scratch_bytes(longest, a->chunk, a->heads, a->head_dim, a->groups, a->state)));
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+    for (int64_t unit = 0; unit < a->n_docs * a->groups; unit++) {
+        int64_t start = a->starts[unit / a->groups], end = a->starts[unit / a->groups + 1];
+        if (end > start)
+            forward_unit(&in, a->y, unit % a->groups, start, end - start, scratch_of_thread(s));
+    }
+    return CQ_OK;
+}
