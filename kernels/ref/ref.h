@@ -22,6 +22,9 @@
 #include <string.h>
 #include <tgmath.h>
 
+/// The table of the backend `ref`: every operation, both dtypes.
+extern const cq_kernels cq_ref_kernels;
+
 /// The public function of one operation: chooses the instance by a->dtype.
 #define CQ_REF_OP(op)                                                                              \
     int cq_ref_##op(cq_stream *s, const cq_##op##_args *a) {                                       \
@@ -39,6 +42,11 @@
 /// first and the result widened. Fails with CQ_ESHAPE when cols is not a multiple of 16.
 int cq_ref_fake_rows(const cq_fq *fq, cq_dtype dtype, int64_t rows, int64_t cols, const void *x,
                      void *y, const float *block_amax, float top);
+
+/// Functions of one acc value, in its own precision. softplus is the identity above 20, as in the
+/// models.
+#define CQ_SIGMOID(x) (1 / (1 + exp(-(x))))
+#define CQ_SOFTPLUS(x) ((x) > 20 ? (x) : log1p(exp(x)))
 
 /// Zeroed memory for n elements of `size` bytes; NULL when there is none (n = 0 gives a valid
 /// pointer).
