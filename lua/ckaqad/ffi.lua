@@ -1,0 +1,133 @@
+-- ffi.lua - the only file that touches C: the library's functions, ownership, statuses turned into errors.
+--
+-- The cdef is made from the headers by the build. Symbols are looked up in the program itself first and then in the
+-- shared library (CKAQAD_LIBRARY or libckaqad.so), so the same modules run in `ckaqad` and in a plain `luajit`.
+-- Every checked call first looks at the program's stop flag: compiled loops never see a debug hook.
+local ffi = require "ffi"
+local errors = require "ckaqad.errors"
+local cdef = require "ckaqad.cdef"
+
+ffi.cdef(cdef.text)
+ffi.cdef [[
+void free(void *p);
+int isatty(int fd);
+struct cq_timespec { long seconds, nanoseconds; };
+int clock_gettime(int clock, struct cq_timespec *t);
+]]
+
+local function find_library()
+  if pcall(function() return ffi.C.cq_version end) then return ffi.C end
+  local path = os.getenv("CKAQAD_LIBRARY")
+  local ok, library = pcall(ffi.load, path or "ckaqad")
+  if not ok then errors.raise(errors.IO, "libckaqad: %s", tostring(library)) end
+  return library
+end
+local C = find_library()
+
+local version = ffi.string(C.cq_version())
+if version:match("^%S+") ~= cdef.version then
+  errors.raise(errors.USAGE, "libckaqad: version %s, wanted %s as these Lua modules", version:match("^%S+"), cdef.version)
+end
+
+local native = { C = C, new = ffi.new, cast = ffi.cast, copy = ffi.copy, sizeof = ffi.sizeof, version = version }
+
+-- The program leaves a pointer to the number of the last stop signal; a plain luajit has none.
+local has_host, host = pcall(require, "ckaqad.host")
+local stop = has_host and ffi.cast("volatile int *", host.stop)
+function native.poll()
+  if stop and stop[0] ~= 0 then
+    local signal = stop[0]
+    stop[0] = 0
+    local e = errors.new(0, signal == 15 and "terminated" or "interrupted")
+    e.exit = 128 + signal
+    error(e, 0)
+  end
+end
+
+function native.check(status)
+  native.poll()
+  if status < 0 then errors.raise(tonumber(status), "%s", ffi.string(C.cq_error())) end
+  return tonumber(status)
+end
+
+-- native.call.cq_x(...) calls a function that returns a status and throws when it failed.
+native.call = setmetatable({}, {
+  __index = function(t, name)
+    local f = C[name]
+    local function checked(...) return native.check(f(...)) end
+    t[name] = checked
+    return checked
+  end,
+})
+
+local closers = { cq_batch = "cq_batch_free" }
+
+-- Calls `opener(&object, ...)` and returns the object, closed when it is collected.
+function native.open(kind, opener, ...)
+  local out = ffi.new(kind .. " *[1]")
+  native.check(C[opener](out, ...))
+  return ffi.gc(out[0], C[closers[kind] or kind .. "_close"])
+end
+
+-- Closes an object now.
+function native.close(object, kind)
+  ffi.gc(object, nil)
+  C[closers[kind] or kind .. "_close"](object)
+end
+
+-- Calls `f(..., &text, &bytes)`-like functions through `fill(text, bytes)` and returns the malloc'd text as a string.
+function native.take_text(fill)
+  local out, bytes = ffi.new "char *[1]", ffi.new "int64_t[1]"
+  native.check(fill(out, bytes))
+  local s = ffi.string(out[0], bytes[0])
+  C.free(out[0])
+  return s
+end
+
+-- nil for a null pointer, else the string.
+function native.string(pointer, bytes)
+  if pointer == nil then return nil end
+  return bytes and ffi.string(pointer, bytes) or ffi.string(pointer)
+end
+
+function native.free(pointer) C.free(pointer) end
+
+local now = ffi.new "struct cq_timespec"
+-- Seconds of a clock that only goes forward.
+function native.clock()
+  C.clock_gettime(1, now)
+  return tonumber(now.seconds) + tonumber(now.nanoseconds) * 1e-9
+end
+
+function native.isatty(fd) return C.isatty(fd) == 1 end
+
+local element = { [0] = "float", "double", "uint16_t", "uint16_t", "uint8_t", "uint8_t", "int32_t", "int64_t" }
+
+-- A pointer to a tensor's elements (BF16 and F16 as their bits), and their number.
+function native.elements(tensor)
+  return ffi.cast(element[tonumber(tensor.dtype)] .. " *", tensor.data), tonumber(C.cq_tensor_elems(tensor))
+end
+
+-- A new array of a tensor's values in another float dtype ("CQ_F32" or "CQ_F64").
+function native.convert(tensor, dtype)
+  local n = C.cq_tensor_elems(tensor)
+  local to = ffi.new(dtype == "CQ_F64" and "double[?]" or "float[?]", math.max(1, tonumber(n)))
+  native.check(C.cq_convert(to, C[dtype], tensor.data, tensor.dtype, n))
+  return to, tonumber(n)
+end
+
+function native.sha256(path)
+  local hex = ffi.new "char[65]"
+  native.check(C.cq_sha256_file(path, hex))
+  return ffi.string(hex)
+end
+
+function native.sha256_text(s)
+  local hex, state = ffi.new "char[65]", ffi.new "cq_sha256"
+  C.cq_sha256_init(state)
+  C.cq_sha256_add(state, s, #s)
+  C.cq_sha256_hex(state, hex)
+  return ffi.string(hex)
+end
+
+return native

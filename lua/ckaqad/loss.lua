@@ -1,0 +1,71 @@
+-- loss.lua - the terms of a distillation loss, as values that a plan and cq.distill take.
+--
+-- A list of terms has one on the logits (kl or ce) and at most one between block outputs (cka, cosine, mse, gram).
+local errors = require "ckaqad.errors"
+local loss = {}
+
+--- KL(teacher || student) on the logits, nats per valid token.
+--- `top_k` entries of the teacher count; `tail` says what happens to the rest: "bucket" (one more class; default),
+--- "renormalized", "truncated", or "full" (the whole vocabulary, top_k ignored). `chunk` tokens of logits exist at a time.
+function loss.kl(options)
+  local o = errors.fill("loss.kl", options, { top_k = 1024, tail = "bucket", chunk = 0 })
+  errors.choose("option --tail", o.tail, { "bucket", "renormalized", "truncated", "full" })
+  if o.top_k < 1 then errors.usage("loss.kl: top_k is %g, wanted at least 1", o.top_k) end
+  o.logits = "kl"
+  return o
+end
+
+--- Cross-entropy with the labels; needs no teacher.
+function loss.ce(options)
+  local o = errors.fill("loss.ce", options, { chunk = 0 })
+  o.logits = "ce"
+  return o
+end
+
+local function layer(name, options, more)
+  local defaults = { blocks = "all", tokens = 512 }
+  for key, value in pairs(more or {}) do defaults[key] = value end
+  local o = errors.fill("loss." .. name, options, defaults)
+  if o.tokens < 4 then errors.usage("loss.%s: tokens is %g, wanted at least 4", name, o.tokens) end
+  o.layers = name
+  return o
+end
+
+--- 1 - linear CKA between teacher and student block outputs at `tokens` sampled rows of each micro-batch.
+--- `blocks` is a selector (all, mamba, attention, moe, mlp, first:2, last:8, every:4, 3,7,11, none);
+--- `estimator` "unbiased" (default) or "biased".
+function loss.cka(options)
+  local o = layer("cka", options, { estimator = "unbiased" })
+  errors.choose("option --estimator", o.estimator, { "unbiased", "biased" })
+  if o.estimator == "unbiased" then o.layers = "cka_unbiased" end
+  return o
+end
+
+--- Mean over the sampled rows of 1 - cosine, in CKA's place.
+function loss.cosine(options) return layer("cosine", options) end
+
+--- Relative squared error |X - Y|^2 / |Y|^2 of the sampled rows, in CKA's place.
+function loss.mse(options) return layer("mse", options) end
+
+--- Relative squared error of the centred Gram matrices, in CKA's place.
+function loss.gram(options) return layer("gram", options) end
+
+-- Splits a list of terms into its logit and its layer term.
+function loss.split(terms)
+  local logits, layers
+  for _, term in ipairs(terms) do
+    if term.logits then
+      if logits then errors.usage("terms: two losses on the logits, wanted one") end
+      logits = term
+    elseif term.layers then
+      if layers then errors.usage("terms: two losses between blocks, wanted one") end
+      layers = term
+    else
+      errors.usage("terms: got a value that is no loss, wanted cq.loss.kl {...} and the like")
+    end
+  end
+  if not logits and not layers then errors.usage("terms: the list is empty, wanted cq.loss.kl {...} and the like") end
+  return logits, layers
+end
+
+return errors.strict(loss, "loss")

@@ -1,0 +1,186 @@
+-- model.lua - models: the BF16 teacher, the 4-bit student made from it, calibration, export.
+--
+-- Opening reads names and shapes only; the bytes come when the plan that the model is part of is committed.
+local native = require "ckaqad.ffi"
+local device = require "ckaqad.device"
+local errors = require "ckaqad.errors"
+local hf = require "ckaqad.hf"
+local text = require "ckaqad.text"
+local C, call = native.C, native.call
+
+local model = {}
+local Model = {}
+Model.__index = Model
+
+local kind_names = { M = "mamba", E = "moe", ["*"] = "attention", ["-"] = "mlp", Q = "attention + mlp" }
+local kind_order = { "M", "E", "*", "-", "Q" }
+
+local function wrap(c, extra)
+  local config = C.cq_model_config(c)
+  local m = {
+    c = c, config = config, dir = native.string(C.cq_model_dir(c)), pattern = native.string(config.pattern),
+    n_blocks = tonumber(config.n_blocks), vocab = tonumber(config.vocab), hidden = tonumber(config.hidden),
+    n_params = tonumber(C.cq_config_params(config)), nvfp4 = C.cq_model_is_nvfp4(c), device = device.current(),
+  }
+  m.family = config.family == C.CQ_NEMOTRON_H and "nemotron_h" or "qwen3"
+  for key, value in pairs(extra or {}) do m[key] = value end
+  C.cq_model_set_compute(c, m.device.stream.compute)
+  return setmetatable(m, Model)
+end
+
+local dtypes = { f32 = "CQ_F32", f64 = "CQ_F64" }
+
+--- Opens a checkpoint: a Hugging Face folder (BF16, F32, F16 or exported NVFP4), a run folder, or org/name in the cache.
+--- Options: `dtype` "f32" (default) or "f64" (checks; needs kernels = "ref").
+function model.open(name, options)
+  local o = errors.fill("model.open", options, { dtype = "f32" })
+  errors.choose("model.open: dtype", o.dtype, { "f32", "f64" })
+  local dir = hf.resolve(name)
+  return wrap(native.open("cq_model", "cq_model_open", dir, C[dtypes[o.dtype]]), { dtype = o.dtype })
+end
+
+--- A model with the architecture of `dir/config.json` and no weights: `model:init(seed)` after the plan fills them.
+function model.create(dir, options)
+  local o = errors.fill("model.create", options, { dtype = "f32" })
+  return wrap(native.open("cq_model", "cq_model_create", dir, C[dtypes[o.dtype]]), { dtype = o.dtype, random = true })
+end
+
+-- Parameters of the model in `dir`, from its config.json alone.
+function model.count(dir)
+  local config = native.new "cq_config"
+  call.cq_config_load(config, dir)
+  return tonumber(C.cq_config_params(config))
+end
+
+--- Random weights from a seed, for a model made by `cq.model.create`; after the plan is committed.
+function Model:init(seed) call.cq_model_init(self.c, seed or 1) end
+
+local scale_methods = { max = "CQ_SCALE_MAX", mse = "CQ_SCALE_MSE", four_over_six = "CQ_SCALE_FOUR_OVER_SIX" }
+
+--- The 4-bit student of a teacher.
+--- Options: `preset` (nemotron_nano, qwen3, all, experts, mlp, none), `scales` (max, mse, four_over_six), `exclude`, `include` and
+--- `freeze` (comma-separated globs of module or parameter names), `weights_only` (W4A16).
+function Model:quantize(options)
+  local o = errors.fill("quantize", options, {
+    preset = "all", scales = "max", exclude = "", include = "", freeze = "", weights_only = false,
+  })
+  errors.choose("option --scales", o.scales, { "max", "mse", "four_over_six" })
+  if o.preset == "weights_only" then o.preset, o.weights_only = "all", true end
+  local q = native.new "cq_quant_options"
+  local function globs(value) return value ~= "" and value or nil end
+  q.preset, q.exclude, q.include, q.freeze = o.preset, globs(o.exclude), globs(o.include), globs(o.freeze)
+  q.weights_only, q.scales = o.weights_only, C[scale_methods[o.scales]]
+  call.cq_quant_check(q)
+  local c = native.open("cq_model", "cq_model_quantize", self.c, q)
+  return wrap(c, { dtype = self.dtype, teacher = self, quant = o })
+end
+
+-- Points the stream at this model's scratch and returns it.
+function Model:stream()
+  local stream = self.device.stream
+  C.cq_model_bind_stream(self.c, stream)
+  return stream
+end
+
+--- Runs batches unquantized, keeps the largest |input| of every quantized linear, freezes the scales and writes the
+--- fake-quantized weights. Returns the number of experts that no token reached (they take their layer's maximum).
+function Model:calibrate(batches)
+  call.cq_model_calibrate_begin(self.c)
+  for _, batch in ipairs(batches) do call.cq_model_forward(self.c, self:stream(), batch) end
+  local unreached = native.new "int64_t[1]"
+  call.cq_model_calibrate_end(self.c, self:stream(), unreached)
+  return tonumber(unreached[0])
+end
+
+--- Blocks of 16 whose scale was clamped since the last call.
+function Model:saturated() return tonumber(C.cq_model_saturated(self.c)) end
+
+--- Multiplies the learning rate of the parameters that match `globs`; 0 freezes them. Returns how many matched.
+function Model:lr_scale(globs, factor)
+  return native.check(tonumber(C.cq_model_lr_scale(self.c, globs, factor)))
+end
+
+--- Parameters in checkpoint order, each with name, shape, value, grad, quantized, reason (a C struct).
+function Model:params()
+  local i, n = -1, tonumber(C.cq_model_n_params(self.c))
+  return function()
+    i = i + 1
+    if i < n then return C.cq_model_param(self.c, i) end
+  end
+end
+
+--- Writes the NVFP4 checkpoint that vLLM, TensorRT-LLM and SGLang load. `options.shard` is the largest file (4.5 GiB).
+function Model:export(dir, options)
+  local o = errors.fill("export", options, { shard = 4.5 * 2 ^ 30 })
+  call.cq_export_nvfp4(self.c, dir, o.shard)
+  return dir
+end
+
+--- Elements of an exported folder whose dequantized value differs from this model's fake-quantized weights, by bits.
+function Model:differing(dir)
+  local n = native.new "int64_t[1]"
+  call.cq_export_compare(self.c, dir, n)
+  return tonumber(n[0])
+end
+
+--- Writes the master weights as an ordinary checkpoint folder.
+function Model:save(dir, options)
+  local o = errors.fill("save", options, { shard = 4.5 * 2 ^ 30 })
+  call.cq_export_weights(self.c, dir, o.shard)
+  return dir
+end
+
+-- "5 mamba, 5 moe, 2 attention"
+function Model:kinds()
+  local parts = {}
+  for _, letter in ipairs(kind_order) do
+    local n = tonumber(C.cq_config_count(self.config, letter:byte()))
+    if n > 0 then parts[#parts + 1] = ("%d %s"):format(n, kind_names[letter]) end
+  end
+  return table.concat(parts, ", ")
+end
+
+--- One line: family, parameters, blocks by kind.
+function Model:describe()
+  return ("%s, %s parameters, %d blocks: %s (%s)"):format(self.family, text.count(self.n_params), self.n_blocks,
+    self:kinds(), self.pattern:sub(1, 60))
+end
+
+-- backbone.layers.3.mixer.experts.7.up_proj.weight -> experts.*.up_proj
+local function short(name)
+  local s = name:gsub("%.weight$", ""):gsub("^.*layers%.%d+%.", ""):gsub("^.*%.(lm_head)$", "%1")
+  return (s:gsub("^mixer%.", ""):gsub("%.%d+%.", ".*."))
+end
+
+--- Lines that say which linears are quantized, and why the others are not.
+function Model:quantization()
+  local n, of, params, reasons, order = 0, 0, 0, {}, {}
+  for p in self:params() do
+    if p.quantized then
+      n, params = n + 1, params + tonumber(C.cq_shape_elems(p.shape))
+    end
+    if p.linear then of = of + 1 end
+    local reason = native.string(p.reason)
+    if p.linear and not p.quantized then
+      reason = reason or "kept"
+      if not reasons[reason] then
+        reasons[reason] = { n = 0, names = {}, list = {} }
+        order[#order + 1] = reason
+      end
+      local r, name = reasons[reason], short(native.string(p.name))
+      r.n = r.n + 1
+      if not r.names[name] then r.names[name], r.list[#r.list + 1] = true, name end
+    end
+  end
+  local q = self.quant or { preset = "as exported", scales = "max" }
+  local lines = { ("%d of %d linears (%s parameters) in NVFP4: preset %s, %s, scales %s"):format(n, of, text.count(params), q.preset,
+    q.weights_only and "weights only" or "weights and activations", q.scales) }
+  for _, reason in ipairs(order) do
+    local r = reasons[reason]
+    local names = table.concat(r.list, ", ", 1, math.min(4, #r.list)) .. (#r.list > 4 and ", ..." or "")
+    lines[#lines + 1] = ("  not: %d %s (%s)"):format(r.n, reason, names)
+  end
+  return lines
+end
+
+return model
