@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Sourced by quickstart.sh and tests/run.sh: installs what is missing with apt, and says what it does.
 #   need PACKAGE...     returns 1, naming the command to type, when packages are missing and cannot be installed
 

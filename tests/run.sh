@@ -2,7 +2,7 @@
 # Installs what is missing, builds, runs every test. Each part prints one line; the last line counts them.
 #   bash tests/run.sh [PART...]      only these parts: gcc clang sanitize lint lua golden recipes install long
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 . recipes/packages.sh
 # shellcheck disable=SC2086
 need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang clang-format shellcheck libclang-rt-14-dev || exit 1
@@ -12,7 +12,8 @@ logs=build/logs; mkdir -p "$logs"
 passed=0; failed=0; skipped=0
 part() { # NAME LABEL COMMAND...
   case "$want" in *" $1 "*) ;; *) return 0 ;; esac
-  local label=$2 log="$logs/$(printf '%s' "$2" | tr -c 'a-zA-Z0-9\n' '_').log" t=$SECONDS rc=0
+  local label=$2 log t=$SECONDS rc=0
+  log="$logs/$(printf '%s' "$2" | tr -c 'a-zA-Z0-9\n' '_').log"
   shift 2
   "$@" >"$log" 2>&1 </dev/null || rc=$?
   case $rc in

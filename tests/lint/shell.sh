@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# shellcheck over every shell script.
+set -eu
+cd "$(dirname "$0")/../.."
+git ls-files '*.sh' .ci/run | xargs shellcheck -x -S warning
