@@ -70,14 +70,18 @@ static void clear_tail(float *row, int64_t seen) {
 
 /// Turns a row of raw scores into exp(scale s - max), keeping the row's running maximum and sum;
 /// returns the factor that what was accumulated under the old maximum must be multiplied with.
+/// Whole vectors: what lies beyond the n scores counts nothing and is cleared later.
 static float softmax_row(float *s, int64_t n, float scale, float *max, float *sum) {
     float top = -FLT_MAX, total = 0.0f;
+    int64_t end = tile_pad(n);
+    for (int64_t j = n; j < end; j++)
+        s[j] = -FLT_MAX;
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; j++)
+    for (int64_t j = 0; j < end; j++)
         top = s[j] > top ? s[j] : top;
     float before = *max, now = top * scale > before ? top * scale : before;
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < n; j++) {
+    for (int64_t j = 0; j < end; j++) {
         float p = vec_exp(s[j] * scale - now);
         s[j] = p;
         total += p;
@@ -152,7 +156,7 @@ static void backward_head(const cq_attention_backward_args *a, const view *d, in
 #pragma omp simd reduction(+ : delta)
             for (int64_t c = 0; c < dim; c++)
                 delta += o[c] * g[c];
-            for (int64_t j = 0; j < seen; j++) {
+            for (int64_t j = 0; j < tile_pad(seen); j++) {
                 pi[j] = vec_exp(pi[j] * scale - row);
                 di[j] = pi[j] * (di[j] - delta) * scale;
             }

@@ -1,0 +1,341 @@
+/* simd_losses.c - the losses on logits: KL in all its forms, and cross-entropy. Formulas are
+ * kernels/ref/logits.inc.h's.
+ *
+ * One row: find S (top-k forms), the maxima inside and outside S, then one pass of exponentials
+ * that leaves them where the student's logits were, then one pass for the gradient. Each side of S
+ * has its own maximum, so a tail that is tiny beside the head keeps its digits. Row values are
+ * doubles, summed in row order within at most PARTS runs of rows and then over the runs, whatever
+ * the number of threads.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "core/base/error.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/vec.h"
+
+enum { PARTS = 64, SPAN = 2048, BINS = 2048 };
+
+/// S = { j: t_j > least, or t_j == least and j <= last }.
+typedef struct kept {
+    float least;
+    int64_t last;
+} kept;
+
+/// What one row of logits is on one side of S.
+typedef struct side {
+    float teacher_top, student_top;
+    double teacher, student; ///< sums of exp(logit - top)
+    double difference;       ///< sum of exp(t - top_t) ((t - top_t) - (s - top_s))
+} side;
+
+/// What a run of rows adds to the results.
+typedef struct totals {
+    double sum, nll_teacher, nll_student;
+    int64_t agree, valid;
+} totals;
+
+static int64_t part_start(int64_t n, int64_t part) { return n * part / PARTS; }
+
+/// Bits that order like the float does; both zeros are one.
+static inline uint32_t order_bits(float v) {
+    uint32_t u;
+    v += 0.0f;
+    memcpy(&u, &v, 4);
+    return u ^ ((u >> 31) ? 0xffffffffu : 0x80000000u);
+}
+
+/// The k largest of z [n], the lower id first of equals, 1 <= k < n: three rounds of counting, by
+/// 11, 11 and 10 bits, narrow down the bits of the k-th largest.
+static kept keep_largest(const float *z, int64_t n, int64_t k) {
+    uint32_t prefix = 0, mask = 0;
+    for (int round = 0; round < 3; round++) {
+        int shift = round == 0 ? 21 : round == 1 ? 10 : 0, bins = round == 2 ? 1024 : BINS;
+        int32_t count[BINS] = {0};
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t u = order_bits(z[j]);
+            if ((u & mask) == prefix)
+                count[(u >> shift) & (uint32_t)(bins - 1)]++;
+        }
+        int bin = bins - 1;
+        for (; bin > 0 && count[bin] < k; bin--)
+            k -= count[bin];
+        prefix |= (uint32_t)bin << shift;
+        mask |= (uint32_t)(bins - 1) << shift;
+    }
+    kept s = {.last = 0};
+    for (int64_t j = 0; j < n; j++) /* k equals are still wanted */
+        if (order_bits(z[j]) == prefix) {
+            s.least = z[j];
+            s.last = j;
+            if (--k == 0)
+                break;
+        }
+    return s;
+}
+
+static inline bool is_kept(const kept *s, float t, int j) {
+    return (t > s->least) | ((t == s->least) & (j <= (int)s->last));
+}
+
+static float largest(const float *z, int64_t n) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < n; j++)
+        top = z[j] > top ? z[j] : top;
+    return top;
+}
+static int64_t first_at(const float *z, int64_t n, float value) {
+    int64_t j = 0;
+    while (j < n - 1 && z[j] != value)
+        j++;
+    return j;
+}
+
+/// Tops of the entries in S (`in`) and outside it.
+static void split_tops(side *in, side *out, const kept *s, const float *t, const float *z, int n) {
+    float ti = -INFINITY, si = -INFINITY, to = -INFINITY, so = -INFINITY;
+#pragma omp simd reduction(max : ti, si, to, so)
+    for (int j = 0; j < n; j++) {
+        bool k = is_kept(s, t[j], j);
+        float tk = k ? t[j] : -INFINITY, sk = k ? z[j] : -INFINITY;
+        float tn = k ? -INFINITY : t[j], sn = k ? -INFINITY : z[j];
+        ti = tk > ti ? tk : ti;
+        si = sk > si ? sk : si;
+        to = tn > to ? tn : to;
+        so = sn > so ? sn : so;
+    }
+    *in = (side){.teacher_top = ti, .student_top = si};
+    *out = (side){.teacher_top = to, .student_top = so};
+}
+
+/// One span of a row without S; e receives the student's exponentials and may be z or NULL.
+static inline void exponentials(side *all, const float *t, const float *z, float *e, int64_t n) {
+    float mt = all->teacher_top, ms = all->student_top, sum_t = 0.0f, sum_s = 0.0f, dot = 0.0f;
+#pragma omp simd reduction(+ : sum_t, sum_s, dot)
+    for (int64_t j = 0; j < n; j++) {
+        float dt = t[j] - mt, ds = z[j] - ms, pt = vec_exp(dt), ps = vec_exp(ds);
+        sum_t += pt;
+        sum_s += ps;
+        dot += dt > -87.0f ? pt * (dt - ds) : 0.0f;
+        if (e)
+            e[j] = ps;
+    }
+    all->teacher += (double)sum_t;
+    all->student += (double)sum_s;
+    all->difference += (double)dot;
+}
+/// The same with S; j0 is the span's first id.
+static inline void split_exponentials(side *in, side *out, const kept *s, const float *t,
+                                      const float *z, float *e, int j0, int n) {
+    float ti = 0.0f, si = 0.0f, to = 0.0f, so = 0.0f, dot = 0.0f;
+    float mti = in->teacher_top, msi = in->student_top, mto = out->teacher_top,
+          mso = out->student_top;
+#pragma omp simd reduction(+ : ti, si, to, so, dot)
+    for (int j = 0; j < n; j++) {
+        bool k = is_kept(s, t[j], j0 + j);
+        float dt = t[j] - (k ? mti : mto), ds = z[j] - (k ? msi : mso);
+        float pt = vec_exp(dt), ps = vec_exp(ds);
+        ti += k ? pt : 0.0f;
+        si += k ? ps : 0.0f;
+        to += k ? 0.0f : pt;
+        so += k ? 0.0f : ps;
+        dot += k & (dt > -87.0f) ? pt * (dt - ds) : 0.0f;
+        if (e)
+            e[j] = ps;
+    }
+    in->teacher += (double)ti;
+    in->student += (double)si;
+    in->difference += (double)dot;
+    out->teacher += (double)to;
+    out->student += (double)so;
+}
+
+/// KL of the softmaxes over one side alone.
+static double side_kl(const side *s) {
+    return s->difference / s->teacher + log(s->student / s->teacher);
+}
+/// log of the sum over both sides.
+static double log_sum(double top_a, double sum_a, double top_b, double sum_b) {
+    double a = top_a + log(sum_a), b = top_b + log(sum_b), top = a > b ? a : b;
+    return top + log(exp(a - top) + exp(b - top));
+}
+
+/// Whole-vocabulary row: full KL.
+static double full_row(const cq_kl_args *a, const float *t, float *z, double *lt, double *ls) {
+    side all = {.teacher_top = largest(t, a->vocab), .student_top = largest(z, a->vocab)};
+    for (int64_t j = 0; j < a->vocab; j += SPAN)
+        exponentials(&all, t + j, z + j, a->gradient ? z + j : NULL,
+                     a->vocab - j < SPAN ? a->vocab - j : SPAN);
+    *lt = (double)all.teacher_top + log(all.teacher);
+    *ls = (double)all.student_top + log(all.student);
+    float top = all.teacher_top, p = (float)(a->scale / all.teacher),
+          q = (float)(a->scale / all.student);
+    for (int64_t j = 0; a->gradient && j < a->vocab; j++)
+        z[j] = z[j] * q - vec_exp(t[j] - top) * p;
+    return side_kl(&all);
+}
+
+/// Gradient of a top-k row from the exponentials e: inside S by_q e - by_p exp(t - top), outside S
+/// by_out e.
+static void split_gradient(float *e, const float *t, const kept *s, float top, double by_q,
+                           double by_p, double by_out, int n) {
+    float q = (float)by_q, p = (float)by_p, o = (float)by_out;
+    for (int j = 0; j < n; j++) {
+        bool k = is_kept(s, t[j], j);
+        float both = e[j] * (k ? q : o);
+        e[j] = both - (k ? vec_exp(t[j] - top) * p : 0.0f);
+    }
+}
+
+/// One row of a top-k form.
+static double top_k_row(const cq_kl_args *a, const float *t, float *z, double *lt, double *ls) {
+    kept s = keep_largest(t, a->vocab, a->top_k);
+    int vocab = (int)a->vocab;
+    side in, out;
+    split_tops(&in, &out, &s, t, z, vocab);
+    for (int j = 0; j < vocab; j += SPAN)
+        split_exponentials(&in, &out, &s, t + j, z + j, a->gradient ? z + j : NULL, j,
+                           vocab - j < SPAN ? vocab - j : SPAN);
+    *lt = log_sum(in.teacher_top, in.teacher, out.teacher_top, out.teacher);
+    *ls = log_sum(in.student_top, in.student, out.student_top, out.student);
+    if (a->form == CQ_KL_RENORMALIZED) {
+        if (a->gradient)
+            split_gradient(z, t, &s, in.teacher_top, a->scale / in.student, a->scale / in.teacher,
+                           0.0, vocab);
+        return side_kl(&in);
+    }
+    double p_top = exp((double)in.teacher_top - *lt), q_top = exp((double)in.student_top - *ls);
+    double o_top = exp((double)out.student_top - *ls), mass = p_top * in.teacher;
+    double value = p_top * (in.difference + in.teacher * (((double)in.teacher_top - *lt) -
+                                                          ((double)in.student_top - *ls)));
+    double rest = exp((double)out.teacher_top - *lt) * out.teacher;
+    bool bucket = a->form == CQ_KL_TAIL_BUCKET;
+    if (bucket && rest > 0.0)
+        value += rest * (((double)out.teacher_top + log(out.teacher) - *lt) -
+                         ((double)out.student_top + log(out.student) - *ls));
+    double by_q = bucket ? q_top : q_top * mass, by_out = bucket ? o_top : o_top * mass;
+    if (bucket && rest > 0.0)
+        by_out -= rest / out.student;
+    if (a->gradient)
+        split_gradient(z, t, &s, in.teacher_top, a->scale * by_q, a->scale * p_top,
+                       a->scale * by_out, vocab);
+    return value;
+}
+
+static int check_labels(const int32_t *labels, int64_t rows, int64_t vocab) {
+    for (int64_t r = 0; r < rows; r++)
+        if (labels[r] >= vocab)
+            return cq_fail(CQ_EDATA, "loss: label %d of row %lld, wanted less than %lld", labels[r],
+                           (long long)r, (long long)vocab);
+    return CQ_OK;
+}
+
+static void kl_row(const cq_kl_args *a, int64_t r, bool whole, totals *to) {
+    const float *t = (const float *)a->teacher + r * a->vocab;
+    float *z = (float *)a->student + r * a->vocab;
+    int32_t label = a->labels[r];
+    if (label < 0) {
+        if (a->gradient)
+            memset(z, 0, (size_t)a->vocab * sizeof(float));
+        return;
+    }
+    double lt, ls, zt = (double)t[label], zs = (double)z[label];
+    if (a->agree)
+        to->agree += first_at(t, a->vocab, largest(t, a->vocab)) ==
+                     first_at(z, a->vocab, largest(z, a->vocab));
+    to->sum += whole ? full_row(a, t, z, &lt, &ls) : top_k_row(a, t, z, &lt, &ls);
+    to->nll_teacher += lt - zt;
+    to->nll_student += ls - zs;
+    to->valid++;
+}
+
+int CQ_OP(kl)(cq_stream *s, const cq_kl_args *a) {
+    CQ_F32_OR_REF(kl);
+    bool whole = a->form == CQ_KL_FULL || a->top_k >= a->vocab;
+    if (!whole && a->top_k < 1)
+        return cq_fail(CQ_EUSAGE, "kl: top_k is %lld, wanted at least 1", (long long)a->top_k);
+    CQ_TRY(check_labels(a->labels, a->rows, a->vocab));
+    totals part[PARTS] = {{0}};
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+    for (int64_t p = 0; p < PARTS; p++) {
+        totals mine = {0};
+        for (int64_t r = part_start(a->rows, p); r < part_start(a->rows, p + 1); r++)
+            kl_row(a, r, whole, &mine);
+        part[p] = mine;
+    }
+    for (int64_t p = 0; p < PARTS; p++) {
+        *a->sum += part[p].sum;
+        if (a->nll_teacher)
+            *a->nll_teacher += part[p].nll_teacher;
+        if (a->nll_student)
+            *a->nll_student += part[p].nll_student;
+        if (a->agree)
+            *a->agree += part[p].agree;
+        if (a->valid)
+            *a->valid += part[p].valid;
+    }
+    return CQ_OK;
+}
+
+/// Sum of exp(z - top), which e receives; e is z or NULL.
+static double exponential_sum(const float *z, float *e, float top, int64_t n) {
+    double total = 0.0;
+    for (int64_t first = 0; first < n; first += SPAN) {
+        int64_t end = n - first < SPAN ? n : first + SPAN;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < end; j++) {
+            float v = vec_exp(z[j] - top);
+            sum += v;
+            if (e)
+                e[j] = v;
+        }
+        total += (double)sum;
+    }
+    return total;
+}
+
+static void entropy_row(const cq_cross_entropy_args *a, int64_t r, totals *to) {
+    float *z = (float *)a->logits + r * a->vocab;
+    int32_t label = a->labels[r];
+    if (label < 0) {
+        if (a->gradient)
+            memset(z, 0, (size_t)a->vocab * sizeof(float));
+        return;
+    }
+    float top = largest(z, a->vocab);
+    double at_label = (double)z[label] - (double)top;
+    if (a->correct)
+        to->agree += first_at(z, a->vocab, top) == label;
+    double sum = exponential_sum(z, a->gradient ? z : NULL, top, a->vocab);
+    to->sum += log(sum) - at_label;
+    to->valid++;
+    if (!a->gradient)
+        return;
+    float q = (float)(a->scale / sum);
+    for (int64_t j = 0; j < a->vocab; j++)
+        z[j] *= q;
+    z[label] = (float)(a->scale * (exp(at_label) / sum - 1.0));
+}
+
+int CQ_OP(cross_entropy)(cq_stream *s, const cq_cross_entropy_args *a) {
+    CQ_F32_OR_REF(cross_entropy);
+    CQ_TRY(check_labels(a->labels, a->rows, a->vocab));
+    totals part[PARTS] = {{0}};
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+    for (int64_t p = 0; p < PARTS; p++) {
+        totals mine = {0};
+        for (int64_t r = part_start(a->rows, p); r < part_start(a->rows, p + 1); r++)
+            entropy_row(a, r, &mine);
+        part[p] = mine;
+    }
+    for (int64_t p = 0; p < PARTS; p++) {
+        *a->sum += part[p].sum;
+        if (a->correct)
+            *a->correct += part[p].agree;
+        if (a->valid)
+            *a->valid += part[p].valid;
+    }
+    return CQ_OK;
+}
