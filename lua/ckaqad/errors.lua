@@ -24,7 +24,7 @@ function errors.usage(format, ...) errors.raise(errors.USAGE, format, ...) end
 
 -- Leaves the program with this exit code and no message (--help, a failed verify).
 function errors.exit(code)
-  error(setmetatable({ exit = code, message = "exit " .. code }, Error), 0)
+  error(setmetatable({ exit = code, quiet = true, message = "exit " .. code }, Error), 0)
 end
 
 -- Edit distance in which swapping two neighbours counts one (optimal string alignment).

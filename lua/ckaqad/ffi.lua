@@ -69,6 +69,9 @@ function native.open(kind, opener, ...)
   return ffi.gc(out[0], C[closers[kind] or kind .. "_close"])
 end
 
+-- Takes ownership of an object that a C function gave out.
+function native.adopt(object, kind) return ffi.gc(object, C[closers[kind] or kind .. "_close"]) end
+
 -- Closes an object now.
 function native.close(object, kind)
   ffi.gc(object, nil)

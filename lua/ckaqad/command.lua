@@ -1,0 +1,116 @@
+-- command.lua - the command line of the program: a recipe, verify, a prompt, -e.
+local errors = require "ckaqad.errors"
+
+local command = {}
+
+local usage = [[
+ckaqad: wins back what NVFP4 costs a language model, by distilling it into its own 4-bit copy (KL on logits + CKA of hidden states)
+
+  ckaqad RECIPE.lua [--option=value ...]    run a recipe; RECIPE.lua --help lists its options
+  ckaqad verify DIR [--against=DIR]         check an exported NVFP4 folder, and its tokenizer against the teacher's
+  ckaqad                                    prompt with the same API as `cq`
+  ckaqad -e CODE                            run Lua code
+  ckaqad --help, --version
+
+Recipes: recipes/nemotron_nano.lua, qwen3.lua (distil), ptq.lua (calibrate and export), compare.lua, bench.lua
+Exit: 0 success, 1 failure, 2 usage or recipe, 3 invalid data or model, 4 memory, 5 not finite, 6 mismatch, 130 Ctrl-C
+Environment: HF_HOME, HF_HUB_CACHE, NO_COLOR, CKAQAD_TRACEBACK=1 (where an error came from), CKAQAD_LUA=DIR (other modules)]]
+
+-- Reading or making a global by accident is an error in a recipe.
+local function strict_globals()
+  setmetatable(_G, {
+    __newindex = function(_, key) errors.usage("global %s: not declared, wanted local", tostring(key)) end,
+    __index = function(_, key) errors.usage("global %s: does not exist", tostring(key)) end,
+  })
+end
+
+local function run_recipe(path, rest)
+  local chunk, why = loadfile(path, "t")
+  if not chunk then
+    errors.usage("%s", why:find("^cannot open") and ("recipe %s: no such file (commands: verify, -e, --help)"):format(path) or why)
+  end
+  rest[0] = path
+  rawset(_G, "arg", rest)
+  strict_globals()
+  jit.off(chunk, true)
+  chunk()
+end
+
+local function run_code(code, rest)
+  if not code then errors.usage("-e: the code is missing") end
+  local chunk, why = loadstring(code, "=-e")
+  if not chunk then errors.usage("%s", why) end
+  rawset(_G, "cq", require "ckaqad")
+  rawset(_G, "arg", rest)
+  jit.off(chunk, true)
+  chunk()
+end
+
+local function run_verify(rest)
+  local dir, against
+  for _, a in ipairs(rest) do
+    local value = a:match("^%-%-against=(.+)$")
+    if value then
+      against = value
+    elseif a == "--help" or a == "-h" then
+      print("ckaqad verify DIR [--against=DIR]: checks an exported NVFP4 folder; --against: the teacher's folder")
+      return
+    elseif a:match("^%-") then
+      errors.usage("option %s is unknown, nearest is --against", a)
+    elseif dir then
+      errors.usage("verify: two folders, wanted one: ckaqad verify DIR [--against=DIR]")
+    else
+      dir = a
+    end
+  end
+  if not dir then errors.usage("verify: the folder is missing: ckaqad verify DIR [--against=DIR]") end
+  if not require "ckaqad.verify".verify(dir, against) then errors.exit(6) end
+end
+
+local function history_file()
+  local base = os.getenv("XDG_STATE_HOME")
+  if not base or base == "" then base = (os.getenv("HOME") or ".") .. "/.local/state" end
+  return base .. "/ckaqad/history"
+end
+
+local function prompt(host)
+  local native = require "ckaqad.ffi"
+  rawset(_G, "cq", require "ckaqad")
+  local read = function() return io.read("*l") end
+  if native.isatty(0) then
+    print(("ckaqad %s; the API is cq, Ctrl-D leaves"):format(native.version))
+    local file = history_file()
+    pcall(native.call.cq_folder_make, (file:gsub("/[^/]*$", "")))
+    if host.readline then
+      host.history(file)
+      read = host.readline
+    else
+      read = function(text)
+        io.write(text)
+        io.flush()
+        return io.read("*l")
+      end
+    end
+  end
+  require "ckaqad.repl".loop(read)
+  if native.isatty(0) then print() end
+end
+
+-- Runs the command line `arguments`; throws what went wrong.
+function command.main(arguments)
+  local host = require "ckaqad.host"
+  local first = arguments[1]
+  if not first then return prompt(host) end
+  local rest = {}
+  for i = 2, #arguments do rest[#rest + 1] = arguments[i] end
+  if first == "--help" or first == "-h" then return print(usage) end
+  if first == "--version" or first == "-V" then return print("ckaqad " .. host.version) end
+  if first == "verify" then return run_verify(rest) end
+  if first == "-e" then return run_code(table.remove(rest, 1), rest) end
+  if first:match("^%-") then
+    errors.usage("option %s is unknown, nearest is %s", first, errors.nearest(first, { "--help", "--version", "-e" }))
+  end
+  run_recipe(first, rest)
+end
+
+return command

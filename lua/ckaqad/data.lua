@@ -1,0 +1,219 @@
+-- data.lua - documents: opened, split, packed, handed out.
+--
+-- A data object has the training documents with their loader, and the held-out documents. The same seed gives the same
+-- split, the same order and the same sampled rows.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local C, call = native.C, native.call
+
+local data = {}
+local Data = {}
+Data.__index = Data
+
+local masks = { all = "CQ_MASK_ALL", assistant = "CQ_MASK_ASSISTANT" }
+
+-- True when a JSONL file has lines that only a chat template can turn into text.
+local function wants_template(paths)
+  for path in paths:gmatch("[^,]+") do
+    local f = io.open(path, "rb")
+    if f then
+      for line in f:lines() do
+        if line:find('"messages"%s*:') or line:find('"prompt"%s*:') then
+          f:close()
+          return true
+        end
+      end
+      f:close()
+    end
+  end
+  return false
+end
+
+local function find_template(dir, forced, paths)
+  local out, warned = native.new "cq_template[1]", native.new "bool[1]"
+  if not wants_template(paths) then return C.CQ_TEMPLATE_NONE end
+  call.cq_template_find(out, warned, dir, forced ~= "auto" and forced or nil)
+  return out[0], warned[0]
+end
+
+local function open_corpus(self, paths)
+  local o = native.new "cq_corpus_options"
+  local warned
+  o.chat, warned = find_template(self.model.dir, self.template, paths)
+  self.unknown_template = self.unknown_template or warned
+  o.mask = C[masks[self.mask]]
+  o.vocab, o.max_tokens = self.model.vocab, self.seq
+  return native.open("cq_corpus", "cq_corpus_open", paths, self.tokenizer, o)
+end
+
+-- The largest divisor of `batch` whose rows hold at most 4096 tokens.
+local function choose_micro(batch, seq)
+  for n = batch, 2, -1 do
+    if batch % n == 0 and n * seq <= 4096 then return n end
+  end
+  return 1
+end
+
+local function whole(name, value, least)
+  if type(value) ~= "number" or value ~= math.floor(value) or value < least then
+    errors.usage("option --%s: got %s, wanted a whole number, at least %d", name, tostring(value), least)
+  end
+end
+
+--- Opens JSONL documents (comma-separated files with text, messages, prompt/completion or input_ids lines).
+--- Options: `model` (its tokenizer and template), `seq` (longest document and tokens per packed row), `batch` (rows per
+--- step), `micro` (rows per micro-batch; 0: as many as hold 4096 tokens), `seed`, `mask` ("all" or "assistant"), `holdout`
+--- (files; "": a seeded `fraction` of the documents), `template`, `shuffle`.
+function data.open(paths, options)
+  local o = errors.fill("data.open", options, {
+    model = errors.NONE, seq = 256, batch = 8, micro = 0, seed = 1, mask = "all", holdout = "", fraction = 0.05,
+    template = "auto", shuffle = true,
+  })
+  if not o.model then errors.usage("data.open: model is missing, wanted an opened model") end
+  if paths == "" then errors.usage("option --data: empty, wanted JSONL files") end
+  errors.choose("option --mask", o.mask, { "all", "assistant" })
+  whole("seq", o.seq, 2)
+  whole("batch", o.batch, 1)
+  whole("micro", o.micro, 0)
+  if o.micro == 0 then o.micro = choose_micro(o.batch, o.seq) end
+  if o.batch % o.micro ~= 0 then
+    errors.usage("option --micro: %d does not divide --batch %d", o.micro, o.batch)
+  end
+  local held_files = o.holdout
+  o.paths, o.holdout, o.held_files = paths, nil, held_files
+  local self = setmetatable(o, Data)
+  local tokenizer_file = io.open(o.model.dir .. "/tokenizer.json", "rb")
+  if tokenizer_file then
+    tokenizer_file:close()
+    self.tokenizer = native.open("cq_tokenizer", "cq_tokenizer_open", o.model.dir)
+  end
+  self.corpus = open_corpus(self, paths)
+  if held_files ~= "" then
+    self.held = open_corpus(self, held_files)
+  elseif o.fraction > 0 then
+    local held = native.new "cq_corpus *[1]"
+    call.cq_corpus_hold_out(self.corpus, o.fraction, o.seed, held)
+    self.held = native.adopt(held[0], "cq_corpus")
+  end
+  return self
+end
+
+local function open_loader(self, corpus, batch, shuffle, once)
+  local o = native.new "cq_loader_options"
+  o.seq, o.batch, o.micro, o.seed, o.shuffle, o.once = self.seq, batch, self.micro, self.seed, shuffle, once
+  return native.open("cq_loader", "cq_loader_open", corpus, o)
+end
+
+--- The next step's micro-batches as a C array and their number; the documents never end.
+function Data:next()
+  self.loader = self.loader or open_loader(self, self.corpus, self.batch, self.shuffle, false)
+  local out, n = native.new "const cq_batch *[1]", native.new "int64_t[1]"
+  call.cq_loader_next(self.loader, out, n)
+  return out[0], tonumber(n[0])
+end
+
+--- Documents handed out so far; `seek` goes on from there with the same bits.
+function Data:position() return self.loader and tonumber(C.cq_loader_position(self.loader)) or 0 end
+
+--- Goes on from a position that `position` gave.
+function Data:seek(position)
+  self.loader = self.loader or open_loader(self, self.corpus, self.batch, self.shuffle, false)
+  call.cq_loader_seek(self.loader, position)
+end
+
+-- Ids and mask of one document.
+local function document(corpus, i)
+  local ids, mask, n = native.new "const int32_t *[1]", native.new "const uint8_t *[1]", native.new "int64_t[1]"
+  call.cq_corpus_doc(corpus, i, ids, mask, n)
+  return ids[0], mask[0], tonumber(n[0])
+end
+
+local function make_batch(corpus, from, to, tokens)
+  local ids, labels = native.new("int32_t[?]", tokens), native.new("int32_t[?]", tokens)
+  local starts, at = native.new("int64_t[?]", to - from + 2), 0
+  for i = from, to do
+    local doc, mask, n = document(corpus, i)
+    native.copy(ids + at, doc, 4 * n)
+    for j = 0, n - 1 do labels[at + j] = j + 1 < n and mask[j + 1] ~= 0 and doc[j + 1] or -100 end
+    starts[i - from], at = at, at + n
+  end
+  starts[to - from + 1] = at
+  return native.open("cq_batch", "cq_batch_make", ids, labels, tokens, starts, to - from + 1)
+end
+
+-- Packs documents [0, n) of a corpus in file order into batches of at most `room` tokens.
+local function pack(corpus, n, room)
+  local list, from, tokens = {}, 0, 0
+  for i = 0, n - 1 do
+    local _, _, length = document(corpus, i)
+    if tokens > 0 and tokens + length > room then
+      list[#list + 1] = make_batch(corpus, from, i - 1, tokens)
+      from, tokens = i, 0
+    end
+    tokens = tokens + length
+  end
+  if tokens > 0 then list[#list + 1] = make_batch(corpus, from, n - 1, tokens) end
+  return list
+end
+
+--- The first `n` training documents in file order, packed into micro-batches: for calibration.
+function Data:take(n)
+  whole("calibrate", n, 1)
+  return pack(self.corpus, math.min(n, tonumber(C.cq_corpus_count(self.corpus))), self.micro * self.seq)
+end
+
+--- All held-out documents in file order, packed into micro-batches.
+function Data:holdout()
+  if not self.held then errors.usage("data: nothing is held out, wanted holdout files or a fraction above 0") end
+  self.held_batches = self.held_batches or pack(self.held, tonumber(C.cq_corpus_count(self.held)), self.micro * self.seq)
+  return self.held_batches
+end
+
+-- Counts and hash of a corpus.
+local function facts(corpus)
+  return {
+    documents = tonumber(C.cq_corpus_count(corpus)), tokens = tonumber(C.cq_corpus_tokens(corpus)),
+    truncated = tonumber(C.cq_corpus_truncated(corpus)), sha256 = native.string(C.cq_corpus_hash(corpus)),
+  }
+end
+
+-- { train = facts, holdout = facts or nil }
+function Data:facts() return { train = facts(self.corpus), holdout = self.held and facts(self.held) } end
+
+--- Lines that say what was read: documents, tokens, how many were cut to `seq`.
+function Data:describe()
+  local f = self:facts()
+  local function line(x, name)
+    return ("%d documents, %d tokens%s"):format(x.documents, x.tokens,
+      x.truncated > 0 and (" (%d cut to %d tokens)"):format(x.truncated, self.seq) or "") .. name
+  end
+  local lines = { line(f.train, " to train on, " .. self.paths) }
+  if f.holdout then lines[2] = line(f.holdout, " held out, " .. (self.held_files ~= "" and self.held_files or ("seed %d"):format(self.seed))) end
+  if self.unknown_template then
+    lines[#lines + 1] = "warning: the model's chat template is unknown, --template=" .. self.template .. " is used in its place"
+  end
+  return lines
+end
+
+--- Prints the first `n` training documents; tokens that are targets are green on a terminal, [bracketed] elsewhere.
+function data.show(self, n)
+  local colour = native.isatty(1) and not os.getenv("NO_COLOR")
+  local on, off = colour and "\27[32m" or "[", colour and "\27[0m" or "]"
+  if not self.tokenizer then errors.usage("data.show: the model folder has no tokenizer.json") end
+  for i = 0, math.min(n or 3, tonumber(C.cq_corpus_count(self.corpus))) - 1 do
+    local ids, mask, length = document(self.corpus, i)
+    local parts, from = { ("-- document %d, %d tokens\n"):format(i, length) }, 0
+    for j = 1, length do
+      if j == length or (mask[j] ~= 0) ~= (mask[from] ~= 0) then
+        local s = native.take_text(function(out, bytes)
+          return C.cq_tokenizer_decode(self.tokenizer, ids + from, j - from, out, bytes)
+        end)
+        parts[#parts + 1] = mask[from] ~= 0 and on .. s .. off or s
+        from = j
+      end
+    end
+    print(table.concat(parts))
+  end
+end
+
+return data

@@ -1,0 +1,103 @@
+-- distill.lua - one micro-batch: both forwards, then a backward with a weight per term.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local loss = require "ckaqad.loss"
+local select_ = require "ckaqad.select"
+local C, call = native.C, native.call
+
+local distill = {}
+local Pass = {}
+Pass.__index = Pass
+
+local forms = {
+  full = "CQ_KL_FULL", renormalized = "CQ_KL_RENORMALIZED", truncated = "CQ_KL_TRUNCATED", bucket = "CQ_KL_TAIL_BUCKET",
+}
+local layer_losses = {
+  cka = "CQ_LAYER_CKA", cka_unbiased = "CQ_LAYER_CKA_UNBIASED", cosine = "CQ_LAYER_COSINE", mse = "CQ_LAYER_MSE",
+  gram = "CQ_LAYER_GRAM",
+}
+
+-- Tokens of a logits chunk: about 64 MiB of F32 for both models, from 64 to 1024 tokens.
+function distill.chunk(vocab)
+  return math.max(64, math.min(1024, 2 ^ math.floor(math.log(2 ^ 26 / (8 * vocab)) / math.log(2))))
+end
+
+-- The C object of a list of terms; the plan makes it, the student keeps it.
+function distill.open(teacher, student, terms, seed, many)
+  local logits, layers = loss.split(terms)
+  local o, taps = native.new "cq_distill_options", native.new("bool[?]", student.n_blocks)
+  o.logit_loss = not logits and C.CQ_LOGIT_NONE or logits.logits == "kl" and C.CQ_LOGIT_KL or C.CQ_LOGIT_CE
+  o.form = C[forms[logits and logits.tail or "full"]]
+  o.top_k = logits and logits.top_k and logits.tail ~= "full" and math.min(logits.top_k, student.vocab) or student.vocab
+  o.chunk = logits and logits.chunk > 0 and logits.chunk or distill.chunk(student.vocab)
+  local blocks = layers and select_.blocks(layers.blocks, student.pattern) or {}
+  for _, block in ipairs(blocks) do taps[block] = true end
+  o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE
+  o.rows, o.taps, o.seed, o.many = layers and layers.tokens or 0, taps, seed, many
+  local c = native.open("cq_distill", "cq_distill_open", teacher and teacher.c, student.c, o)
+  student.distillers = student.distillers or {}
+  student.distillers[terms] = { c = c, teacher = teacher, logits = logits, layers = layers, blocks = blocks, taps = taps }
+  return student.distillers[terms]
+end
+
+--- Both forwards of one micro-batch (`part` of a batch) with a list of terms that the plan knows. `teacher` is nil for
+--- cross-entropy. Returns a pass: `step`, `kl` (nats; the cross-entropy as `ce`), `top1` agreement or accuracy, `cka` = { [block] =
+--- value } with value = 1 - layer loss (blocks counted from 0, untapped ones absent), `tokens` that are targets, `rows`.
+function distill.distill(teacher, student, part, terms)
+  local d = student.distillers and student.distillers[terms]
+  if not d then errors.usage("distill: these terms are not in the plan, wanted run:plan { terms = terms, ... }") end
+  if d.teacher ~= teacher then errors.usage("distill: the plan was made with another teacher") end
+  local out = native.new "cq_distill_result"
+  call.cq_distill_forward(d.c, student:stream(), part.c, part.step, part.index, part.valid, out)
+  local pass = setmetatable({
+    d = d, student = student, part = part, step = part.step, tokens = tonumber(out.valid), rows = tonumber(out.rows),
+    top1 = out.accuracy, cka = {},
+  }, Pass)
+  pass.kl = out.logit_loss
+  pass.ce = d.logits and d.logits.logits == "ce" and out.logit_loss or nil
+  for _, block in ipairs(d.blocks) do
+    local value = out.layer_loss[block]
+    if value == value then pass.cka[block] = 1 - value end
+  end
+  if part.batch then part.batch.passes[#part.batch.passes + 1] = pass end
+  return pass
+end
+
+local function layer_weights(pass, cka)
+  local w = native.new("double[?]", pass.student.n_blocks)
+  if type(cka) == "number" then
+    local n = 0
+    for _ in pairs(pass.cka) do n = n + 1 end
+    for block in pairs(pass.cka) do w[block] = cka / n end
+    return w
+  end
+  for block, value in pairs(cka) do
+    if pass.cka[block] == nil then errors.usage("backward: block %s has a weight but no cka in this pass", tostring(block)) end
+    w[block] = value
+  end
+  return w
+end
+
+--- Adds the gradient of kl * KL + cka * mean(1 - cka) to the student's parameters.
+--- `weights` is what a balance returns: `kl` (1), `cka` a number, or { [block] = weight of its 1 - cka }.
+function Pass:backward(weights)
+  local w = errors.fill("backward", weights, { kl = 1, cka = 0 })
+  if w.kl ~= w.kl or w.cka ~= w.cka then
+    errors.raise(errors.NUMERIC, "step %d: a weight of the balance is not a number", self.step)
+  end
+  self.weight = w
+  local layers = next(self.cka) and w.cka ~= 0 and layer_weights(self, w.cka) or nil
+  call.cq_distill_backward(self.d.c, self.student:stream(), self.part.c, w.kl, layers)
+end
+
+--- Norms of the gradients at the tapped block outputs at weight 1: { kl = { [block] = n }, cka = { [block] = n } }.
+function Pass:norms()
+  local n = self.student.n_blocks
+  local kl, layer = native.new("double[?]", n), native.new("double[?]", n)
+  call.cq_distill_norms(self.d.c, self.student:stream(), self.part.c, kl, layer)
+  local out = { kl = {}, cka = {} }
+  for block in pairs(self.cka) do out.kl[block], out.cka[block] = kl[block], layer[block] end
+  return out
+end
+
+return distill

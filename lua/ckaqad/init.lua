@@ -1,0 +1,35 @@
+-- init.lua - the public API: `local cq = require "ckaqad"`. Reading a name that is not here is an error with the nearest one.
+local errors = require "ckaqad.errors"
+local native = require "ckaqad.ffi"
+local data = require "ckaqad.data"
+local device = require "ckaqad.device"
+local distill = require "ckaqad.distill"
+local model = require "ckaqad.model"
+local options = require "ckaqad.options"
+local plan = require "ckaqad.plan"
+local run = require "ckaqad.run"
+local select_ = require "ckaqad.select"
+local verify = require "ckaqad.verify"
+
+return errors.strict({
+  version = native.version,
+  options = options.options,
+  run = run.run,
+  batch = run.batch,
+  device = device.device,
+  plan = plan.plan,
+  model = errors.strict({ open = model.open, create = model.create }, "model"),
+  data = errors.strict({ open = data.open, show = data.show }, "data"),
+  blocks = select_.blocks,
+  distill = distill.distill,
+  loss = require "ckaqad.loss",
+  balance = require "ckaqad.balance",
+  optim = require "ckaqad.optim",
+  schedule = require "ckaqad.schedule",
+  eval = require "ckaqad.eval",
+  quant = errors.strict({ presets = { "nemotron_nano", "qwen3", "all", "experts", "mlp", "weights_only", "none" } }, "quant"),
+  verify = verify.verify,
+  json = require "ckaqad.json",
+  text = require "ckaqad.text",
+  clock = native.clock,
+}, "cq")

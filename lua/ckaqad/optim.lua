@@ -1,0 +1,30 @@
+-- optim.lua - AdamW over a student's trainable parameters; the fake-quantized weights are written in the same pass.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local call = native.call
+
+local optim = {}
+local Adam = {}
+Adam.__index = Adam
+
+--- AdamW (arXiv 1711.05101). Options: `betas` { 0.9, 0.95 }, `eps`, `weight_decay` (not of vectors), `clip` (global gradient
+--- norm; 0: none), `rates` = { { "globs", factor }, ... } multiplies the learning rate of parameters by name; 0 freezes.
+function optim.adamw(student, options)
+  local o = errors.fill("optim.adamw", options, { betas = { 0.9, 0.95 }, eps = 1e-8, weight_decay = 0, clip = 1, rates = {} })
+  for _, rate in ipairs(o.rates) do student:lr_scale(rate[1], rate[2]) end
+  local c = native.new "cq_adamw_options"
+  c.beta1, c.beta2, c.eps, c.weight_decay, c.clip = o.betas[1], o.betas[2], o.eps, o.weight_decay, o.clip
+  return setmetatable({
+    c = native.open("cq_adamw", "cq_adamw_open", student.c, c), student = student, count = 0, norm = native.new "double[1]",
+  }, Adam)
+end
+
+--- One step at this learning rate. Returns the global gradient norm before clipping; the gradients are zero afterwards.
+function Adam:step(lr)
+  call.cq_adamw_step(self.c, self.student:stream(), lr, self.count + 1, self.norm)
+  self.count = self.count + 1
+  call.cq_model_zero_grad(self.student.c)
+  return self.norm[0]
+end
+
+return errors.strict(optim, "optim")

@@ -1,0 +1,113 @@
+-- plan.lua - every buffer of a run is declared before the first one is allocated, and the table of them is printed.
+--
+-- Activations are kept for backward (save) when that fits the limit, else block inputs only (recompute). Scratch, logits
+-- and Grams of things that are never alive together share bytes: teacher and student, training and evaluation.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local distill = require "ckaqad.distill"
+local eval = require "ckaqad.eval"
+local text = require "ckaqad.text"
+local C, call = native.C, native.call
+
+local plan = {}
+
+-- One list of terms or several.
+local function term_lists(terms)
+  if not terms then return {} end
+  local first = terms[1]
+  return type(first) == "table" and (first.logits or first.layers) and { terms } or terms
+end
+
+-- Runs each function with the purposes' regions starting at the same place.
+local function side_by_side(p, purposes, functions)
+  local marks = {}
+  for _, purpose in ipairs(purposes) do marks[purpose] = C.cq_plan_mark(p, purpose) end
+  for i, f in ipairs(functions) do
+    f()
+    for _, purpose in ipairs(purposes) do
+      if i < #functions then C.cq_plan_rewind(p, purpose, marks[purpose]) end
+    end
+  end
+end
+
+local function declare(o, mode)
+  local p = native.open("cq_plan", "cq_plan_open")
+  local tokens, longest, trained = o.tokens, o.longest, o.adam ~= nil
+  local models = {}
+  if o.teacher then models[1] = { o.teacher, C.CQ_MODE_INFER, false } end
+  models[#models + 1] = { o.student, trained and mode or C.CQ_MODE_INFER, trained }
+  for _, m in ipairs(models) do call.cq_model_plan_params(m[1].c, p, m[3]) end
+  if o.adam then call.cq_adamw_plan(o.adam.c, p) end
+  local work = {}
+  for i, m in ipairs(models) do
+    work[i] = function() call.cq_model_plan_work(m[1].c, p, tokens, longest, m[2], m[1].device.threads) end
+  end
+  side_by_side(p, { C.CQ_FOR_SCRATCH }, work)
+  local heads = {}
+  for _, terms in ipairs(o.lists) do
+    heads[#heads + 1] = function() call.cq_distill_plan(o.student.distillers[terms].c, p, tokens) end
+  end
+  if o.eval then
+    local e = o.student.evaluators[o.teacher]
+    heads[#heads + 1] = function() call.cq_eval_plan(e, p, tokens, math.min(tokens, distill.chunk(o.student.vocab))) end
+  end
+  side_by_side(p, { C.CQ_FOR_LOGITS, C.CQ_FOR_CKA }, heads)
+  return p
+end
+
+local function total(p) return tonumber(C.cq_plan_bytes(p, C.CQ_N_PURPOSES)) end
+
+local function lines_of(self)
+  local rows = {}
+  for purpose = 0, tonumber(C.CQ_N_PURPOSES) - 1 do
+    local bytes = tonumber(C.cq_plan_bytes(self.c, purpose))
+    if bytes > 0 then rows[#rows + 1] = { native.string(C.cq_purpose_name(purpose)), text.bytes(bytes) } end
+  end
+  rows[#rows + 1] = { "total", text.bytes(self.bytes) }
+  local choice = not self.trained and "forward only" or self.mode == C.CQ_MODE_SAVE and "activations saved" or
+    "activations recomputed: saving them would need " .. text.bytes(self.saved_bytes)
+  local lines = { ("memory plan, %d tokens a micro-batch, %s:"):format(self.tokens, choice) }
+  for _, line in ipairs(text.table(rows, "  ")) do lines[#lines + 1] = line end
+  return lines
+end
+
+--- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
+--- list of lists), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the pair can be compared), `seed`
+--- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`).
+--- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
+function plan.plan(options)
+  local o = errors.fill("plan", options, {
+    teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,
+    longest = 0, eval = false, seed = 1, limit = 0, load = true, show = errors.NONE,
+  })
+  if not o.student then errors.usage("plan: student is missing") end
+  if o.data then o.tokens, o.longest = o.data.micro * o.data.seq, o.data.seq end
+  if o.longest == 0 then o.longest = o.tokens end
+  o.lists = term_lists(o.terms)
+  local many = o.data ~= nil and o.data.batch > o.data.micro
+  for _, terms in ipairs(o.lists) do distill.open(o.teacher, o.student, terms, o.seed, many) end
+  if o.eval then eval.open(o.teacher, o.student) end
+  local limit = o.limit > 0 and o.limit or tonumber(C.cq_memory_available())
+  local p, mode = declare(o, C.CQ_MODE_SAVE), C.CQ_MODE_SAVE
+  local saved_bytes = total(p)
+  if o.adam and saved_bytes > limit then
+    native.close(p, "cq_plan")
+    p, mode = declare(o, C.CQ_MODE_RECOMPUTE), C.CQ_MODE_RECOMPUTE
+  end
+  local self = {
+    c = p, mode = mode, bytes = total(p), saved_bytes = saved_bytes, trained = o.adam ~= nil, tokens = o.tokens,
+    before = tonumber(C.cq_memory_peak()),
+  }
+  self.lines = lines_of(self)
+  if o.show then o.show(self) end
+  call.cq_plan_commit(p, limit)
+  o.student.plan, o.student.adam = self, o.adam
+  if o.teacher then
+    o.teacher.plan = self
+    call.cq_model_load(o.teacher.c)
+  end
+  if o.load and not o.student.random then call.cq_model_load(o.student.c) end
+  return self
+end
+
+return plan

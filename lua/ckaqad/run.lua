@@ -1,0 +1,367 @@
+-- run.lua - one run of a recipe: its options, what it prints, its folder, its loop.
+--
+-- Nothing is written before models and documents have been read, planned and loaded, so bad input leaves no half of a run.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local device = require "ckaqad.device"
+local folder = require "ckaqad.folder"
+local hf = require "ckaqad.hf"
+local json = require "ckaqad.json"
+local model = require "ckaqad.model"
+local plan = require "ckaqad.plan"
+local preset = require "ckaqad.preset"
+local report = require "ckaqad.report"
+local screen = require "ckaqad.screen"
+local text = require "ckaqad.text"
+local C = native.C
+
+local run = {}
+local Run = {}
+Run.__index = Run
+
+-- The folder that holds the embedded teacher: beside the recipe, or where the program was installed or built.
+local function embedded(recipe)
+  local ok, host = pcall(require, "ckaqad.host")
+  local bin = ok and host.exe and host.exe:match("^(.*)/[^/]*$")
+  local places = { (recipe:match("^(.*)/[^/]*$") or ".") .. "/lab/teacher", "recipes/lab/teacher" }
+  if bin then
+    places[#places + 1] = bin .. "/../recipes/lab/teacher"
+    places[#places + 1] = bin .. "/../share/ckaqad/recipes/lab/teacher"
+  end
+  for _, place in ipairs(places) do
+    if hf.exists(place .. "/config.json") then return place end
+  end
+  errors.raise(errors.DATA, "embedded teacher: %s/config.json is missing, wanted --model=DIR", places[1])
+end
+
+local function choose_model(opt, named)
+  if opt.model ~= "auto" then
+    local dir = hf.resolve(opt.model)
+    return dir, dir == opt.model and dir or ("%s (%s)"):format(opt.model, dir)
+  end
+  local dir, why = nil, "the recipe names no model"
+  if named then dir, why = hf.cached(named) end
+  if dir then return dir, ("%s (auto: found in the Hugging Face cache, %s)"):format(named, dir) end
+  dir = embedded(opt.recipe)
+  return dir, ("%s (auto: the embedded teacher; %s)"):format(dir, why)
+end
+
+local function choose_data(opt)
+  if opt.data ~= "auto" then return opt.data end
+  local dir = embedded(opt.recipe)
+  opt.data = dir .. "/train.jsonl"
+  if rawget(opt, "holdout") == "" then opt.holdout = dir .. "/holdout.jsonl" end
+  return opt.data .. " (auto: the embedded text)"
+end
+
+--- Starts a run from a recipe's options. Chooses device, model (`auto`: `named` when the Hugging Face cache has it, else the
+--- embedded teacher), preset and documents, puts the choices into `opt`, prints them, and checks the output folder.
+--- `cq.run(opt, { named = "org/name" })`
+function run.run(opt, given)
+  local o = errors.fill("run", given, { named = errors.NONE })
+  local self = setmetatable({ opt = opt, early = {}, history = {}, facts = {} }, Run)
+  self.screen = screen.open(function(line) self:note(line) end)
+  self.device = device.device { threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
+  local has_model = rawget(opt, "model") or rawget(opt, "teacher")
+  local said
+  if rawget(opt, "model") then
+    opt.model, said = choose_model(opt, o.named)
+  elseif has_model then
+    opt.teacher = hf.resolve(opt.teacher)
+  end
+  if has_model and rawget(opt, "preset") then
+    self:say(preset.apply(opt, model.count(rawget(opt, "model") or opt.teacher)))
+  end
+  if said then self:say("model " .. said) end
+  if rawget(opt, "data") then self:say("data %s", choose_data(opt)) end
+  if rawget(opt, "out") then
+    local out = opt.out:gsub("(.)/+$", "%1")
+    self.folder = folder.open(out, opt)
+  end
+  self:say("device %s, %d threads, %s kernels (%s)", native.version, self.device.threads, self.device.kernels, self.device.isa)
+  return self
+end
+
+--- Prints a line (printf format) and puts it into log.txt.
+function Run:say(format, ...)
+  self.screen:say(select("#", ...) > 0 and tostring(format):format(...) or tostring(format))
+end
+
+-- Log lines wait until the folder exists.
+function Run:note(line)
+  if self.made then return self.folder:append("log.txt", line) end
+  self.early[#self.early + 1] = line
+end
+
+local function hashes(dir)
+  local list, room = {}, 2 ^ 30
+  for _, name in ipairs { "config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors" } do
+    local f = io.open(dir .. "/" .. name, "rb")
+    if f then
+      local bytes = f:seek("end")
+      f:close()
+      if bytes <= room then
+        list[#list + 1] = name
+        list[#list + 1] = native.sha256(dir .. "/" .. name)
+      end
+    end
+  end
+  return json.object(list)
+end
+
+-- run.json: everything that is needed to do this run again.
+local function record(self)
+  local p, f = self.plan_made, self.facts
+  self.folder:write_json("run.json", json.object {
+    "program", "ckaqad", "version", native.version, "recipe", self.opt.recipe, "started", os.date("!%Y-%m-%dT%H:%M:%SZ"),
+    "options", folder.options(self.opt),
+    "seeds", json.object { "data", rawget(self.opt, "seed"), "rows", rawget(self.opt, "seed") },
+    "device", json.object { "kernels", self.device.kernels, "instructions", self.device.isa, "threads", self.device.threads,
+      "compute", self.device.compute },
+    "model", f.model and json.object { "dir", f.model.dir, "family", f.model.family, "pattern", f.model.pattern,
+      "parameters", f.model.n_params, "sha256", hashes(f.model.dir) },
+    "data", f.data and f.data:facts(),
+    "planned_bytes", p and p.bytes,
+  })
+end
+
+-- Makes the folder, writes run.json and the lines said so far.
+local function begin(self)
+  if not self.folder or self.made then return end
+  local unfinished = self.folder.same and self.folder:latest() and not hf.exists(self.folder.path .. "/summary.json")
+  self.resumable = unfinished and self.facts.adam ~= nil
+  self.folder:make(self.resumable)
+  self.made = true
+  record(self)
+  for _, line in ipairs(self.early) do self:note(line) end
+end
+
+--- Plans, prints the planned bytes by purpose, allocates and loads; then makes the run folder.
+--- Takes what `cq.plan` takes; `limit` and `seed` come from the options.
+function Run:plan(options)
+  local o = {}
+  for key, value in pairs(options) do o[key] = value end
+  o.limit = o.limit or self.opt.memory
+  o.seed = o.seed or rawget(self.opt, "seed") or 1
+  o.show = function(p)
+    for _, line in ipairs(p.lines) do self:say(line) end
+  end
+  if o.teacher then self:say("teacher %s", o.teacher:describe()) end
+  if o.student.quant then
+    for _, line in ipairs(o.student:quantization()) do self:say(line) end
+  else
+    self:say("student %s%s", o.student:describe(), o.student.nvfp4 and ", NVFP4" or "")
+  end
+  if o.data then
+    for _, line in ipairs(o.data:describe()) do self:say(line) end
+  end
+  self.facts = { model = o.teacher or o.student, data = o.data, adam = o.adam }
+  self.plan_made = plan.plan(o)
+  begin(self)
+  return self.plan_made
+end
+
+--- Calibrates a student on the first `n` training documents and says what came of it.
+function Run:calibrate(student, data, n)
+  local unreached = student:calibrate(data:take(n))
+  self:say("calibrated on %d documents%s", math.min(n, data:facts().train.documents),
+    unreached > 0 and (", %d expert projections saw no token and take their layer's largest maximum"):format(unreached) or "")
+end
+
+--- Says how a compared pair stands, in one line.
+function Run:result(name, r)
+  self:say("%s: KL %.4f, perplexity %.4f (BF16 %.4f), top-1 %.4f, CKA %.4f, lowest %.4f at block %d, %d held-out tokens", name,
+    r.kl, r.perplexity, r.perplexity_teacher, r.top1, r.cka, r.cka_min, r.cka_min_block, r.tokens)
+  return r
+end
+
+--- What is saved and restored together: `student`, `adam`, `data`. A run that was stopped goes on from its last checkpoint.
+function Run:track(what)
+  self.tracked = errors.fill("track", what, { student = errors.NONE, adam = errors.NONE, data = errors.NONE })
+  if not self.resumable then return end
+  local state = self.folder:restore(self.tracked.student, self.tracked.adam)
+  self.tracked.adam.count = state.step
+  self.tracked.data:seek(state.position)
+  self.history, self.at = self.folder:rewind(state.step), state.step
+  self:say("resumed after step %d", state.step)
+end
+
+local function save(self, step)
+  local t = self.tracked
+  if not t or not self.made or self.last_saved == step then return end
+  self.folder:save(t.student, t.adam, json.object {
+    "step", step, "position", t.data and t.data:position(), "seed", rawget(self.opt, "seed"), "version", native.version,
+  })
+  self.last_saved = step
+end
+
+local Batch = {}
+Batch.__index = Batch
+
+--- The micro-batches of a step, one after another.
+function Batch:split()
+  local i = -1
+  return function()
+    i = i + 1
+    if i < self.count then
+      return { c = self.list + i, index = i, step = self.step, valid = self.valid, batch = self }
+    end
+  end
+end
+
+--- The next step's batch of a data object: `tokens`, `valid` (targets), `split()`. `run:steps` calls it.
+function run.batch(data, step)
+  local list, n = data:next()
+  local self = setmetatable({ list = list, count = n, step = step, valid = 0, tokens = 0, passes = {} }, Batch)
+  for i = 0, n - 1 do
+    self.valid = self.valid + tonumber(list[i].valid)
+    self.tokens = self.tokens + tonumber(list[i].tokens)
+  end
+  return self
+end
+
+--- `for step, batch in run:steps(n, data) do`: counts, watches the clock, saves checkpoints.
+function Run:steps(n, data)
+  local step = self.at or 0
+  self.total = n
+  self.begun = native.clock()
+  self.first = step
+  return function()
+    if self.batch and self.opt.save > 0 and step % self.opt.save == 0 then save(self, step) end
+    native.poll()
+    if step >= n then
+      if self.batch then save(self, step) end
+      self.batch = nil
+      return nil
+    end
+    step = step + 1
+    self.started = native.clock()
+    self.batch = run.batch(data, step)
+    return step, self.batch
+  end
+end
+
+-- Means of the passes of a step, weighted by their targets.
+local function measure(passes, n_blocks)
+  local m, valid, weights, per_block = { kl = 0, top1 = 0, weight = 0 }, 0, 0, {}
+  for _, pass in ipairs(passes) do
+    m.kl, m.top1, valid = m.kl + pass.kl * pass.tokens, m.top1 + pass.top1 * pass.tokens, valid + pass.tokens
+    if pass.ce then m.ce = (m.ce or 0) + pass.ce * pass.tokens end
+    local w = pass.weight and pass.weight.cka
+    if type(w) == "table" then
+      local sum, count = 0, 0
+      for _, value in pairs(w) do sum, count = sum + value, count + 1 end
+      w = count > 0 and sum / count or 0
+    end
+    weights = weights + (w or 0) * pass.tokens
+    for block, value in pairs(pass.cka) do
+      local b = per_block[block] or { 0, 0 }
+      b[1], b[2] = b[1] + value * pass.tokens, b[2] + pass.tokens
+      per_block[block] = b
+    end
+  end
+  if valid == 0 then return m end
+  m.kl, m.top1, m.weight, m.ce = m.kl / valid, m.top1 / valid, weights / valid, m.ce and m.ce / valid
+  local blocks, sum, count = {}, 0, 0
+  for i = 0, n_blocks - 1 do
+    local b = per_block[i]
+    blocks[i + 1] = b and b[1] / b[2] or json.null
+    if b then
+      local value = blocks[i + 1]
+      sum, count = sum + value, count + 1
+      if not m.cka_min or value < m.cka_min then m.cka_min, m.cka_min_block = value, i end
+    end
+  end
+  m.cka, m.cka_blocks = count > 0 and sum / count or nil, json.array(blocks)
+  return m
+end
+
+--- Writes a step to metrics.jsonl and shows it. `values`: `lr`, `norm` (gradient norm), and what else you want to keep.
+function Run:log(step, values)
+  local batch = self.batch
+  local student = self.tracked and self.tracked.student or (batch.passes[1] and batch.passes[1].student)
+  local m = measure(batch.passes, student.n_blocks)
+  m.step, m.lr, m.grad_norm, m.tokens = step, values.lr, values.norm, batch.tokens
+  m.seconds = native.clock() - self.started
+  m.saturated = student:saturated()
+  if m.ce then m.kl = nil end
+  local list = {
+    "step", step, "ce", m.ce, "kl", m.kl, "top1", m.top1, "cka", m.cka or json.null, "cka_blocks", m.cka_blocks,
+    "weight", m.weight, "lr", m.lr, "grad_norm", m.grad_norm, "tokens", m.tokens, "seconds", m.seconds,
+    "saturated", m.saturated,
+  }
+  for _, key in ipairs(json.keys(values)) do
+    if key ~= "lr" and key ~= "norm" then list[#list + 1], list[#list + 2] = key, values[key] end
+  end
+  local record_ = json.object(list)
+  self.history[#self.history + 1] = record_
+  if self.made then self.folder:append("metrics.jsonl", json.encode(record_)) end
+  local spent = native.clock() - self.begun
+  local eta = spent / math.max(1, step - self.first) * (self.total - step)
+  self.screen:step(screen.status(m, self.total, eta), step, self.total, math.max(1, self.opt.every))
+  return m
+end
+
+--- Exports a student to `out/nvfp4`, reads the folder back and says whether every bit is what was trained. Returns that.
+function Run:export(student)
+  local dir = self.folder.path .. "/nvfp4"
+  student:export(dir)
+  local differing = student:differing(dir)
+  local verify = require "ckaqad.verify"
+  local failed = verify.check(dir, student.dir)
+  self:say("exported to %s: %s, %s", dir,
+    differing == 0 and "dequantizes to the trained weights, every bit" or ("%d weights DIFFER from the trained ones"):format(differing),
+    #failed == 0 and "all rules of verify hold" or ("%d rules of verify FAIL: %s"):format(#failed, failed[1]))
+  self.export_equal = differing == 0
+  self.export_failed = #failed
+  return differing == 0 and #failed == 0
+end
+
+local function memory_line(self)
+  local p = self.plan_made
+  self.peak = tonumber(C.cq_memory_peak()) - p.before
+  local off = self.peak - p.bytes
+  self:say("memory: measured peak %s, planned %s (%+.1f %%)", text.bytes(self.peak), text.bytes(p.bytes), 100 * off / p.bytes)
+end
+
+--- Ends a run: the table BF16 / PTQ / CKA-QAD, a warning when QAD is worse than PTQ, summary.json and report.html.
+--- `before` and `after` come from `cq.eval.compare`; a recipe without training gives only `before`.
+function Run:finish(results)
+  local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE })
+  local rows = {}
+  if o.before then rows[#rows + 1] = { "PTQ", o.before } end
+  if o.after then rows[#rows + 1] = { "CKA-QAD", o.after } end
+  if #rows > 0 then
+    self:say("")
+    for _, line in ipairs(text.table(screen.rows(rows))) do self:say(line) end
+  end
+  if o.before and o.after then
+    local worse = {}
+    if o.after.kl > o.before.kl then worse[#worse + 1] = "KL" end
+    if o.after.cka < o.before.cka then worse[#worse + 1] = "mean CKA" end
+    if #worse > 0 then self:say("warning: CKA-QAD is worse than PTQ in %s", table.concat(worse, " and ")) end
+  end
+  memory_line(self)
+  if not self.made then return end
+  local function part(r)
+    if not r then return nil end
+    return json.object { "kl", r.kl, "perplexity", r.perplexity, "top1", r.top1, "cka", r.cka, "cka_min", r.cka_min, "cka_min_block",
+      r.cka_min_block, "cka_blocks", json.array(r.cka_blocks), "tokens", r.tokens, "perplexity_teacher", r.perplexity_teacher }
+  end
+  self.folder:write_json("summary.json", json.object {
+    "before", part(o.before), "after", part(o.after), "export_bit_equal", self.export_equal, "export_rules_failed", self.export_failed,
+    "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
+    "seconds", self.begun and native.clock() - self.begun,
+  })
+  self.folder:write("report.html", report.html {
+    title = self.folder.path, options = self.folder.options, model = self.facts.model, history = self.history, before = o.before,
+    after = o.after, version = native.version, peak = self.peak, planned = self.plan_made.bytes, export_equal = self.export_equal,
+  })
+  self:say("report %s/report.html", self.folder.path)
+  self.folder:close()
+  if self.export_equal == false or (self.export_failed or 0) > 0 then
+    errors.raise(errors.MISMATCH, "export: %s/nvfp4 is not what was trained", self.folder.path)
+  end
+end
+
+return run

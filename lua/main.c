@@ -1,0 +1,249 @@
+/// main.c - the program: LuaJIT, the embedded modules, signals and exit codes. The command line is
+/// lua/ckaqad/command.lua.
+///
+/// A stop signal sets a number that every checked call looks at (ffi.lua) and a debug hook that
+/// interpreted code runs into; compiled code calls no hooks, so recipes are interpreted (users.md
+/// 10). A third signal that nobody answered ends the process. CKAQAD_LUA=DIR takes modules from
+/// DIR/ckaqad/ instead.
+#include "core/ckaqad.h"
+#include "lua/embedded.h"
+#include <lauxlib.h>
+#include <lua.h>
+#include <lualib.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#ifdef CQ_EDIT
+#include <editline/readline.h>
+#endif
+
+/* A signal handler reaches nothing but globals. */
+static volatile int stop_signal;
+static volatile sig_atomic_t unanswered;
+static lua_State *interpreter;
+
+static int interrupt_text(lua_State *L) {
+    lua_getfield(L, 1, "message");
+    return 1;
+}
+
+/* Throws { exit = 130, message = "interrupted" }, unless a checked call has done so already. */
+static void on_hook(lua_State *L, lua_Debug *ar) {
+    (void)ar;
+    int signal = stop_signal;
+    lua_sethook(L, NULL, 0, 0);
+    if (!signal)
+        return;
+    stop_signal = 0;
+    lua_newtable(L);
+    lua_pushinteger(L, 128 + signal);
+    lua_setfield(L, -2, "exit");
+    lua_pushstring(L, signal == SIGTERM ? "terminated" : "interrupted");
+    lua_setfield(L, -2, "message");
+    lua_newtable(L);
+    lua_pushcfunction(L, interrupt_text);
+    lua_setfield(L, -2, "__tostring");
+    lua_setmetatable(L, -2);
+    lua_error(L);
+}
+
+static void on_signal(int signal) {
+    static const char note[] = "ckaqad: stopping after this operation; a third Ctrl-C kills\n";
+    unanswered = stop_signal ? unanswered + 1 : 1;
+    if (unanswered == 2 && write(STDERR_FILENO, note, sizeof note - 1) < 0)
+        _exit(128 + signal);
+    if (unanswered > 2)
+        _exit(128 + signal);
+    stop_signal = signal;
+    lua_sethook(interpreter, on_hook, LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT, 1);
+}
+
+static int load_module(lua_State *L) {
+    const cq_embedded *m = lua_touserdata(L, lua_upvalueindex(1));
+    const char *folder = getenv("CKAQAD_LUA");
+    char path[4096];
+    int status = -1;
+    if (folder && *folder) {
+        snprintf(path, sizeof path, "%s/ckaqad/%s", folder, m->file);
+        if (access(path, R_OK) == 0)
+            status = luaL_loadfile(L, path);
+    }
+    if (status < 0) {
+        snprintf(path, sizeof path, "=ckaqad/%s", m->file);
+        status = luaL_loadbuffer(L, m->text, m->bytes, path);
+    }
+    if (status)
+        return lua_error(L);
+    lua_pushstring(L, m->name);
+    lua_call(L, 1, 1);
+    return 1;
+}
+
+#ifdef CQ_EDIT
+static int edit_history(lua_State *L) {
+    const char *path = luaL_checkstring(L, 1);
+    using_history();
+    stifle_history(2000);
+    read_history(path);
+    lua_pushstring(L, path);
+    lua_setfield(L, LUA_REGISTRYINDEX, "ckaqad.history");
+    return 0;
+}
+
+/* readline(prompt) -> line or nil; after Ctrl-C an empty line and true. */
+static int edit_readline(lua_State *L) {
+    char *line = readline(luaL_checkstring(L, 1));
+    if (stop_signal) {
+        stop_signal = 0;
+        lua_sethook(L, NULL, 0, 0);
+        free(line);
+        fputc('\n', stdout);
+        lua_pushliteral(L, "");
+        lua_pushboolean(L, 1);
+        return 2;
+    }
+    if (!line)
+        return 0;
+    if (*line) {
+        add_history(line);
+        lua_getfield(L, LUA_REGISTRYINDEX, "ckaqad.history");
+        if (lua_tostring(L, -1))
+            write_history(lua_tostring(L, -1));
+    }
+    lua_pushstring(L, line);
+    free(line);
+    return 1;
+}
+#endif
+
+/* ckaqad.host: what only the program knows. */
+static int open_host(lua_State *L) {
+    char exe[4096];
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    lua_newtable(L);
+    lua_pushlightuserdata(L, (void *)&stop_signal);
+    lua_setfield(L, -2, "stop");
+    lua_pushstring(L, cq_version());
+    lua_setfield(L, -2, "version");
+    if (n > 0) {
+        exe[n] = 0;
+        lua_pushstring(L, exe);
+        lua_setfield(L, -2, "exe");
+    }
+#ifdef CQ_EDIT
+    lua_pushcfunction(L, edit_readline);
+    lua_setfield(L, -2, "readline");
+    lua_pushcfunction(L, edit_history);
+    lua_setfield(L, -2, "history");
+#endif
+    return 1;
+}
+
+static void preload(lua_State *L) {
+    lua_getglobal(L, "package");
+    lua_getfield(L, -1, "preload");
+    for (const cq_embedded *m = cq_embedded_modules; m->name; m++) {
+        lua_pushlightuserdata(L, (void *)(size_t)m);
+        lua_pushcclosure(L, load_module, 1);
+        lua_setfield(L, -2, m->name);
+    }
+    lua_pushcfunction(L, open_host);
+    lua_setfield(L, -2, "ckaqad.host");
+    lua_pop(L, 2);
+}
+
+static bool wants_traceback(void) {
+    const char *value = getenv("CKAQAD_TRACEBACK");
+    return value && strcmp(value, "1") == 0;
+}
+
+/* Message handler: prints where it happened when that was asked for. */
+static int on_error(lua_State *L) {
+    if (wants_traceback()) {
+        luaL_traceback(L, L, NULL, 1);
+        fprintf(stderr, "%s\n", lua_tostring(L, -1));
+        lua_pop(L, 1);
+    }
+    return 1;
+}
+
+static int number_field(lua_State *L, const char *name, int otherwise) {
+    lua_getfield(L, -1, name);
+    int value = lua_isnumber(L, -1) ? (int)lua_tointeger(L, -1) : otherwise;
+    lua_pop(L, 1);
+    return value;
+}
+
+/* One line on stderr. */
+static void print_error(const char *message) {
+    fflush(stdout);
+    fputs("ckaqad: ", stderr);
+    for (const char *c = message ? message : "error"; *c; c++)
+        fputc(*c == '\n' ? ' ' : *c, stderr);
+    fputc('\n', stderr);
+}
+
+/* The exit code of the error on top of the stack. */
+static int report(lua_State *L, int status) {
+    if (status == LUA_ERRMEM) {
+        print_error("not enough memory");
+        return cq_exit_code(CQ_ENOMEM);
+    }
+    if (!lua_istable(L, -1)) {
+        print_error(lua_tostring(L, -1));
+        return cq_exit_code(CQ_EUSAGE);
+    }
+    lua_getfield(L, -1, "quiet");
+    bool quiet = lua_toboolean(L, -1);
+    lua_pop(L, 1);
+    int code = number_field(L, "exit", -1);
+    if (code < 0)
+        code = cq_exit_code(number_field(L, "status", CQ_EUSAGE));
+    lua_getfield(L, -1, "message");
+    if (!quiet)
+        print_error(lua_tostring(L, -1));
+    lua_pop(L, 1);
+    return code;
+}
+
+static int run(lua_State *L, int argc, char **argv) {
+    lua_pushcfunction(L, on_error);
+    lua_getglobal(L, "require");
+    lua_pushliteral(L, "ckaqad.command");
+    int status = lua_pcall(L, 1, 1, 1);
+    if (!status) {
+        lua_getfield(L, -1, "main");
+        lua_createtable(L, argc, 0);
+        for (int i = 1; i < argc; i++) {
+            lua_pushstring(L, argv[i]);
+            lua_rawseti(L, -2, i);
+        }
+        status = lua_pcall(L, 1, 0, 1);
+    }
+    return status ? report(L, status) : 0;
+}
+
+int main(int argc, char **argv) {
+    lua_State *L = luaL_newstate();
+    if (!L) {
+        print_error("not enough memory");
+        return cq_exit_code(CQ_ENOMEM);
+    }
+    interpreter = L;
+    struct sigaction action = {.sa_handler = on_signal};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    luaL_openlibs(L);
+    preload(L);
+    int code = run(L, argc, argv);
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+    lua_close(L);
+    if (fflush(stdout) != 0 && code == 0) {
+        print_error("standard output: cannot be written");
+        return cq_exit_code(CQ_EIO);
+    }
+    return code;
+}
