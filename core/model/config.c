@@ -125,7 +125,7 @@ static void must_fit(reader *r, const char *what, int64_t n, int64_t most) {
 static int32_t token(reader *r, const char *key, int64_t vocab) {
     char wanted[64];
     const json_t *v = get(r, &key, NULL);
-    if (json_is_array(v)) /* several end tokens: the first one is the model's own */
+    if (json_array_size(v)) /* several end tokens: the first one is the model's own */
         v = json_array_get(v, 0);
     if (!v)
         return -1;
@@ -252,13 +252,13 @@ static void read_moe(reader *r, cq_config *c) {
     c->topk_group = integer_or(r, "topk_group", 1, 1, c->n_group);
     must_be_zero(r, "moe_latent_size");
     must_divide(r, "n_routed_experts", c->experts, "n_group", c->n_group);
-    int64_t eligible = c->experts / c->n_group * c->topk_group;
-    must_fit(r, "num_experts_per_tok", c->top_k, eligible);
     if (!r->status && c->n_group > 1 && c->experts / c->n_group < 2)
         r->status = cq_fail(CQ_EDATA,
                             "%s/config.json: n_group is %ld of %ld experts, wanted at least two "
                             "experts in a group",
                             r->dir, (long)c->n_group, (long)c->experts);
+    int64_t eligible = c->experts / c->n_group * c->topk_group;
+    must_fit(r, "num_experts_per_tok", c->top_k, eligible);
 }
 
 static void read_nemotron(reader *r, cq_config *c) {
