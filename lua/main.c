@@ -185,6 +185,18 @@ static void print_error(const char *message) {
     fputc('\n', stderr);
 }
 
+/* Lets the command tidy up after the error on top of the stack, which stays there. */
+static void tidy(lua_State *L) {
+    lua_getfield(L, LUA_REGISTRYINDEX, "_LOADED");
+    lua_getfield(L, -1, "ckaqad.command");
+    if (lua_istable(L, -1)) {
+        lua_getfield(L, -1, "failed");
+        if (lua_pcall(L, 0, 0, 0))
+            lua_pop(L, 1);
+    }
+    lua_pop(L, 2);
+}
+
 /* The exit code of the error on top of the stack. */
 static int report(lua_State *L, int status) {
     if (status == LUA_ERRMEM) {
@@ -222,7 +234,10 @@ static int run(lua_State *L, int argc, char **argv) {
         }
         status = lua_pcall(L, 1, 0, 1);
     }
-    return status ? report(L, status) : 0;
+    if (!status)
+        return 0;
+    tidy(L);
+    return report(L, status);
 }
 
 int main(int argc, char **argv) {

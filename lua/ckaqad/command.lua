@@ -96,6 +96,12 @@ local function prompt(host)
   if native.isatty(0) then print() end
 end
 
+-- Called after an error: a run that has nothing to show takes its folder away.
+function command.failed()
+  local run = package.loaded["ckaqad.run"]
+  if run then run.abandon() end
+end
+
 -- Runs the command line `arguments`; throws what went wrong.
 function command.main(arguments)
   local host = require "ckaqad.host"

@@ -58,9 +58,8 @@ end
 function folder.open(path, opt)
   local self = setmetatable({ path = path, options = folder.options(opt) }, Folder)
   local old = folder.read_json(path .. "/run.json")
-  if opt.fresh then
-    self.clean = true
-  elseif old then
+  if opt.fresh then return self end
+  if old then
     local key = difference(type(old.options) == "table" and old.options or {}, self.options)
     if key then
       errors.usage("output folder %s: belongs to another run (--%s differs), wanted a new folder or --fresh", path, key)
@@ -72,13 +71,18 @@ function folder.open(path, opt)
   return self
 end
 
--- Makes the folder; with --fresh what an older run left in it goes first. `keep`: a resumed run keeps its files.
-function Folder:make(keep)
+-- Removes what a run writes, and the folder when nothing else is in it.
+function Folder:remove()
+  self:close()
+  for _, name in ipairs(files) do os.remove(self.path .. "/" .. name) end
+  for _, name in ipairs(folders) do call.cq_folder_remove(self.path .. "/" .. name) end
+  os.remove(self.path)
+end
+
+-- Makes the folder; what an older run left in it goes first, unless this run resumes it.
+function Folder:make(resumes)
+  if not resumes then self:remove() end
   call.cq_folder_make(self.path)
-  if not keep then
-    for _, name in ipairs(files) do os.remove(self.path .. "/" .. name) end
-    for _, name in ipairs(folders) do call.cq_folder_remove(self.path .. "/" .. name) end
-  end
 end
 
 -- Writes a whole file, all of it or nothing.

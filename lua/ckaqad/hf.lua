@@ -46,7 +46,7 @@ function hf.resolve(name)
   if name:match("^[%w_.%-]+/[%w_.%-]+@?[%w_./%-]*$") and not exists(name) then
     local dir, why = hf.cached(name)
     if dir then return dir end
-    errors.raise(errors.DATA, "model: no folder %s and %s: hf download %s", name, why, name:gsub("@.*", ""))
+    errors.usage("model: no folder %s and %s: hf download %s", name, why, name:gsub("@.*", ""))
   end
   errors.raise(errors.DATA, "model: %s/config.json is missing, wanted a Hugging Face folder or org/name", name)
 end

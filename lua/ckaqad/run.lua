@@ -16,6 +16,7 @@ local text = require "ckaqad.text"
 local C = native.C
 
 local run = {}
+local current -- the run that an error ends
 local Run = {}
 Run.__index = Run
 
@@ -78,6 +79,7 @@ function run.run(opt, given)
     local out = opt.out:gsub("(.)/+$", "%1")
     self.folder = folder.open(out, opt)
   end
+  current = self
   self:say("device %s, %d threads, %s kernels (%s)", native.version, self.device.threads, self.device.kernels, self.device.isa)
   return self
 end
@@ -134,6 +136,11 @@ local function begin(self)
   self.made = true
   record(self)
   for _, line in ipairs(self.early) do self:note(line) end
+end
+
+-- Removes the folder of a run that failed before its first step or result: nothing half-written stays.
+function run.abandon()
+  if current and current.made and #current.history == 0 then current.folder:remove() end
 end
 
 --- Plans, prints the planned bytes by purpose, allocates and loads; then makes the run folder.
@@ -359,6 +366,7 @@ function Run:finish(results)
   })
   self:say("report %s/report.html", self.folder.path)
   self.folder:close()
+  current = nil
   if self.export_equal == false or (self.export_failed or 0) > 0 then
     errors.raise(errors.MISMATCH, "export: %s/nvfp4 is not what was trained", self.folder.path)
   end
