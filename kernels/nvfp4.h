@@ -69,12 +69,17 @@ CQ_HD float cq_e4m3_decode(uint8_t b) {
     return f;
 }
 
-/// Largest |x| of a block of 16.
+/// Largest |x| of a block of 16, compared as bit patterns, so that a NaN is the largest of all and the block becomes NaN.
 CQ_HD float cq_nvfp4_block_amax(const float x[16]) {
-    float b = 0.0f;
-    for (int i = 0; i < 16; i++)
-        b = fabsf(x[i]) > b ? fabsf(x[i]) : b;
-    return b;
+    uint32_t b = 0, u;
+    float f;
+    for (int i = 0; i < 16; i++) {
+        memcpy(&u, &x[i], 4);
+        u &= 0x7fffffffu;
+        b = u > b ? u : b;
+    }
+    memcpy(&f, &b, 4);
+    return f;
 }
 /// Tensor scale `weight_scale_2` of a frozen maximum; `top` is 448, or 256 for four-over-six.
 CQ_HD float cq_nvfp4_tensor_scale(float amax, float top) { return amax / (6.0f * top); }
