@@ -475,7 +475,6 @@ typedef struct cq_axpy_args {
     void *y;
 } cq_axpy_args;
 
-#ifndef CQ_CDEF
 /// One backend: a function per operation.
 struct cq_kernels {
     const char *name;
@@ -483,6 +482,7 @@ struct cq_kernels {
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
 };
+#ifndef CQ_CDEF
 #define CQ_KERNEL(op)                                                                              \
     int cq_ref_##op(cq_stream *s, const cq_##op##_args *a);                                        \
     int cq_cpu_##op(cq_stream *s, const cq_##op##_args *a);
