@@ -44,6 +44,11 @@ static float *floats(const cq_entry *e) {
     return y;
 }
 
+/* Bits; but the dequantizer behind the static file reads code 8, minus zero, as plus zero. */
+static bool same(float a, float b, bool zero_has_no_sign) {
+    return !memcmp(&a, &b, sizeof a) || (zero_has_no_sign && a == 0 && b == 0);
+}
+
 static void check_case(const char *name, const matrix *c, const float *block_amax, float top) {
     int64_t n = c->rows * c->cols;
     uint8_t *bytes = malloc((size_t)n / 2), *scales = malloc((size_t)n / 16);
@@ -54,7 +59,12 @@ static void check_case(const char *name, const matrix *c, const float *block_ama
     cr_expect_eq(memcmp(&scale_2, c->scale_2->tensor.data, 4), 0, "%s: tensor scale %.9g", name,
                  (double)scale_2);
     OK(cq_nvfp4_unpack(y, bytes, scales, scale_2, c->rows, c->cols));
-    cr_expect_eq(memcmp(y, c->dequantized->tensor.data, (size_t)n * 4), 0, "%s: values", name);
+    float *wanted = floats(c->dequantized);
+    int64_t differing = 0;
+    for (int64_t i = 0; i < n; i++)
+        differing += !same(y[i], wanted[i], block_amax != NULL);
+    cr_expect_eq(differing, 0, "%s: %ld values differ", name, (long)differing);
+    free(wanted);
     free(bytes);
     free(scales);
     free(y);
