@@ -162,6 +162,9 @@ function Data:take(n)
   return pack(self.corpus, math.min(n, tonumber(C.cq_corpus_count(self.corpus))), self.micro * self.seq)
 end
 
+--- All training documents in file order, packed into micro-batches.
+function Data:all() return pack(self.corpus, tonumber(C.cq_corpus_count(self.corpus)), self.micro * self.seq) end
+
 --- All held-out documents in file order, packed into micro-batches.
 function Data:holdout()
   if not self.held then errors.usage("data: nothing is held out, wanted holdout files or a fraction above 0") end

@@ -95,8 +95,11 @@ end
 
 function native.free(pointer) C.free(pointer) end
 
+--- The most memory this process has had resident, in bytes.
+function native.peak_bytes() return tonumber(C.cq_memory_peak()) end
+
 local now = ffi.new "struct cq_timespec"
--- Seconds of a clock that only goes forward.
+--- Seconds of a clock that only goes forward.
 function native.clock()
   C.clock_gettime(1, now)
   return tonumber(now.seconds) + tonumber(now.nanoseconds) * 1e-9

@@ -41,6 +41,7 @@ end
 
 -- The folder of a model given as folder, run folder (its nvfp4/), or org/name.
 function hf.resolve(name)
+  if name == "" then errors.usage("model: no folder given, wanted a Hugging Face folder or org/name") end
   if exists(name .. "/config.json") then return name end
   if exists(name .. "/nvfp4/config.json") then return name .. "/nvfp4" end
   if name:match("^[%w_.%-]+/[%w_.%-]+@?[%w_./%-]*$") and not exists(name) then

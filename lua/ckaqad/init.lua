@@ -32,4 +32,5 @@ return errors.strict({
   json = require "ckaqad.json",
   text = require "ckaqad.text",
   clock = native.clock,
+  peak_bytes = native.peak_bytes,
 }, "cq")

@@ -32,7 +32,7 @@ end
 
 local function declare(o, mode)
   local p = native.open("cq_plan", "cq_plan_open")
-  local tokens, longest, trained = o.tokens, o.longest, o.adam ~= nil
+  local tokens, longest, trained = o.tokens, o.longest, o.trained
   local models = {}
   if o.teacher then models[1] = { o.teacher, C.CQ_MODE_INFER, false } end
   models[#models + 1] = { o.student, trained and mode or C.CQ_MODE_INFER, trained }
@@ -73,13 +73,16 @@ end
 
 --- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
 --- list of lists), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the pair can be compared), `seed`
---- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`).
+--- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`), `trained` (gradients
+--- without `adam`).
 --- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
 function plan.plan(options)
   local o = errors.fill("plan", options, {
     teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,
-    longest = 0, eval = false, seed = 1, limit = 0, load = true, show = errors.NONE,
+    longest = 0, eval = false, seed = 1, limit = 0, load = true, trained = false,
+    show = errors.NONE,
   })
+  o.trained = o.trained or o.adam ~= nil
   if not o.student then errors.usage("plan: student is missing") end
   if o.data then o.tokens, o.longest = o.data.micro * o.data.seq, o.data.seq end
   if o.longest == 0 then o.longest = o.tokens end
@@ -90,13 +93,13 @@ function plan.plan(options)
   local limit = o.limit > 0 and o.limit or tonumber(C.cq_memory_available())
   local p, mode = declare(o, C.CQ_MODE_SAVE), C.CQ_MODE_SAVE
   local saved_bytes = total(p)
-  if o.adam and saved_bytes > limit then
+  if o.trained and saved_bytes > limit then
     native.close(p, "cq_plan")
     p, mode = declare(o, C.CQ_MODE_RECOMPUTE), C.CQ_MODE_RECOMPUTE
   end
   local self = {
-    c = p, mode = mode, bytes = total(p), saved_bytes = saved_bytes, trained = o.adam ~= nil, tokens = o.tokens,
-    before = tonumber(C.cq_memory_peak()),
+    c = p, mode = mode, bytes = total(p), saved_bytes = saved_bytes, trained = o.trained, tokens = o.tokens,
+    before = native.peak_bytes(),
   }
   self.lines = lines_of(self)
   if o.show then o.show(self) end

@@ -13,7 +13,6 @@ local preset = require "ckaqad.preset"
 local report = require "ckaqad.report"
 local screen = require "ckaqad.screen"
 local text = require "ckaqad.text"
-local C = native.C
 
 local run = {}
 local current -- the run that an error ends
@@ -69,6 +68,7 @@ function run.run(opt, given)
     opt.model, said = choose_model(opt, o.named)
   elseif has_model then
     opt.teacher = hf.resolve(opt.teacher)
+    opt.student = hf.resolve(opt.student)
   end
   if has_model and rawget(opt, "preset") then
     self:say(preset.apply(opt, model.count(rawget(opt, "model") or opt.teacher)))
@@ -324,9 +324,12 @@ function Run:export(student)
   return differing == 0 and #failed == 0
 end
 
+--- Peak memory so far less what there was before the first planned allocation.
+function Run:peak_bytes() return native.peak_bytes() - self.plan_made.before end
+
 local function memory_line(self)
   local p = self.plan_made
-  self.peak = tonumber(C.cq_memory_peak()) - p.before
+  self.peak = self:peak_bytes()
   local off = self.peak - p.bytes
   self:say("memory: measured peak %s, planned %s (%+.1f %%)", text.bytes(self.peak), text.bytes(p.bytes), 100 * off / p.bytes)
 end
