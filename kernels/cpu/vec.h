@@ -24,22 +24,31 @@ VEC_INLINE uint32_t vec_bits(float f) {
     return u;
 }
 
+/// a b + c, rounded once where the processor can.
+VEC_INLINE float vec_fma(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 VEC_INLINE float vec_exp(float x) {
     float c = x < -104.0f ? -104.0f : x;
     c = c > 89.0f ? 89.0f : c;
     /* adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits */
-    float t = c * 1.442695041f + 12582912.0f;
+    float t = vec_fma(c, 1.442695041f, 12582912.0f);
     uint32_t n = vec_bits(t) - 0x4b400000u;
     float k = t - 12582912.0f;
-    float r = c - k * 0.693359375f;
-    r = r - k * -2.12194440e-4f;
+    float r = vec_fma(k, -0.693359375f, c);
+    r = vec_fma(k, 2.12194440e-4f, r);
     /* (e^r - 1 - r) / r^2 interpolated at Chebyshev nodes: relative error of e^r below 2^-26 */
     float p = 0.0013926176119927734f;
-    p = p * r + 0.008363173074513711f;
-    p = p * r + 0.04166655466205065f;
-    p = p * r + 0.1666657702559799f;
-    p = p * r + 0.5f;
-    p = p * (r * r) + r + 1.0f;
+    p = vec_fma(p, r, 0.008363173074513711f);
+    p = vec_fma(p, r, 0.04166655466205065f);
+    p = vec_fma(p, r, 0.1666657702559799f);
+    p = vec_fma(p, r, 0.5f);
+    p = vec_fma(p, r * r, r) + 1.0f;
     /* 2^n in two factors, because 2^128 and 2^-149 are results but not normal numbers */
     uint32_t half = (uint32_t)((int32_t)n >> 1);
     float low = vec_float((half + 127u) << 23), high = vec_float((n - half + 127u) << 23);
@@ -55,11 +64,11 @@ VEC_INLINE float vec_silu_slope(float x, float sigmoid) {
 VEC_INLINE float vec_softplus(float x) {
     float u = vec_exp(x < 0.0f ? x : -x), q = u / (2.0f + u), s = q * q;
     float p = 0.11612164612011674f;
-    p = p * s + 0.10853287900440187f;
-    p = p * s + 0.14296178997151418f;
-    p = p * s + 0.1999985316596486f;
-    p = p * s + 0.3333333366026371f;
-    p = p * s * q + q;
+    p = vec_fma(p, s, 0.10853287900440187f);
+    p = vec_fma(p, s, 0.14296178997151418f);
+    p = vec_fma(p, s, 0.1999985316596486f);
+    p = vec_fma(p, s, 0.3333333366026371f);
+    p = vec_fma(p * s, q, q);
     return (x > 0.0f ? x : 0.0f) + 2.0f * p;
 }
 

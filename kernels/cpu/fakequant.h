@@ -1,0 +1,156 @@
+/// fakequant.h - NVFP4 fake quantization of rows, as vector code; for the operations that quantize
+/// what they write.
+///
+///     s8 = e4m3(clamp(B / (6 ws2), 2^-9, 448))    den = s8 ws2    y = e2m1(x / den) den
+///
+/// Bit-exact with kernels/nvfp4.h for every input without NaN; a NaN makes its whole block NaN, so
+/// that it reaches the loss. Rounding to a float with fewer bits: adding M = 2^(E + k) and taking
+/// it away again rounds to multiples of 2^(E + k - 23), ties to even, where E is the value's
+/// exponent or the format's lowest one. No step is a product followed by a sum, so contraction
+/// changes nothing.
+///
+/// Usage, in an operation with a `cq_fq fq` in its arguments:
+///     CQ_TRY(fq_check("gather_rows", &a->fq, a->dim));
+///     ... per thread: saturated += fq_rows(&a->fq, row, 1, a->dim, yq_row, y_row, NULL, 448.0f);
+///     fq_count(&a->fq, saturated);
+#pragma once
+#include "core/base/error.h"
+#include "kernels/cpu/vec.h"
+#include "kernels/kernels.h"
+
+enum { FQ_BLOCK = 16, FQ_TILE = 32 /* blocks whose scales are computed together */ };
+
+/// CQ_ESHAPE unless rows of `cols` can be quantized.
+static inline int fq_check(const char *name, const cq_fq *fq, int64_t cols) {
+    if (!fq->amax || cols % FQ_BLOCK == 0)
+        return CQ_OK;
+    return cq_fail(CQ_ESHAPE, "%s: rows of %lld, wanted a multiple of 16", name, (long long)cols);
+}
+
+/// The group that row `row` belongs to: the last one that begins at or before it.
+static inline int64_t fq_group(const int64_t *offsets, int64_t n_groups, int64_t row) {
+    int64_t low = 0, high = offsets ? n_groups : 1;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (offsets[middle] <= row)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/// Adds to the counter; integers, so the order of threads does not show.
+static inline void fq_count(const cq_fq *fq, int64_t saturated) {
+    if (fq->saturated && saturated)
+        __atomic_fetch_add(fq->saturated, saturated, __ATOMIC_RELAXED);
+}
+
+/// p > 0 rounded to E4M3, p in [2^-9, 448].
+VEC_INLINE float fq_e4m3(float p) {
+    uint32_t e = vec_bits(p) & 0x7f800000u, lowest = 121u << 23;
+    float m = vec_float((e > lowest ? e : lowest) + (20u << 23));
+    return (p + m) - m;
+}
+/// v rounded to E2M1; the sign is that of v < 0, so -0 becomes 0 and what rounds to 0 keeps it.
+VEC_INLINE float fq_e2m1(float v) {
+    uint32_t sign = v < 0.0f ? 0x80000000u : 0u, lowest = 127u << 23;
+    float a = fabsf(v);
+    a = a < 6.0f ? a : 6.0f;
+    uint32_t e = vec_bits(a) & 0x7f800000u;
+    float m = vec_float((e > lowest ? e : lowest) + (22u << 23));
+    return vec_float(vec_bits((a + m) - m) | sign);
+}
+
+/// Largest magnitudes of n blocks. Magnitudes order like their bits.
+VEC_INLINE void fq_block_maxima(float *b, const float *x, int64_t n) {
+    for (int64_t k = 0; k < n; k++) {
+        const float *v = x + k * FQ_BLOCK;
+        int32_t top = 0;
+        for (int i = 0; i < FQ_BLOCK; i++) {
+            int32_t u = (int32_t)(vec_bits(v[i]) & 0x7fffffffu);
+            top = u > top ? u : top;
+        }
+        b[k] = vec_float((uint32_t)top);
+    }
+}
+
+/// den of n blocks: the dynamic form from block maxima b (nvfp4.md 2.1); returns the saturated
+/// ones.
+VEC_INLINE int64_t fq_dynamic(float *den, const float *b, int64_t n, float ws2) {
+    float d = 6.0f * ws2;
+    int32_t saturated = 0;
+    for (int64_t k = 0; k < n; k++) {
+        float p = b[k] / d;
+        p = p == 0.0f ? 1.0f : p;
+        saturated += p > 448.0f ? 1 : 0;
+        p = p < 0.001953125f ? 0.001953125f : p;
+        p = p > 448.0f ? 448.0f : p;
+        den[k] = fq_e4m3(p) * ws2;
+    }
+    return saturated;
+}
+/// The static form from chosen block maxima b (nvfp4.md 2.2).
+VEC_INLINE void fq_static(float *den, const float *b, int64_t n, float amax, float top, float ws2) {
+    float smax = amax / 6.0f;
+    for (int64_t k = 0; k < n; k++) {
+        float p = b[k] / 6.0f;
+        p = p == 0.0f ? 1.0f : p;
+        p = p * top;
+        p = p / smax;
+        p = p < 0.001953125f ? 0.001953125f : p;
+        p = p > 448.0f ? 448.0f : p;
+        den[k] = fq_e4m3(p) * ws2;
+    }
+}
+
+/// n elements (whole blocks) under one tensor maximum; y may be x. Returns the saturated blocks.
+static __attribute__((unused)) int64_t fq_span(float *y, const float *x, int64_t n, float amax,
+                                               const float *block_amax, float top) {
+    if (!(amax > 0.0f)) {
+        memset(y, 0, (size_t)n * sizeof(float));
+        return 0;
+    }
+    float ws2 = amax / (6.0f * (block_amax ? top : 448.0f)), b[FQ_TILE], den[FQ_TILE];
+    int64_t saturated = 0, blocks = n / FQ_BLOCK;
+    for (int64_t at = 0; at < blocks; at += FQ_TILE) {
+        int64_t m = blocks - at < FQ_TILE ? blocks - at : FQ_TILE;
+        const float *from = x + at * FQ_BLOCK;
+        float *to = y + at * FQ_BLOCK;
+        if (block_amax) {
+            fq_static(den, block_amax + at, m, amax, top, ws2);
+        } else {
+            fq_block_maxima(b, from, m);
+            saturated += fq_dynamic(den, b, m, ws2);
+        }
+        for (int64_t k = 0; k < m; k++) {
+            float by = den[k];
+#pragma omp simd
+            for (int64_t i = k * FQ_BLOCK; i < (k + 1) * FQ_BLOCK; i++)
+                to[i] = fq_e2m1(from[i] / by) * by;
+        }
+    }
+    return saturated;
+}
+
+/// Rows row .. row + rows of the operation; x, y and block_amax (or NULL: the dynamic form) point
+/// at row `row`; y may be x. Without maxima a copy. Returns the saturated blocks.
+static __attribute__((unused)) int64_t fq_rows(const cq_fq *fq, int64_t row, int64_t rows,
+                                               int64_t cols, float *y, const float *x,
+                                               const float *block_amax, float top) {
+    if (!fq->amax) {
+        if (y != x)
+            memcpy(y, x, (size_t)(rows * cols) * sizeof(float));
+        return 0;
+    }
+    int64_t saturated = 0, end = row + rows, n_groups = fq->offsets ? fq->n_groups : 1;
+    for (int64_t r = row; r < end;) {
+        int64_t g = fq_group(fq->offsets, n_groups, r), stop = end, skip = (r - row) * cols;
+        if (g + 1 < n_groups && fq->offsets[g + 1] < end)
+            stop = fq->offsets[g + 1];
+        saturated += fq_span(y + skip, x + skip, (stop - r) * cols, fq->amax[g],
+                             block_amax ? block_amax + skip / FQ_BLOCK : NULL, top);
+        r = stop;
+    }
+    return saturated;
+}
