@@ -107,6 +107,7 @@ Test(ref_matmul, grouped_forms_are_a_product_and_its_two_gradients_and_skip_empt
                  (finite_input[]){{"x", x, dx, ROWS * K, 1}, {"w", w, dw, E * N * K, 2}}, 2);
     for (int i = 0; i < N * K; i++)
         cr_expect(dw[i] == 0 && dw[3 * N * K + i] == 0, "a group without rows got a gradient");
+    free(x), free(w), free(g), free(y), free(dx), free(dw);
 }
 
 Test(ref_rmsnorm, a_constant_row_becomes_the_weight_over_the_root_of_one_plus_eps) {
@@ -131,8 +132,9 @@ Test(ref_rmsnorm, a_constant_row_becomes_the_weight_over_the_root_of_one_plus_ep
  * are counted */
 Test(ref_rmsnorm, the_quantized_copy_is_the_codec_of_y_by_groups_with_or_without_y) {
     enum { ROWS = 5, N = 32 };
-    float *x = finite_narrow(finite_normal(ROWS * N, SEED, 4, 1, 0), ROWS * N), y[ROWS * N],
-          yq[ROWS * N], alone[ROWS * N], w[N], want[16];
+    double *wide = finite_normal(ROWS * N, SEED, 4, 1, 0);
+    float *x = finite_narrow(wide, ROWS * N), y[ROWS * N], yq[ROWS * N], alone[ROWS * N], w[N],
+          want[16];
     for (int i = 0; i < N; i++)
         w[i] = 1 + (float)i / 16;
     const float amax[3] = {0.5f, 9, 4};
@@ -156,7 +158,7 @@ Test(ref_rmsnorm, the_quantized_copy_is_the_codec_of_y_by_groups_with_or_without
     cr_expect(!memcmp(y, alone, sizeof y), "without maxima yq is not y");
     a.dim = 24, a.fq = (cq_fq){amax, offsets, 3, NULL};
     cr_expect_eq(cq_ref_rmsnorm_forward(NULL, &a), CQ_ESHAPE);
-    free(x);
+    free(wide), free(x);
 }
 
 Test(ref_rmsnorm, gradients_agree_with_differences_overwritten_accumulated_and_without_dw) {
@@ -179,6 +181,7 @@ Test(ref_rmsnorm, gradients_agree_with_differences_overwritten_accumulated_and_w
         NEAR(dx[0] * (1 + accumulate), first, 1e-14);
         free(dx), free(dw);
     }
+    free(x), free(w), free(g);
 }
 
 Test(ref_gatednorm, scaling_one_group_changes_nothing_and_the_gate_comes_first) {
@@ -228,6 +231,7 @@ Test(ref_gatednorm, gradients_agree_with_differences_on_strided_gates) {
                  3);
     b.dw = NULL;
     OK(cq_ref_gatednorm_backward(NULL, &b));
+    free(y), free(z), free(w), free(g), free(dy), free(dz), free(dw);
 }
 
 Test(ref_headnorm, rotation_by_hand_and_the_two_things_it_can_leave_out) {
@@ -313,6 +317,7 @@ Test(ref_swiglu, values_by_hand_and_gradients_by_differences) {
     OK(cq_ref_swiglu_backward(NULL, &b));
     finite_check("swiglu seed 20240", &(finite_forward){run_swiglu_forward, &f, h, g, ROWS * N},
                  (finite_input[]){{"gu", gu, dgu, ROWS * 2 * N, 1}}, 1);
+    free(gu), free(g);
 }
 
 Test(ref_swiglu, a_gate_far_below_zero_gives_zero_and_not_nan) {
@@ -348,6 +353,7 @@ Test(ref_relu2, values_gradients_and_the_gradient_over_its_own_input) {
     b.dx = g;
     OK(cq_ref_relu2_backward(NULL, &b));
     cr_expect(!memcmp(g, dx, sizeof dx), "dx over dh differs");
+    free(x), free(g);
 }
 
 Test(ref_norms, fp32_is_the_double_result_rounded_once_and_the_plain_loop_is_near_it) {

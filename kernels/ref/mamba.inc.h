@@ -1,13 +1,13 @@
-/* mamba.inc.h - what is special to a Mamba-2 mixer: the causal depthwise convolution with silu, and
-   SSD.
+/* mamba.inc.h - what a Mamba-2 mixer has of its own: the causal depthwise convolution, and SSD.
 
    SSD is the plain recurrence, token after token; the chunked forms elsewhere must agree with it.
-   Backward, with a_t = exp(A dt_t), 0 at a document's first token, and dS running from the last
-   token to the first:
+   Backward, with a_t = exp(A dt_t) and dS running from zero at a document's last token to its
+   first:
 
-       dS_t = dy_t C_t' + a_{t+1} dS_{t+1}    q_t = <dS_t, S_{t-1}>    ddt_t = x_t' dS_t B_t + A a_t
-   q_t dx_t = D dy_t + dt_t dS_t B_t          dB_t = dt_t dS_t' x_t    dC_t = S_t' dy_t dA  += dt_t
-   a_t q_t   da_log = A dA    dD = sum dy_t x_t        ddt_raw = ddt sigmoid(dt_raw + dt_bias)
+       dS_t = dy_t C_t' + a_{t+1} dS_{t+1}    q_t = <dS_t, S_{t-1}>
+       dx_t = D dy_t + dt_t dS_t B_t          dB_t = dt_t dS_t' x_t    dC_t = S_t' dy_t
+       ddt_t = x_t' dS_t B_t + A a_t q_t      ddt_raw = ddt sigmoid(dt_raw + dt_bias)
+       dA += dt_t a_t q_t, da_log = A dA      dD = sum dy_t x_t
 
    The states of one head in one document are all kept: a specification may use memory to stay
    readable. */
@@ -125,7 +125,7 @@ typedef struct CQ_FN(ssd_work) {
 /* One token of the backward. `before` is S_{t-1} with S_t behind it; dS comes in without this
    token's dy C' and leaves multiplied by this token's decay, for the token before. */
 static void CQ_FN(ssd_token)(const cq_ssd_backward_args *a, CQ_FN(ssd_work) * w, int64_t h,
-                             int64_t t, bool first, const acc *before) {
+                             int64_t t, const acc *before) {
     int64_t P = a->head_dim, N = a->state, g = h / (a->heads / a->groups);
     const acc *S = before + P * N;
     const real *x = (const real *)a->x + t * a->ldx + h * P;
@@ -136,7 +136,7 @@ static void CQ_FN(ssd_token)(const cq_ssd_backward_args *a, CQ_FN(ssd_work) * w,
     acc *dB = w->dB + (t * a->groups + g) * N, *dC = w->dC + (t * a->groups + g) * N, *dS = w->dS;
     acc skip = (acc)((const real *)a->d)[h], A = -exp((acc)((const real *)a->a_log)[h]);
     acc raw = (acc)((const real *)a->dt_raw)[t * a->ld_dt + h] + (acc)((const real *)a->dt_bias)[h];
-    acc dt = CQ_SOFTPLUS(raw), decay = first ? 0 : exp(A * dt), q = 0, xSB = 0;
+    acc dt = CQ_SOFTPLUS(raw), decay = exp(A * dt), q = 0, xSB = 0;
     for (int64_t p = 0; p < P; p++) {
         acc SB = 0;
         for (int64_t n = 0; n < N; n++) {
@@ -172,7 +172,7 @@ static void CQ_FN(ssd_document)(const cq_ssd_backward_args *a, CQ_FN(ssd_work) *
     }
     memset(w->dS, 0, (size_t)size * sizeof(acc));
     for (int64_t t = end - 1; t >= begin; t--)
-        CQ_FN(ssd_token)(a, w, h, t, t == begin, w->states + (t - begin) * size);
+        CQ_FN(ssd_token)(a, w, h, t, w->states + (t - begin) * size);
 }
 
 static void CQ_FN(ssd_heads)(const cq_ssd_backward_args *a, CQ_FN(ssd_work) * w) {
