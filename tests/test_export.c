@@ -1,6 +1,7 @@
 /* test_export.c - an exported folder: the bits that were trained, a layout servers read, and a
  * verify that finds each kind of damage and names the tensor. */
 #include "core/model/json.h"
+#include "kernels/nvfp4.h"
 #include "tests/harness.h"
 #include <unistd.h>
 
@@ -444,21 +445,23 @@ Test(verify, finds_damaged_tensors_by_name) {
 
 Test(verify, finds_a_tensor_scale_that_is_not_amax_over_2688) {
     folder f;
-    const char *name = L(0) "out_proj.weight_scale_2";
-    open_export(&f, models[0], options[0]);
-    cq_tensor t = take(f.dir, name);
+    const char *name = L(0) "out_proj.weight_scale_2", *blocks = L(0) "out_proj.weight_scale";
     float right, wrong;
+    open_export(&f, models[0], options[0]);
+    cq_tensor t = take(f.dir, name), s = take(f.dir, blocks);
     memcpy(&right, t.data, 4);
-    wrong = 1 / right;
+    wrong = 1 / right; /* as other formats store it */
     memcpy(t.data, &wrong, 4);
-    rewrite(f.dir, name, name, t); /* the other convention: its inverse */
-    /* every weight grows with it, so only what the matrix is next to could tell: nothing does */
-    free(t.data);
-    cq_tensor s = take(f.dir, L(0) "out_proj.weight_scale");
-    for (int64_t i = 0; i < cq_tensor_bytes(s); i++)
-        ((uint8_t *)s.data)[i] = 0x38;
-    rewrite(f.dir, L(0) "out_proj.weight_scale", L(0) "out_proj.weight_scale", s);
+    rewrite(f.dir, name, name, t);
     expect_finding(&f, NULL, 6, L(0) "out_proj");
+    memcpy(t.data, &right, 4);
+    rewrite(f.dir, name, name, t);
+    expect_clean(&f, "right again");
+    for (int64_t i = 0; i < cq_tensor_bytes(s); i++) /* as if amax / 6 had been the tensor scale */
+        ((uint8_t *)s.data)[i] = cq_e4m3_encode(cq_e4m3_decode(((uint8_t *)s.data)[i]) / 448);
+    rewrite(f.dir, blocks, blocks, s);
+    expect_finding(&f, NULL, 6, L(0) "out_proj");
+    free(t.data);
     free(s.data);
     close_export(&f);
 }
@@ -516,14 +519,16 @@ Test(verify, finds_gate_and_up_with_different_scales) {
 /* Replaces one piece of a text file; expects a finding; restores. */
 static void edit(const folder *f, const char *file, const char *from, const char *to, int rule,
                  const char *name) {
-    char *text = read_text(f->dir, file), *at = strstr(text, from), bad[16384];
+    char *text = read_text(f->dir, file), *at = strstr(text, from);
     cr_assert_not_null(at, "%s: %s", file, from);
-    cr_assert_lt(strlen(text) + strlen(to), sizeof bad);
-    snprintf(bad, sizeof bad, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
+    size_t size = strlen(text) + strlen(to) + 1;
+    char *bad = malloc(size);
+    snprintf(bad, size, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
     write_text(f->dir, file, bad);
     expect_finding(f, f->source, rule, name);
     write_text(f->dir, file, text);
     free(text);
+    free(bad);
 }
 
 Test(verify, finds_descriptions_that_disagree) {

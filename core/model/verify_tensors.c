@@ -2,9 +2,10 @@
 /// 1-8 and 14.
 ///
 /// A linear that the exclude list does not match must be there as four tensors (nvfp4.md 5.1),
-/// every other parameter as one. Rule 6 has no amax to compare with, so it asks that the largest
-/// decoded weight is near the one that weight_scale_2 implies: an inverted or unscaled factor is
-/// off by 6 and more.
+/// every other parameter as one. Rule 6 has no amax to compare with, so it asks that the maximum
+/// that weight_scale_2 implies (2688 times it) is near the largest decoded weight, and is one that
+/// a weight can have: a missing factor is off by 6 and more, the inverse that other formats store
+/// by millions.
 #include "core/base/error.h"
 #include "core/model/model_impl.h"
 #include "core/model/verify_impl.h"
@@ -14,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { N_SCALES = 3 };
+enum { N_SCALES = 3, LARGEST_WEIGHT = 65504 };
 static const char *const scale_suffix[N_SCALES] = {".weight_scale", ".weight_scale_2",
                                                    ".input_scale"};
 
@@ -256,7 +257,13 @@ static void check_group(cq_verify *v, matrix **group, int n, tally *t) {
         if (group[i]->quantized && group[i]->scale_2 * 2688.0f > implied)
             implied = group[i]->scale_2 * 2688.0f;
     }
-    if (largest > 0 && implied > 4 * largest)
+    if (implied > LARGEST_WEIGHT)
+        cq_verify_add(
+            v, true, 6,
+            "%s: its weight_scale_2 implies a maximum of %.6g, wanted amax / 2688 (is it the "
+            "inverse?)",
+            group[0]->param->name, (double)implied);
+    else if (largest > 0 && implied > 4 * largest)
         cq_verify_add(
             v, true, 6,
             "%s: its weight_scale_2 implies a maximum of %.6g but the largest weight is %.6g, "
