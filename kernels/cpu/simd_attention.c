@@ -72,13 +72,11 @@ static void clear_tail(float *row, int64_t seen) {
 /// returns the factor that what was accumulated under the old maximum must be multiplied with.
 /// Whole vectors: what lies beyond the n scores counts nothing and is cleared later.
 static float softmax_row(float *s, int64_t n, float scale, float *max, float *sum) {
-    float top = -FLT_MAX, total = 0.0f;
+    float total = 0.0f;
     int64_t end = tile_pad(n);
     for (int64_t j = n; j < end; j++)
         s[j] = -FLT_MAX;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < end; j++)
-        top = s[j] > top ? s[j] : top;
+    float top = vec_max(s, end, -FLT_MAX);
     float before = *max, now = top * scale > before ? top * scale : before;
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < end; j++) {
@@ -152,14 +150,13 @@ static void backward_head(const cq_attention_backward_args *a, const view *d, in
             const float *o = out + (q0 + i) * ldo, *g = dout + (q0 + i) * ldo;
             int64_t seen = min64(n, q0 + i + 1 - k0);
             float *pi = p + i * KEYS, *di = ds + i * KEYS, row = lse[(q0 + i) * a->heads];
-            float delta = 0.0f;
-#pragma omp simd reduction(+ : delta)
-            for (int64_t c = 0; c < dim; c++)
-                delta += o[c] * g[c];
+            float delta = vec_dot(o, g, dim);
             for (int64_t j = 0; j < tile_pad(seen); j++) {
                 pi[j] = vec_exp(pi[j] * scale - row);
                 di[j] = pi[j] * (di[j] - delta) * scale;
             }
+            if (q0 + i == 0) /* one key: the softmax is constant, and exactly so */
+                di[0] = 0.0f;
             clear_tail(pi, seen);
             clear_tail(di, seen);
         }

@@ -72,7 +72,7 @@ int CQ_OP(conv_forward)(cq_stream *s, const cq_conv_forward_args *a) {
                 float *restrict y = (float *)a->y + t * a->channels + first;
                 preactivation(p, &k, (const float *)a->x + t * a->ldx + first, a->ldx, t - start);
                 for (int64_t c = 0; c < k.n; c++)
-                    y[c] = p[c] / (1.0f + vec_exp(-p[c]));
+                    y[c] = vec_silu(p[c]);
             }
         }
     }
@@ -109,8 +109,7 @@ static void backward_document(const cq_conv_backward_args *a, const taps *k, sum
         int64_t skip = t - start >= width - 1 ? 0 : width - 1 - (t - start);
         preactivation(p, k, x, a->ldx, t - start);
         for (int64_t c = 0; c < n; c++) {
-            float sigma = 1.0f / (1.0f + vec_exp(-p[c]));
-            dp[c] = dy[c] * sigma * (1.0f + p[c] * (1.0f - sigma));
+            dp[c] = dy[c] * vec_silu_slope(p[c], vec_sigmoid(p[c]));
             g->db[c] += dp[c];
         }
         for (int64_t i = skip; i < width; i++) {

@@ -78,13 +78,6 @@ static inline bool is_kept(const kept *s, float t, int j) {
     return (t > s->least) | ((t == s->least) & (j <= (int)s->last));
 }
 
-static float largest(const float *z, int64_t n) {
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; j++)
-        top = z[j] > top ? z[j] : top;
-    return top;
-}
 static int64_t first_at(const float *z, int64_t n, float value) {
     int64_t j = 0;
     while (j < n - 1 && z[j] != value)
@@ -163,7 +156,8 @@ static double log_sum(double top_a, double sum_a, double top_b, double sum_b) {
 
 /// Whole-vocabulary row: full KL.
 static double full_row(const cq_kl_args *a, const float *t, float *z, double *lt, double *ls) {
-    side all = {.teacher_top = largest(t, a->vocab), .student_top = largest(z, a->vocab)};
+    side all = {.teacher_top = vec_max(t, a->vocab, -INFINITY),
+                .student_top = vec_max(z, a->vocab, -INFINITY)};
     for (int64_t j = 0; j < a->vocab; j += SPAN)
         exponentials(&all, t + j, z + j, a->gradient ? z + j : NULL,
                      a->vocab - j < SPAN ? a->vocab - j : SPAN);
@@ -242,8 +236,8 @@ static void kl_row(const cq_kl_args *a, int64_t r, bool whole, totals *to) {
     }
     double lt, ls, zt = (double)t[label], zs = (double)z[label];
     if (a->agree)
-        to->agree += first_at(t, a->vocab, largest(t, a->vocab)) ==
-                     first_at(z, a->vocab, largest(z, a->vocab));
+        to->agree += first_at(t, a->vocab, vec_max(t, a->vocab, -INFINITY)) ==
+                     first_at(z, a->vocab, vec_max(z, a->vocab, -INFINITY));
     to->sum += whole ? full_row(a, t, z, &lt, &ls) : top_k_row(a, t, z, &lt, &ls);
     to->nll_teacher += lt - zt;
     to->nll_student += ls - zs;
@@ -304,7 +298,7 @@ static void entropy_row(const cq_cross_entropy_args *a, int64_t r, totals *to) {
             memset(z, 0, (size_t)a->vocab * sizeof(float));
         return;
     }
-    float top = largest(z, a->vocab);
+    float top = vec_max(z, a->vocab, -INFINITY);
     double at_label = (double)z[label] - (double)top;
     if (a->correct)
         to->agree += first_at(z, a->vocab, top) == label;

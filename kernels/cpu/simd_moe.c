@@ -53,7 +53,7 @@ static void route_token(const cq_route_forward_args *a, int64_t t) {
     int32_t *sel = a->sel + t * a->top_k;
     float *weight = (float *)a->weight + t * a->top_k;
     for (int64_t e = 0; e < a->experts; e++) {
-        s[e] = 1.0f / (1.0f + vec_exp(-logits[e]));
+        s[e] = vec_sigmoid(logits[e]);
         choice[e] = s[e] + a->bias[e];
     }
     if (a->topk_group < a->n_group) {
@@ -94,7 +94,7 @@ int CQ_OP(route_backward)(cq_stream *s, const cq_route_backward_args *a) {
         const int32_t *sel = a->sel + t * a->top_k;
         float *dlogits = (float *)a->dlogits + t * a->experts, z = 1e-20f, dot = 0.0f;
         for (int64_t j = 0; j < a->top_k; j++) {
-            float v = 1.0f / (1.0f + vec_exp(-logits[sel[j]]));
+            float v = vec_sigmoid(logits[sel[j]]);
             z += v;
             dot += dweight[j] * v;
         }
@@ -102,7 +102,7 @@ int CQ_OP(route_backward)(cq_stream *s, const cq_route_backward_args *a) {
         float mean = a->normalize ? dot / z : 0.0f;
         memset(dlogits, 0, (size_t)a->experts * sizeof(float));
         for (int64_t j = 0; j < a->top_k; j++) {
-            float v = 1.0f / (1.0f + vec_exp(-logits[sel[j]]));
+            float v = vec_sigmoid(logits[sel[j]]);
             dlogits[sel[j]] = factor * (dweight[j] - mean) * v * (1.0f - v);
         }
     }
@@ -146,13 +146,10 @@ int CQ_OP(combine_backward)(cq_stream *s, const cq_combine_backward_args *a) {
         const float *restrict dout = (const float *)a->dout + i / a->top_k * a->dim;
         const float *restrict y = (const float *)a->y + (int64_t)a->position[i] * a->dim;
         float *restrict dy = (float *)a->dy + (int64_t)a->position[i] * a->dim;
-        float weight = ((const float *)a->weight)[i], dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t c = 0; c < a->dim; c++)
-            dot += dout[c] * y[c];
+        float weight = ((const float *)a->weight)[i];
         for (int64_t c = 0; c < a->dim; c++)
             dy[c] = weight * dout[c];
-        ((float *)a->dweight)[i] = dot;
+        ((float *)a->dweight)[i] = vec_dot(dout, y, a->dim);
     }
     return CQ_OK;
 }

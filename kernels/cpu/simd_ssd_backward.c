@@ -108,12 +108,9 @@ static void through_out(work *k, const ssd_input *in, const ssd_output *o, const
     float *dx = o->dx + t0 * o->lddx + head * dim;
     tile_product(&(tile_args){n, dim, ns, b, in->ldb, 1, ds, dim, k->r, dim}, false);
     for (int64_t s = 0; s < n; s++) {
-        float gamma = k->w.gamma[s], weight = gamma * k->w.dt[s], dot = 0.0f;
+        float gamma = k->w.gamma[s], weight = gamma * k->w.dt[s];
         const float *r = k->r + s * dim, *xs = x + s * in->ldx;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < dim; i++)
-            dot += xs[i] * r[i];
-        k->v[s] = gamma * dot;
+        k->v[s] = gamma * vec_dot(xs, r, dim);
         for (int64_t i = 0; i < dim; i++) {
             dx[s * o->lddx + i] = gamma * r[i];
             k->rows[s * dim + i] = weight * xs[i];
@@ -140,19 +137,13 @@ static float through_in(work *k, const ssd_input *in, const ssd_output *o, const
     tile_product(&(tile_args){n, ns, dim, k->rows, dim, 1, k->turned, tile_pad(ns), k->dc, ns},
                  false);
     for (int64_t t = 0; t < n; t++) {
-        float dot = 0.0f;
         const float *part = k->dc + t * ns, *ct = c + t * in->ldc;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < ns; i++)
-            dot += part[i] * ct[i];
-        k->u[t] = dot;
+        k->u[t] = vec_dot(part, ct, ns);
         for (int64_t i = 0; i < ns; i++)
             dc[t * o->lddc + i] += part[i];
     }
     if (!last) {
-#pragma omp simd reduction(+ : inner)
-        for (int64_t i = 0; i < ns * dim; i++)
-            inner += ds[i] * state[i];
+        inner = vec_dot(ds, state, ns * dim);
         for (int64_t i = 0; i < ns * dim; i++)
             ds[i] *= k->w.end;
     }
@@ -175,7 +166,7 @@ static void time_steps(work *k, const ssd_output *o, float through, double *sums
         k->ddt[t] += k->v[t] + a * k->dl[t];
     }
     for (int64_t t = 0; t < k->ld; t++)
-        k->ddt[t] *= 1.0f / (1.0f + vec_exp(-k->w.z[t]));
+        k->ddt[t] *= vec_sigmoid(k->w.z[t]);
     float *ddt = o->ddt + t0 * o->ldd_dt + head;
     for (int64_t t = 0; t < n; t++) {
         ddt[t * o->ldd_dt] = k->ddt[t];

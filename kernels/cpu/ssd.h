@@ -39,20 +39,6 @@ typedef struct ssd_decay {
 
 static inline int64_t ssd_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/// log(1 + exp(x)), exact to a few ulp for any sign of x: 2 atanh(u / (2 + u)) with u = exp(-|x|).
-static inline float ssd_softplus(float x) {
-    float u = vec_exp(x < 0.0f ? x : -x), q = u / (2.0f + u), q2 = q * q;
-    float p = 1.0f / 15.0f;
-    p = p * q2 + 1.0f / 13.0f;
-    p = p * q2 + 1.0f / 11.0f;
-    p = p * q2 + 1.0f / 9.0f;
-    p = p * q2 + 1.0f / 7.0f;
-    p = p * q2 + 1.0f / 5.0f;
-    p = p * q2 + 1.0f / 3.0f;
-    p = p * q2 * q + q;
-    return (x > 0.0f ? x : 0.0f) + 2.0f * p;
-}
-
 /// Takes n floats from the scratch at *p.
 static inline float *ssd_take(float **p, int64_t n) {
     float *taken = *p;
@@ -79,7 +65,7 @@ __attribute__((unused)) static void ssd_decays(ssd_decay *w, const ssd_input *in
     for (int64_t t = n; t < padded; t++)
         w->z[t] = 0.0f;
     for (int64_t t = 0; t < padded; t++)
-        w->dt[t] = ssd_softplus(w->z[t]);
+        w->dt[t] = vec_softplus(w->z[t]);
     double cs = 0.0;
     w->a = -exp((double)in->a_log[head]);
     for (int64_t t = 0; t < padded; t++) {

@@ -1,0 +1,270 @@
+/* test_cpu_sequence.c - attention, convolution and SSD of the cpu backend against ref in F64, over
+   documents of odd lengths, document boundaries on and off the edges of blocks and chunks, and
+   strided rows. */
+#include "tests/three_ways.h"
+
+enum { MOST_DOCS = 16, SEEDS = 4 };
+
+typedef struct packing {
+    int64_t n_docs, starts[MOST_DOCS + 1];
+} packing;
+
+static packing pack(const int64_t *lengths, int64_t n) {
+    packing p = {.n_docs = n};
+    for (int64_t i = 0; i < n; i++)
+        p.starts[i + 1] = p.starts[i] + lengths[i];
+    return p;
+}
+#define PACK(...)                                                                                  \
+    pack((int64_t[]){__VA_ARGS__}, (int64_t)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)))
+
+typedef struct heads_case {
+    int64_t heads, kv_heads, dim;
+    double size; ///< of q: how sharp the softmax is
+    packing p;
+} heads_case;
+
+static cq_attention_backward_args attention_args(const heads_case *c) {
+    return (cq_attention_backward_args){.tokens = c->p.starts[c->p.n_docs],
+                                        .n_docs = c->p.n_docs,
+                                        .starts = c->p.starts,
+                                        .heads = c->heads,
+                                        .kv_heads = c->kv_heads,
+                                        .head_dim = c->dim,
+                                        .scale = 1.0 / sqrt((double)c->dim),
+                                        .ldq = c->heads * c->dim + 5,
+                                        .ldk = c->kv_heads * c->dim + 3,
+                                        .ldv = c->kv_heads * c->dim,
+                                        .lddq = c->heads * c->dim + 1,
+                                        .lddk = c->kv_heads * c->dim + 2,
+                                        .lddv = c->kv_heads * c->dim + 7};
+}
+
+static void run_attention(ways *w, const heads_case *c, uint64_t seed) {
+    cq_attention_backward_args b = attention_args(c);
+    w->scratch_bytes = cq_attention_scratch_bytes(0, c->dim);
+    int64_t width = c->heads * c->dim, kv = c->kv_heads * c->dim;
+    cq_attention_forward_args f = {.dtype = CQ_F32,
+                                   .tokens = b.tokens,
+                                   .n_docs = b.n_docs,
+                                   .starts = b.starts,
+                                   .heads = b.heads,
+                                   .kv_heads = b.kv_heads,
+                                   .head_dim = b.head_dim,
+                                   .scale = b.scale,
+                                   .ldq = b.ldq,
+                                   .ldk = b.ldk,
+                                   .ldv = b.ldv};
+    snprintf(w->what, sizeof(w->what), "attention %lld/%lld x %lld, %lld tokens, seed %llu",
+             (long long)c->heads, (long long)c->kv_heads, (long long)c->dim, (long long)b.tokens,
+             (unsigned long long)seed);
+    WAYS_IN(w, attention_forward, q, b.tokens, width, b.ldq, c->size);
+    WAYS_IN(w, attention_forward, k, b.tokens, kv, b.ldk, 1.0);
+    WAYS_IN(w, attention_forward, v, b.tokens, kv, b.ldv, 1.0);
+    WAYS_OUT(w, attention_forward, out, b.tokens, width, width, 2);
+    WAYS_OUT(w, attention_forward, lse, b.tokens, c->heads, c->heads, 2);
+    WAYS_RUN(w, attention_forward, f);
+
+    w->drawn = 0; /* the same q, k and v */
+    f.q = WAYS_IN(w, attention_backward, q, b.tokens, width, b.ldq, c->size);
+    f.k = WAYS_IN(w, attention_backward, k, b.tokens, kv, b.ldk, 1.0);
+    f.v = WAYS_IN(w, attention_backward, v, b.tokens, kv, b.ldv, 1.0);
+    f.out = WAYS_IN(w, attention_backward, out, b.tokens, width, width, 1.0);
+    f.lse = WAYS_IN(w, attention_backward, lse, b.tokens, c->heads, c->heads, 1.0);
+    cr_assert_eq(cq_ref_attention_forward(NULL, &f), CQ_OK, "%s", cq_error());
+    WAYS_IN(w, attention_backward, dout, b.tokens, width, width, 1.0);
+    WAYS_OUT(w, attention_backward, dq, b.tokens, width, b.lddq, 3);
+    WAYS_OUT(w, attention_backward, dk, b.tokens, kv, b.lddk, 3);
+    WAYS_OUT(w, attention_backward, dv, b.tokens, kv, b.lddv, 3);
+    WAYS_RUN(w, attention_backward, b);
+}
+
+static void check_attention(const heads_case *c, uint64_t seed) {
+    ways w = {.seed = 0};
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+        run_attention(&w, c, w.seed);
+    ways_judge(&w);
+}
+
+Test(cpu_sequence, attention_agrees_with_ref_on_short_and_uneven_documents) {
+    check_attention(&(heads_case){4, 2, 32, 1.0, PACK(1, 63, 64, 65, 1, 150, 12)}, 1);
+    check_attention(&(heads_case){8, 2, 32, 3.0, PACK(130, 1, 77)}, 2);
+    check_attention(&(heads_case){3, 1, 20, 1.0, PACK(1)}, 3);
+    check_attention(&(heads_case){6, 2, 16, 0.3, PACK(5, 13, 90)}, 4);
+    check_attention(&(heads_case){1, 1, 7, 1.0, PACK(35, 36, 37)}, 5);
+}
+Test(cpu_sequence, attention_carries_its_maximum_over_blocks_of_keys) {
+    check_attention(&(heads_case){2, 1, 32, 4.0, PACK(700, 3, 257)}, 6);
+    check_attention(&(heads_case){10, 1, 24, 2.0, PACK(300)}, 7);
+}
+
+Test(cpu_sequence, attention_does_not_see_later_tokens_or_other_documents) {
+    heads_case c = {2, 1, 16, 1.0, PACK(70, 50)};
+    ways w = {.seed = 8, .scratch_bytes = cq_attention_scratch_bytes(0, 16)};
+    cq_stream s = ways_stream(&w, ALONE_WAY);
+    float q[120 * 32], kv[120 * 16], out[2][120 * 32];
+    for (int i = 0; i < 120 * 32; i++)
+        q[i] = (float)cq_random_normal(8, 1, (uint64_t)i);
+    for (int i = 0; i < 120 * 16; i++)
+        kv[i] = (float)cq_random_normal(8, 2, (uint64_t)i);
+    for (int i = 0; i < 2; i++) {
+        cr_assert_eq(CQ_RUN(&s, attention_forward, .dtype = CQ_F32, .tokens = 120, .n_docs = 2,
+                            .starts = c.p.starts, .heads = 2, .kv_heads = 1, .head_dim = 16,
+                            .scale = 0.25, .q = q, .k = kv, .v = kv, .ldq = 32, .ldk = 16,
+                            .ldv = 16, .out = out[i]),
+                     CQ_OK, "%s", cq_error());
+        for (int t = 33; t < 120; t++)
+            for (int j = 0; j < 16; j++)
+                kv[t * 16 + j] = t < 70 ? 1e30f : kv[t * 16 + j];
+    }
+    cr_expect(memcmp(out[0], out[1], 33 * 32 * sizeof(float)) == 0, "a later key changed a row");
+    cr_expect(memcmp(out[0] + 70 * 32, out[1] + 70 * 32, 50 * 32 * sizeof(float)) == 0,
+              "the first document changed the second");
+    cr_expect(memcmp(out[0] + 33 * 32, out[1] + 33 * 32, 37 * 32 * sizeof(float)) != 0,
+              "the change was not seen at all");
+    free(s.scratch);
+}
+
+static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packing p,
+                     uint64_t seed) {
+    int64_t tokens = p.starts[p.n_docs], ldx = channels + 9, lddx = channels + 2;
+    snprintf(w->what, sizeof(w->what), "conv %lld channels, width %lld, %lld tokens, seed %llu",
+             (long long)channels, (long long)width, (long long)tokens, (unsigned long long)seed);
+    cq_conv_forward_args f = {.tokens = tokens,
+                              .n_docs = p.n_docs,
+                              .starts = p.starts,
+                              .channels = channels,
+                              .width = width,
+                              .ldx = ldx};
+    WAYS_IN(w, conv_forward, x, tokens, channels, ldx, 1.0);
+    WAYS_IN(w, conv_forward, w, channels, width, width, 0.7);
+    if (bias)
+        WAYS_IN(w, conv_forward, b, 1, channels, channels, 0.5);
+    WAYS_OUT(w, conv_forward, y, tokens, channels, channels, 2);
+    WAYS_RUN(w, conv_forward, f);
+
+    cq_conv_backward_args b = {.tokens = tokens,
+                               .n_docs = p.n_docs,
+                               .starts = p.starts,
+                               .channels = channels,
+                               .width = width,
+                               .ldx = ldx,
+                               .lddx = lddx};
+    WAYS_IN(w, conv_backward, x, tokens, channels, ldx, 1.0);
+    WAYS_IN(w, conv_backward, w, channels, width, width, 0.7);
+    WAYS_IN(w, conv_backward, dy, tokens, channels, channels, 1.0);
+    WAYS_OUT(w, conv_backward, dx, tokens, channels, lddx, 3);
+    if (bias) {
+        WAYS_IN(w, conv_backward, b, 1, channels, channels, 0.5);
+        WAYS_OUT(w, conv_backward, dw, channels, width, width, 3);
+        WAYS_OUT(w, conv_backward, db, 1, channels, channels, 3);
+    }
+    WAYS_RUN(w, conv_backward, b);
+}
+
+static void check_conv(int64_t channels, int64_t width, bool bias, packing p, uint64_t seed) {
+    ways w = {.seed = 0};
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+        run_conv(&w, channels, width, bias, p, w.seed);
+    ways_judge(&w);
+}
+
+Test(cpu_sequence, conv_agrees_with_ref_for_any_width) {
+    check_conv(40, 4, true, PACK(1, 2, 3, 4, 5, 64, 130, 1), 11);
+    check_conv(384, 4, true, PACK(300, 211), 12);
+    check_conv(33, 4, false, PACK(17), 13);
+    check_conv(7, 1, true, PACK(9, 1, 65), 14);
+    check_conv(70, 3, true, PACK(2, 1, 70), 15);
+    check_conv(35, 16, true, PACK(5, 40, 1), 16);
+    check_conv(5, 21, true, PACK(5, 40, 1), 17);
+}
+
+typedef struct ssd_case {
+    int64_t heads, dim, groups, state, chunk;
+    double dt_size, dt_shift; ///< of dt_raw
+    packing p;
+} ssd_case;
+
+#define SSD_SHAPE(c)                                                                               \
+    .tokens = (c)->p.starts[(c)->p.n_docs], .n_docs = (c)->p.n_docs, .starts = (c)->p.starts,      \
+    .heads = (c)->heads, .head_dim = (c)->dim, .groups = (c)->groups, .state = (c)->state,         \
+    .chunk = (c)->chunk, .ldx = (c)->heads * (c)->dim + 4, .ldB = (c)->groups * (c)->state + 1,    \
+    .ldC = (c)->groups * (c)->state + 6, .ld_dt = (c)->heads + 3
+
+/* The inputs have the same names in both argument structs. */
+#define SSD_INPUTS(w, op, c, a)                                                                    \
+    WAYS_IN(w, op, x, a.tokens, c->heads * c->dim, a.ldx, 1.0);                                    \
+    WAYS_IN(w, op, B, a.tokens, c->groups * c->state, a.ldB, 1.0);                                 \
+    WAYS_IN(w, op, C, a.tokens, c->groups * c->state, a.ldC, 1.0);                                 \
+    ways_add(w, "dt_raw", offsetof(cq_##op##_args, dt_raw), a.tokens, c->heads, a.ld_dt,           \
+             c->dt_size, c->dt_shift, 0);                                                          \
+    WAYS_IN(w, op, dt_bias, 1, c->heads, c->heads, 0.5);                                           \
+    WAYS_IN(w, op, a_log, 1, c->heads, c->heads, 1.0);                                             \
+    WAYS_IN(w, op, d, 1, c->heads, c->heads, 1.0)
+
+static void run_ssd(ways *w, const ssd_case *c, uint64_t seed) {
+    int64_t longest = 0, width = c->heads * c->dim, shared = c->groups * c->state;
+    for (int64_t i = 0; i < c->p.n_docs; i++)
+        longest = c->p.starts[i + 1] - c->p.starts[i] > longest
+                      ? c->p.starts[i + 1] - c->p.starts[i]
+                      : longest;
+    w->scratch_bytes =
+        cq_ssd_scratch_bytes(longest, c->chunk, c->heads, c->dim, c->groups, c->state);
+    cq_ssd_forward_args f = {SSD_SHAPE(c)};
+    snprintf(w->what, sizeof(w->what),
+             "ssd %lld x %lld, %lld x %lld, chunk %lld, %lld tokens, seed %llu",
+             (long long)c->heads, (long long)c->dim, (long long)c->groups, (long long)c->state,
+             (long long)c->chunk, (long long)f.tokens, (unsigned long long)seed);
+    SSD_INPUTS(w, ssd_forward, c, f);
+    WAYS_OUT(w, ssd_forward, y, f.tokens, width, width, 2);
+    WAYS_RUN(w, ssd_forward, f);
+
+    cq_ssd_backward_args b = {SSD_SHAPE(c), .lddx = width + 5, .lddB = shared + 2,
+                              .lddC = shared + 7, .ldd_dt = c->heads + 1};
+    SSD_INPUTS(w, ssd_backward, c, b);
+    WAYS_IN(w, ssd_backward, dy, b.tokens, width, width, 1.0);
+    WAYS_OUT(w, ssd_backward, dx, b.tokens, width, b.lddx, 3);
+    WAYS_OUT(w, ssd_backward, dB, b.tokens, shared, b.lddB, 3);
+    WAYS_OUT(w, ssd_backward, dC, b.tokens, shared, b.lddC, 3);
+    WAYS_OUT(w, ssd_backward, ddt_raw, b.tokens, c->heads, b.ldd_dt, 3);
+    if (c->groups < 3) { /* the three may be left out together */
+        WAYS_OUT(w, ssd_backward, ddt_bias, 1, c->heads, c->heads, 3);
+        WAYS_OUT(w, ssd_backward, da_log, 1, c->heads, c->heads, 3);
+        WAYS_OUT(w, ssd_backward, dd, 1, c->heads, c->heads, 3);
+    }
+    WAYS_RUN(w, ssd_backward, b);
+}
+
+static void check_ssd(const ssd_case *c, uint64_t seed) {
+    ways w = {.seed = 0};
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+        run_ssd(&w, c, w.seed);
+    ways_judge(&w);
+}
+
+Test(cpu_sequence, ssd_agrees_with_the_recurrence_whatever_the_chunk) {
+    check_ssd(&(ssd_case){8, 32, 2, 32, 64, 1.0, -2.0, PACK(150, 1, 64, 65, 128, 63)}, 21);
+    check_ssd(&(ssd_case){6, 16, 2, 24, 16, 1.0, -3.0, PACK(16, 15, 17, 1, 1, 50)}, 22);
+    check_ssd(&(ssd_case){3, 7, 3, 5, 10, 1.0, -1.0, PACK(31, 1, 12)}, 23);
+    check_ssd(&(ssd_case){4, 16, 1, 16, 1, 1.0, -2.0, PACK(9, 1)}, 24);
+    check_ssd(&(ssd_case){2, 64, 1, 128, 128, 1.0, -4.0, PACK(300)}, 25);
+    check_ssd(&(ssd_case){4, 16, 2, 16, 1000, 1.0, -2.0, PACK(40, 1, 30)}, 27);
+}
+Test(cpu_sequence, ssd_holds_with_decays_that_underflow_and_steps_that_vanish) {
+    check_ssd(&(ssd_case){4, 16, 2, 16, 32, 9.0, 3.0, PACK(100, 1, 37)}, 31);
+    check_ssd(&(ssd_case){4, 16, 2, 16, 32, 0.5, -9.0, PACK(100, 64)}, 33);
+    check_ssd(&(ssd_case){4, 16, 2, 16, 64, 3.0, 25.0, PACK(130)}, 35);
+}
+
+Test(cpu_sequence, too_little_scratch_is_an_error_with_both_sizes) {
+    int64_t starts[2] = {0, 4};
+    float x[64] = {0}, y[64];
+    cq_stream s = {.table = cq_kernels_find("cpu"), .threads = 1};
+    int status = CQ_RUN(&s, attention_forward, .dtype = CQ_F32, .tokens = 4, .n_docs = 1,
+                        .starts = starts, .heads = 1, .kv_heads = 1, .head_dim = 16, .scale = 1.0,
+                        .q = x, .k = x, .v = x, .ldq = 16, .ldk = 16, .ldv = 16, .out = y);
+    cr_expect_eq(status, CQ_ENOMEM);
+    char wanted[32];
+    snprintf(wanted, sizeof(wanted), "%lld", (long long)cq_attention_scratch_bytes(4, 16));
+    cr_expect(strstr(cq_error(), wanted), "%s", cq_error());
+}

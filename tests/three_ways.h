@@ -1,0 +1,197 @@
+/// three_ways.h - one call of an operation done three ways: ref in F64, the plain FP32 loops, and
+/// cpu.
+///
+/// The arguments are written once, with FP32 buffers; a list of fields says which pointers are
+/// buffers, and each way gets its own copies of them. cpu is right when its largest error against
+/// the F64 result is at most `times` that of the plain loops plus one ulp of the largest value.
+/// What lies between the rows of a buffer must stay as it was. cpu runs with two threads, with two
+/// again and with one: the bits must be the same.
+#pragma once
+#include "core/base/rng.h"
+#include "tests/plain_kernels.h"
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+
+/// One buffer of `rows` rows of `cols` elements, ld apart, behind the pointer at `offset` of the
+/// arguments.
+typedef struct ways_field {
+    const char *name;
+    size_t offset;
+    int64_t rows, cols, ld;
+    float *values;
+    int times; ///< 0: an input; else a result, and its factor: 2, or 3 for a gradient
+    bool wide; ///< double in every way
+} ways_field;
+enum { REF_WAY, PLAIN_WAY, CPU_WAY, AGAIN_WAY, ALONE_WAY, N_WAYS, MOST_FIELDS = 24 };
+/// Errors of one result in ulp of its largest value, summed over the runs of one `ways`.
+typedef struct ways_tally {
+    const char *op, *name;
+    int runs, times;
+    double plain, cpu;
+} ways_tally;
+typedef struct ways {
+    char what[160]; ///< names the case and its seed in messages
+    ways_field field[MOST_FIELDS];
+    int n_fields;
+    ways_tally tally[MOST_FIELDS];
+    int n_tallies;
+    uint64_t seed, drawn;
+    int64_t scratch_bytes;
+} ways;
+
+/// Adds a buffer of random values, normal with the given size and shift, everywhere (gaps too);
+/// returns it.
+static inline float *ways_add(ways *w, const char *name, size_t offset, int64_t rows, int64_t cols,
+                              int64_t ld, double size, double shift, int times) {
+    cr_assert(w->n_fields < MOST_FIELDS);
+    float *x = malloc((size_t)(rows * ld + 1) * sizeof(*x));
+    cr_assert_not_null(x);
+    w->drawn++;
+    for (int64_t i = 0; i < rows * ld; i++)
+        x[i] = (float)(shift + size * cq_random_normal(w->seed, w->drawn, (uint64_t)i));
+    w->field[w->n_fields++] = (ways_field){name, offset, rows, cols, ld, x, times, false};
+    return x;
+}
+#define WAYS_IN(w, op, name, rows, cols, ld, size)                                                 \
+    ways_add(w, #name, offsetof(cq_##op##_args, name), rows, cols, ld, size, 0.0, 0)
+#define WAYS_OUT(w, op, name, rows, cols, ld, times)                                               \
+    ways_add(w, #name, offsetof(cq_##op##_args, name), rows, cols, ld, 1.0, 0.0, times)
+
+static inline size_t ways_bytes(const ways_field *f, int way) {
+    return (size_t)(f->rows * f->ld) * (f->wide || way == REF_WAY ? sizeof(double) : sizeof(float));
+}
+static inline size_t ways_total(const ways *w, int way) {
+    size_t total = 0;
+    for (int f = 0; f < w->n_fields; f++)
+        total += ways_bytes(&w->field[f], way) + 8;
+    return total;
+}
+
+/// A result of n doubles, whatever the dtype; starts at 1 so that it shows whether it is added to.
+#define WAYS_DOUBLE(w, op, name, n)                                                                \
+    do {                                                                                           \
+        ways_add(w, #name, offsetof(cq_##op##_args, name), 1, n, n, 0.0, 1.0, 2);                  \
+        (w)->field[(w)->n_fields - 1].wide = true;                                                 \
+    } while (0)
+
+/// Gives `args`, a copy of the arguments, its own buffers; returns the block that holds them.
+static inline char *ways_place(const ways *w, void *args, int way) {
+    char *block = calloc(ways_total(w, way) + 1, 1), *at = block;
+    cr_assert_not_null(block);
+    for (int f = 0; f < w->n_fields; f++) {
+        const ways_field *d = &w->field[f];
+        memcpy((char *)args + d->offset, &at, sizeof(at));
+        for (int64_t i = 0; i < d->rows * d->ld; i++)
+            if (way == REF_WAY || d->wide)
+                ((double *)at)[i] = (double)d->values[i];
+            else
+                ((float *)at)[i] = d->values[i];
+        at += (ways_bytes(d, way) + 7) / 8 * 8;
+    }
+    return block;
+}
+
+static inline void ways_compare_field(ways *w, const char *op, const ways_field *d,
+                                      const double *ref, const void *plain_values,
+                                      const void *cpu_values) {
+    const float *plain = plain_values, *cpu = cpu_values;
+    const double *plain_wide = plain_values, *cpu_wide = cpu_values;
+    double top = 0.0, plain_error = 0.0, cpu_error = 0.0;
+    int64_t at = 0;
+    for (int64_t i = 0; i < d->rows * d->ld; i++) {
+        if (i % d->ld >= d->cols) {
+            cr_expect(d->wide || memcmp(cpu + i, d->values + i, sizeof(float)) == 0,
+                      "%s: %s was written between its rows, at %lld", w->what, d->name,
+                      (long long)i);
+            continue;
+        }
+        double error = fabs((d->wide ? cpu_wide[i] : (double)cpu[i]) - ref[i]);
+        top = fmax(top, fabs(ref[i]));
+        plain_error =
+            fmax(plain_error, fabs((d->wide ? plain_wide[i] : (double)plain[i]) - ref[i]));
+        if (!(error <= cpu_error)) {
+            cpu_error = error;
+            at = i;
+        }
+    }
+    double ulp = top > 0.0 ? ldexp(1.0, ilogb(top) - 23) : 0x1p-149;
+    cr_expect(cpu_error <= 16 * plain_error + 16 * ulp,
+              "%s: %s.%s[%lld] is %.9g, wanted %.9g; error %.3g, plain loops' %.3g, ulp %.3g",
+              w->what, op, d->name, (long long)at, d->wide ? cpu_wide[at] : (double)cpu[at],
+              ref[at], cpu_error, plain_error, ulp);
+    int i = 0;
+    while (i < w->n_tallies && (w->tally[i].name != d->name || w->tally[i].op != op))
+        i++;
+    cr_assert(i < MOST_FIELDS);
+    if (i == w->n_tallies)
+        w->tally[w->n_tallies++] = (ways_tally){.op = op, .name = d->name, .times = d->times};
+    w->tally[i].runs++;
+    w->tally[i].plain += plain_error / ulp;
+    w->tally[i].cpu += cpu_error / ulp;
+}
+
+/// Holds the errors of all runs so far against the bound; a result of a few elements can be right
+/// by luck in one run.
+static inline void ways_judge(ways *w) {
+    for (int i = 0; i < w->n_tallies; i++) {
+        const ways_tally *t = &w->tally[i];
+        if (getenv("CQ_TEST_ERRORS"))
+            printf("%s: %s.%s: error in ulp: plain %.2f, cpu %.2f\n", w->what, t->op, t->name,
+                   t->plain / t->runs, t->cpu / t->runs);
+        cr_expect(
+            t->cpu <= t->times * t->plain + t->runs,
+            "%s, and %d seeds before: %s.%s is off by %.2f ulp on average, the plain loops by %.2f",
+            w->what, t->runs - 1, t->op, t->name, t->cpu / t->runs, t->plain / t->runs);
+    }
+    w->n_tallies = 0;
+}
+
+static inline void ways_compare(ways *w, const char *op, const void *const args[N_WAYS]) {
+    for (int f = 0; f < w->n_fields; f++) {
+        const void *p[N_WAYS];
+        for (int way = 0; way < N_WAYS; way++)
+            memcpy(&p[way], (const char *)args[way] + w->field[f].offset, sizeof(p[way]));
+        if (w->field[f].times)
+            ways_compare_field(w, op, &w->field[f], p[REF_WAY], p[PLAIN_WAY], p[CPU_WAY]);
+        for (int way = AGAIN_WAY; way < N_WAYS; way++)
+            cr_expect(memcmp(p[CPU_WAY], p[way], ways_bytes(&w->field[f], way)) == 0, "%s: %s: %s",
+                      w->what, w->field[f].name,
+                      way == AGAIN_WAY ? "two runs differ" : "one thread differs from two");
+    }
+}
+
+static inline cq_stream ways_stream(const ways *w, int way) {
+    cq_stream s = {.table = cq_kernels_find("cpu"), .threads = way == ALONE_WAY ? 1 : 2};
+    s.scratch_bytes = (w->scratch_bytes + 63) / 64 * 64;
+    s.scratch = aligned_alloc(64, (size_t)(s.threads * s.scratch_bytes + 64));
+    cr_assert_not_null(s.scratch);
+    return s;
+}
+
+/// Runs `op` with the arguments `a` (buffers left NULL) all ways, compares every result and frees
+/// the fields.
+#define WAYS_RUN(w, op, a)                                                                         \
+    do {                                                                                           \
+        cq_##op##_args args_[N_WAYS];                                                              \
+        const void *pointers_[N_WAYS];                                                             \
+        char *block_[N_WAYS];                                                                      \
+        for (int way_ = 0; way_ < N_WAYS; way_++) {                                                \
+            cq_stream s_ = ways_stream((w), way_);                                                 \
+            args_[way_] = (a);                                                                     \
+            args_[way_].dtype = way_ == REF_WAY ? CQ_F64 : CQ_F32;                                 \
+            pointers_[way_] = &args_[way_];                                                        \
+            block_[way_] = ways_place((w), &args_[way_], way_);                                    \
+            int status_ = way_ == REF_WAY     ? cq_ref_##op(&s_, &args_[way_])                     \
+                          : way_ == PLAIN_WAY ? cq_plain_##op(&s_, &args_[way_])                   \
+                                              : s_.table->op(&s_, &args_[way_]);                   \
+            cr_assert_eq(status_, CQ_OK, "%s: %s", (w)->what, cq_error());                         \
+            free(s_.scratch);                                                                      \
+        }                                                                                          \
+        ways_compare((w), #op, pointers_);                                                         \
+        for (int way_ = 0; way_ < N_WAYS; way_++)                                                  \
+            free(block_[way_]);                                                                    \
+        for (int f_ = 0; f_ < (w)->n_fields; f_++)                                                 \
+            free((w)->field[f_].values);                                                           \
+        (w)->n_fields = 0;                                                                         \
+    } while (0)
