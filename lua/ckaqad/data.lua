@@ -80,7 +80,7 @@ function data.open(paths, options)
     errors.usage("option --micro: %d does not divide --batch %d", o.micro, o.batch)
   end
   local held_files = o.holdout
-  o.paths, o.holdout, o.held_files = paths, nil, held_files
+  o.paths, o.holdout = paths, nil
   local self = setmetatable(o, Data)
   local tokenizer_file = io.open(o.model.dir .. "/tokenizer.json", "rb")
   if tokenizer_file then
@@ -89,11 +89,11 @@ function data.open(paths, options)
   end
   self.corpus = open_corpus(self, paths)
   if held_files ~= "" then
-    self.held = open_corpus(self, held_files)
+    self.held, self.held_name = open_corpus(self, held_files), held_files
   elseif o.fraction > 0 then
     local held = native.new "cq_corpus *[1]"
     call.cq_corpus_hold_out(self.corpus, o.fraction, o.seed, held)
-    self.held = native.adopt(held[0], "cq_corpus")
+    self.held, self.held_name = native.adopt(held[0], "cq_corpus"), ("chosen by seed %d"):format(o.seed)
   end
   return self
 end
@@ -191,7 +191,7 @@ function Data:describe()
       x.truncated > 0 and (" (%d cut to %d tokens)"):format(x.truncated, self.seq) or "") .. name
   end
   local lines = { line(f.train, " to train on, " .. self.paths) }
-  if f.holdout then lines[2] = line(f.holdout, " held out, " .. (self.held_files ~= "" and self.held_files or ("seed %d"):format(self.seed))) end
+  if f.holdout then lines[2] = line(f.holdout, " held out, " .. self.held_name) end
   if self.unknown_template then
     lines[#lines + 1] = "warning: the model's chat template is unknown, --template=" .. self.template .. " is used in its place"
   end

@@ -1,7 +1,7 @@
 -- json.lua - a small JSON writer and reader (RFC 8259).
 --
 -- Written objects keep the order of their keys: json.object { "a", 1, "b", 2 } or the sorted keys of a plain table.
--- Numbers are written with 17 digits (integers plain), NaN and infinity as null, so every line we write can be read.
+-- Numbers are written with as many digits as bring back the same bits, NaN and infinity as null, so every line we write can be read.
 -- Read objects remember the order they came in; null is json.null.
 local errors = require "ckaqad.errors"
 local json = { null = setmetatable({}, { __tostring = function() return "null" end }) }
@@ -42,7 +42,8 @@ end
 local function number(x)
   if x ~= x or x == math.huge or x == -math.huge then return "null" end
   if x == math.floor(x) and math.abs(x) < 2 ^ 53 then return ("%d"):format(x) end
-  return ("%.17g"):format(x)
+  local short = ("%.15g"):format(x)
+  return tonumber(short) == x and short or ("%.17g"):format(x)
 end
 
 local function is_array(t)

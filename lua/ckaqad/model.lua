@@ -172,6 +172,12 @@ function Model:quantization()
       if not r.names[name] then r.names[name], r.list[#r.list + 1] = true, name end
     end
   end
+  local never = { "embeddings", "norms" }
+  for p in self:params() do
+    local name = native.string(p.name)
+    if name:find("conv1d.weight", 1, true) and not never.conv then never.conv, never[#never + 1] = true, "conv1d" end
+    if name:find(".gate.weight", 1, true) and not never.gate then never.gate, never[#never + 1] = true, "router" end
+  end
   local q = self.quant or { preset = "as exported", scales = "max" }
   local lines = { ("%d of %d linears (%s parameters) in NVFP4: preset %s, %s, scales %s"):format(n, of, text.count(params), q.preset,
     q.weights_only and "weights only" or "weights and activations", q.scales) }
@@ -180,6 +186,7 @@ function Model:quantization()
     local names = table.concat(r.list, ", ", 1, math.min(4, #r.list)) .. (#r.list > 4 and ", ..." or "")
     lines[#lines + 1] = ("  not: %d %s (%s)"):format(r.n, reason, names)
   end
+  lines[#lines + 1] = "  never: " .. table.concat(never, ", ")
   return lines
 end
 

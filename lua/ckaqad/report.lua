@@ -39,7 +39,14 @@ function report.ticks(low, high, n)
   return list, step
 end
 
-local function decimals(step) return math.max(0, math.min(8, math.ceil(-math.log10(step) - 1e-9) + (step % (10 ^ math.floor(math.log10(step))) > 1e-12 and 1 or 0))) end
+-- Digits after the point that tell ticks `step` apart.
+local function decimals(step)
+  for n = 0, 8 do
+    local scaled = step * 10 ^ n
+    if math.abs(scaled - math.floor(scaled + 0.5)) < 1e-6 then return n end
+  end
+  return 8
+end
 
 local width, height, left, right, top, bottom = 460, 230, 58, 12, 26, 34
 
@@ -61,7 +68,8 @@ local function frame(o)
   end
   for _, x in ipairs(o.xticks or report.ticks(x0, x1, 6)) do
     if x == math.floor(x) then
-      add('<text x="%.1f" y="%d" text-anchor="middle">%s</text>', px(x), height - bottom + 17, escape(o.label and o.label(x) or ("%d"):format(x)))
+      local label = o.label and o.label(x) or ("%d"):format(x)
+      add('<text x="%.1f" y="%d" text-anchor="middle">%s</text>', px(x), height - bottom + 17, escape(label))
     end
   end
   add('<text x="%d" y="%d" text-anchor="end">%s</text>', w - right, height - 3, escape(o.xname))
@@ -80,13 +88,13 @@ local function extent(lists)
   return low - pad, high + pad
 end
 
--- Running mean that forgets over about an eighth of the curve.
+-- Mean over a window of about an eighth of the curve around each point, narrower at the ends so that nothing lags.
 local function smooth(points)
-  local out, mean, weight = {}, 0, 0
-  local keep = 1 - 1 / math.max(1, #points / 8)
+  local out, half = {}, math.max(1, math.floor(#points / 16))
   for i, p in ipairs(points) do
-    mean, weight = keep * mean + (1 - keep) * p[2], keep * weight + 1 - keep
-    out[i] = { p[1], mean / weight }
+    local w, sum = math.min(half, i - 1, #points - i), 0
+    for j = i - w, i + w do sum = sum + points[j][2] end
+    out[i] = { p[1], sum / (2 * w + 1) }
   end
   return out
 end
@@ -110,7 +118,8 @@ local function curves(title, series, alt, floor)
   local out, add, px, py = frame { x = { first, last }, y = { low, high }, alt = alt, xname = "step" }
   local at = left
   for _, s in ipairs(series) do
-    add('<path class="l %s thin" d="%s"/><path class="l %s" d="%s"/>', s.class, path(s.points, px, py), s.class, path(smooth(s.points), px, py))
+    add('<path class="l %s thin" d="%s"/>', s.class, path(s.points, px, py))
+    add('<path class="l %s" d="%s"/>', s.class, path(smooth(s.points), px, py))
     add('<text class="f%s" x="%d" y="14">%s</text>', s.class, at, escape(s.name))
     at = at + 14 + 7 * #s.name
   end
@@ -164,7 +173,10 @@ local function by_block(before, after, pattern)
   for i = 1, n do
     local b, a = before.cka_blocks[i], after and after.cka_blocks[i]
     local x = px(i - 1)
-    if a then add('<line class="%s" stroke-width="2" x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" opacity=".55"/>', a >= b and "a" or "b", x, x, py(b), py(a)) end
+    if a then
+      add('<line class="%s" stroke-width="2" x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" opacity=".55"/>', a >= b and "a" or "b",
+        x, x, py(b), py(a))
+    end
     add('<circle class="fb" cx="%.1f" cy="%.1f" r="4"><title>block %d, PTQ %.5f</title></circle>', x, py(b), i - 1, b)
     if a then add('<circle class="fa" cx="%.1f" cy="%.1f" r="4"><title>block %d, CKA-QAD %.5f</title></circle>', x, py(a), i - 1, a) end
   end
@@ -195,7 +207,7 @@ function report.html(r)
   add(("<h1>%s</h1>"):format(escape(r.title)))
   local facts = {}
   if r.model then facts[1] = r.model:describe() end
-  facts[#facts + 1] = "ckaqad " .. r.version
+  facts[#facts + 1] = "ckaqad " .. r.version:match("^%S+")
   add(('<p class="dim">%s</p>'):format(escape(table.concat(facts, " - "))))
   local results = {}
   if r.before then results[1] = { "PTQ", r.before } end
@@ -213,7 +225,8 @@ function report.html(r)
     add(curves("KL in training, nats a token", { { name = "KL", class = "a", points = kl } }, "KL" .. change(kl, "%.4f"), 0))
   end
   if #ce > 1 then
-    add(curves("Cross-entropy, nats a token", { { name = "cross-entropy", class = "a", points = ce } }, "Cross-entropy" .. change(ce, "%.4f"), 0))
+    add(curves("Cross-entropy, nats a token", { { name = "cross-entropy", class = "a", points = ce } },
+      "Cross-entropy" .. change(ce, "%.4f"), 0))
   end
   if #cka > 1 then
     add(curves("CKA in training", { { name = "mean", class = "a", points = cka }, { name = "lowest block", class = "b", points = low } },
@@ -225,7 +238,9 @@ function report.html(r)
   local function pair(name, value) add(("<dt>%s</dt><dd>%s</dd>"):format(escape(name), escape(value))) end
   pair("planned", text.bytes(r.planned))
   pair("measured peak", text.bytes(r.peak))
-  if r.export_equal ~= nil then pair("export", r.export_equal and "dequantizes to the trained weights, every bit" or "differs from the trained weights") end
+  if r.export_equal ~= nil then
+    pair("export", r.export_equal and "dequantizes to the trained weights, every bit" or "differs from the trained weights")
+  end
   add "</dl><h2>Options</h2><dl>"
   for _, key in ipairs(json.keys(r.options)) do
     local value = r.options[key]

@@ -60,7 +60,7 @@ end
 function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
   local self = setmetatable({ opt = opt, early = {}, history = {}, facts = {} }, Run)
-  self.screen = screen.open(function(line) self:note(line) end)
+  self.screen = screen.open(function(line) self:note(line) end, native.isatty(1))
   self.device = device.device { threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
   local said

@@ -1,15 +1,14 @@
 -- screen.lua - what a person sees: lines, one live status line on a terminal, the table at the end.
-local native = require "ckaqad.ffi"
 local text = require "ckaqad.text"
 
 local screen = {}
 local Screen = {}
 Screen.__index = Screen
 
--- `sink(line)` gets every full line too (the log).
-function screen.open(sink)
+-- `sink(line)` gets every full line too (the log); `terminal`: a person watches.
+function screen.open(sink, terminal)
   local term = os.getenv("TERM")
-  return setmetatable({ live = native.isatty(1) and term ~= nil and term ~= "dumb", sink = sink }, Screen)
+  return setmetatable({ live = terminal and term ~= nil and term ~= "dumb", sink = sink }, Screen)
 end
 
 -- A line that stays.
@@ -35,7 +34,7 @@ function screen.status(m, steps, eta)
   end
   if m.lr then parts[#parts + 1] = ("lr %.2g"):format(m.lr) end
   if m.grad_norm then parts[#parts + 1] = "|g| " .. fixed(m.grad_norm, "%.3g") end
-  parts[#parts + 1] = text.count(m.tokens / m.seconds) .. "tok/s"
+  parts[#parts + 1] = text.count(m.tokens / m.seconds) .. " tok/s"
   return table.concat(parts, "  ")
 end
 
