@@ -1,13 +1,29 @@
-/// version.c - what this library is and what it was built with.
+/// version.c - what this library is and what it was built with, as one static text for logs and
+/// run.json.
 #include "core/ckaqad.h"
+#include <jansson.h>
+#include <utf8proc.h>
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
 
-#ifndef CQ_VERSION
-#define CQ_VERSION "unknown"
-#endif
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+#define DOTTED(a, b, c) TEXT(a) "." TEXT(b) "." TEXT(c)
+
 #ifdef CQ_ONEDNN
-#define CQ_WITH "oneDNN"
+#include <oneapi/dnnl/dnnl_version.h>
+#define MATMUL "oneDNN " DOTTED(DNNL_VERSION_MAJOR, DNNL_VERSION_MINOR, DNNL_VERSION_PATCH)
 #else
-#define CQ_WITH "no oneDNN"
+#define MATMUL "no oneDNN"
 #endif
+#ifdef __clang__
+#define COMPILER "clang " __clang_version__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+#define UTF8PROC DOTTED(UTF8PROC_VERSION_MAJOR, UTF8PROC_VERSION_MINOR, UTF8PROC_VERSION_PATCH)
 
-const char *cq_version(void) { return CQ_VERSION " (" CQ_WITH ", gcc-compatible " __VERSION__ ")"; }
+#define PCRE2 TEXT(PCRE2_MAJOR) "." TEXT(PCRE2_MINOR)
+#define LIBRARIES MATMUL ", jansson " JANSSON_VERSION ", PCRE2 " PCRE2 ", utf8proc " UTF8PROC
+
+const char *cq_version(void) { return CQ_VERSION " (" LIBRARIES ", " COMPILER ")"; }

@@ -1,6 +1,13 @@
-/// plan.c - the plan: declarations with offsets per purpose, then one mapping per purpose.
+/// plan.c - the list of declared buffers, and the one mapping per purpose that holds them.
+///
+/// Offsets are fixed when a buffer is declared: round the region's end up to 64, take the bytes,
+/// remember the highest end. rewind() lowers the end, so later declarations share bytes with
+/// earlier ones; commit() maps the highest end. Fresh pages are zero. Shared bytes hold whatever
+/// their last owner wrote.
 #include "core/tensor/plan.h"
 #include "core/base/error.h"
+#include <assert.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,156 +15,178 @@
 
 enum { ALIGN = 64 };
 
-typedef struct slot {
-    cq_tensor *tensor;
+typedef struct decl {
+    cq_tensor *slot;
     cq_purpose purpose;
     int64_t offset;
-} slot;
+} decl;
+
+typedef struct region {
+    char *base;
+    int64_t end;  ///< where the next declaration goes
+    int64_t peak; ///< highest end so far
+    bool used;
+} region;
 
 struct cq_plan {
-    slot *slots;
-    int64_t n_slots, cap_slots;
-    int64_t at[CQ_N_PURPOSES], bytes[CQ_N_PURPOSES];
-    void *region[CQ_N_PURPOSES];
+    decl *decls;
+    int64_t n_decls, capacity;
+    region regions[CQ_N_PURPOSES];
     bool committed;
 };
 
+static const char *const purpose_names[CQ_N_PURPOSES] = {
+    [CQ_FOR_TEACHER] = "teacher weights",
+    [CQ_FOR_STUDENT] = "student weights",
+    [CQ_FOR_FAKEQUANT] = "fake-quantized copies",
+    [CQ_FOR_GRADIENT] = "gradients",
+    [CQ_FOR_MOMENTS] = "AdamW moments",
+    [CQ_FOR_ACTIVATIONS] = "activations",
+    [CQ_FOR_SCRATCH] = "scratch",
+    [CQ_FOR_LOGITS] = "logits",
+    [CQ_FOR_CKA] = "CKA",
+};
+
+const char *cq_purpose_name(cq_purpose purpose) {
+    return (unsigned)purpose < CQ_N_PURPOSES ? purpose_names[purpose] : "all";
+}
+
 int cq_plan_open(cq_plan **out) {
     *out = calloc(1, sizeof **out);
-    return *out ? CQ_OK : cq_fail(CQ_ENOMEM, "plan: no memory");
+    return *out ? CQ_OK : cq_fail(CQ_ENOMEM, "plan: out of memory");
 }
 
-void cq_plan_close(cq_plan *p) {
-    if (!p)
-        return;
-    for (int i = 0; i < CQ_N_PURPOSES; i++)
-        if (p->region[i])
-            munmap(p->region[i], (size_t)p->bytes[i]);
-    free(p->slots);
-    free(p);
-}
-
-static int tensor_bytes(int64_t *bytes, const char *name, cq_dtype dtype, cq_shape shape) {
-    int64_t n = cq_dtype_bytes(dtype);
-    for (int i = 0; i < shape.rank; i++)
-        if (shape.dim[i] < 0 || __builtin_mul_overflow(n, shape.dim[i], &n))
-            return cq_fail(CQ_ESHAPE, "plan: %s has a shape whose bytes do not fit 63 bits", name);
-    *bytes = n;
-    return CQ_OK;
-}
-
-int cq_plan_add(cq_plan *p, cq_tensor *t, cq_purpose purpose, const char *name, cq_dtype dtype,
-                cq_shape shape) {
-    int64_t bytes = 0, end;
-    if (p->committed)
-        return cq_fail(CQ_EUSAGE, "plan: %s is declared after commit", name);
-    CQ_TRY(tensor_bytes(&bytes, name, dtype, shape));
-    if (__builtin_add_overflow(p->at[purpose], bytes, &end) || end > INT64_MAX - ALIGN)
-        return cq_fail(CQ_ESHAPE, "plan: %s makes the plan larger than 63 bits", name);
-    if (p->n_slots == p->cap_slots) {
-        int64_t cap = p->cap_slots ? 2 * p->cap_slots : 256;
-        slot *more = realloc(p->slots, (size_t)cap * sizeof *more);
-        if (!more)
-            return cq_fail(CQ_ENOMEM, "plan: no memory for its list");
-        p->slots = more;
-        p->cap_slots = cap;
+static void unmap(cq_plan *plan) {
+    for (int i = 0; i < CQ_N_PURPOSES; i++) {
+        region *r = &plan->regions[i];
+        if (r->base)
+            munmap(r->base, (size_t)(r->peak ? r->peak : ALIGN));
+        r->base = NULL;
     }
-    *t = (cq_tensor){NULL, shape, dtype};
-    p->slots[p->n_slots++] = (slot){t, purpose, p->at[purpose]};
-    p->at[purpose] = (end + ALIGN - 1) / ALIGN * ALIGN;
-    if (p->at[purpose] > p->bytes[purpose])
-        p->bytes[purpose] = p->at[purpose];
+}
+
+void cq_plan_close(cq_plan *plan) {
+    if (!plan)
+        return;
+    unmap(plan);
+    free(plan->decls);
+    free(plan);
+}
+
+static int reserve(cq_plan *plan) {
+    if (plan->n_decls < plan->capacity)
+        return CQ_OK;
+    int64_t capacity = plan->capacity ? 2 * plan->capacity : 64;
+    decl *decls = realloc(plan->decls, (size_t)capacity * sizeof *decls);
+    if (!decls)
+        return cq_fail(CQ_ENOMEM, "plan: out of memory");
+    plan->decls = decls;
+    plan->capacity = capacity;
     return CQ_OK;
 }
 
-int64_t cq_plan_mark(const cq_plan *p, cq_purpose purpose) { return p->at[purpose]; }
-void cq_plan_rewind(cq_plan *p, cq_purpose purpose, int64_t mark) { p->at[purpose] = mark; }
+int cq_plan_add(cq_plan *plan, cq_tensor *slot, cq_purpose purpose, const char *name,
+                cq_dtype dtype, cq_shape shape) {
+    if (plan->committed)
+        return cq_fail(CQ_EUSAGE, "%s: declared after the plan was committed", name);
+    if ((unsigned)purpose >= CQ_N_PURPOSES)
+        return cq_fail(CQ_EUSAGE, "%s: purpose is %d, wanted 0 to %d", name, (int)purpose,
+                       CQ_N_PURPOSES - 1);
+    if (cq_dtype_bytes(dtype) == 0)
+        return cq_fail(CQ_EUSAGE, "%s: dtype is %d, wanted 0 to %d", name, (int)dtype,
+                       CQ_N_DTYPES - 1);
+    region *r = &plan->regions[purpose];
+    int64_t bytes, offset, end;
+    int status = cq_shape_bytes(&bytes, shape, dtype);
+    if (status)
+        return cq_fail_in(status, name);
+    if (__builtin_add_overflow(r->end, ALIGN - 1, &offset) ||
+        __builtin_add_overflow(offset & ~(int64_t)(ALIGN - 1), bytes, &end))
+        return cq_fail(CQ_ESHAPE, "%s: the %s region grows beyond 2^63 bytes", name,
+                       cq_purpose_name(purpose));
+    CQ_TRY(reserve(plan));
+    offset &= ~(int64_t)(ALIGN - 1);
+    *slot = (cq_tensor){.shape = shape, .dtype = dtype};
+    plan->decls[plan->n_decls++] = (decl){slot, purpose, offset};
+    r->used = true;
+    r->end = end;
+    if (end > r->peak)
+        r->peak = end;
+    return CQ_OK;
+}
 
-int64_t cq_plan_bytes(const cq_plan *p, cq_purpose purpose) {
-    int64_t total = 0;
+int64_t cq_plan_mark(const cq_plan *plan, cq_purpose purpose) { return plan->regions[purpose].end; }
+
+void cq_plan_rewind(cq_plan *plan, cq_purpose purpose, int64_t mark) {
+    assert(mark >= 0 && mark <= plan->regions[purpose].peak);
+    plan->regions[purpose].end = mark;
+}
+
+int64_t cq_plan_bytes(const cq_plan *plan, cq_purpose purpose) {
     if (purpose != CQ_N_PURPOSES)
-        return p->bytes[purpose];
-    for (int i = 0; i < CQ_N_PURPOSES; i++)
-        total += p->bytes[i];
+        return plan->regions[purpose].peak;
+    int64_t total = 0;
+    for (int i = 0; i < CQ_N_PURPOSES; i++) /* a sum beyond 2^63 fits nowhere: say the largest */
+        if (__builtin_add_overflow(total, plan->regions[i].peak, &total))
+            return INT64_MAX;
     return total;
 }
 
-const char *cq_purpose_name(cq_purpose purpose) {
-    static const char *const names[] = {
-        "teacher weights", "student weights", "fake-quantized copies",
-        "gradients",       "AdamW moments",   "activations",
-        "scratch",         "logits",          "CKA"};
-    return purpose >= 0 && purpose < CQ_N_PURPOSES ? names[purpose] : "all";
+static double mib(int64_t bytes) { return (double)bytes / 1048576.0; }
+
+/// "student 5600.0, teacher 2800.0, moments 700.0": the three largest purposes in MiB.
+static void largest_text(char *text, size_t size, const cq_plan *plan) {
+    bool told[CQ_N_PURPOSES] = {false};
+    size_t at = 0;
+    text[0] = 0;
+    for (int k = 0; k < 3; k++) {
+        int best = -1;
+        for (int i = 0; i < CQ_N_PURPOSES; i++)
+            if (!told[i] && plan->regions[i].peak > (best < 0 ? 0 : plan->regions[best].peak))
+                best = i;
+        if (best < 0 || at >= size)
+            return;
+        told[best] = true;
+        at += (size_t)snprintf(text + at, size - at, "%s%s %.1f", k ? ", " : "",
+                               purpose_names[best], mib(plan->regions[best].peak));
+    }
 }
 
-static int64_t status_field(const char *path, const char *key) {
-    char line[256];
-    long long kib = 0;
-    FILE *f = fopen(path, "r");
-    if (!f)
-        return 0;
-    while (fgets(line, sizeof line, f))
-        if (!strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), ": %lld", &kib) == 1)
-            break;
-    fclose(f);
-    return (int64_t)kib * 1024;
-}
-
-int64_t cq_memory_peak(void) { return status_field("/proc/self/status", "VmHWM"); }
-
-int64_t cq_memory_available(void) {
-    long long limit = 0, used = 0;
-    int64_t available = status_field("/proc/meminfo", "MemAvailable");
-    FILE *f = fopen("/sys/fs/cgroup/memory.max", "r"),
-         *g = fopen("/sys/fs/cgroup/memory.current", "r");
-    if (f && g && fscanf(f, "%lld", &limit) == 1 && fscanf(g, "%lld", &used) == 1 &&
-        limit - used < available)
-        available = limit > used ? limit - used : 0;
-    if (f)
-        fclose(f);
-    if (g)
-        fclose(g);
-    return available;
-}
-
-static int refuse(const cq_plan *p, int64_t limit) {
-    int first = 0, second = 1;
-    for (int i = 1; i < CQ_N_PURPOSES; i++)
-        if (p->bytes[i] > p->bytes[first]) {
-            second = first;
-            first = i;
-        } else if (i != first && p->bytes[i] > p->bytes[second])
-            second = i;
+static int refuse(const cq_plan *plan, int64_t limit, const char *what) {
+    char largest[160];
+    largest_text(largest, sizeof largest, plan);
     return cq_fail(CQ_ENOMEM,
-                   "plan: %.1f MiB planned, %.1f MiB available; the largest parts are %s (%.1f "
-                   "MiB) and %s (%.1f MiB)",
-                   (double)cq_plan_bytes(p, CQ_N_PURPOSES) / 1048576, (double)limit / 1048576,
-                   cq_purpose_name((cq_purpose)first), (double)p->bytes[first] / 1048576,
-                   cq_purpose_name((cq_purpose)second), (double)p->bytes[second] / 1048576);
+                   "memory plan: %.1f MiB planned (largest: %s), wanted at most %.1f MiB %s",
+                   mib(cq_plan_bytes(plan, CQ_N_PURPOSES)), largest, mib(limit), what);
 }
 
-int cq_plan_commit(cq_plan *p, int64_t limit_bytes) {
-    int64_t limit = limit_bytes > 0 ? limit_bytes : cq_memory_available();
-    if (p->committed)
+int cq_plan_commit(cq_plan *plan, int64_t limit_bytes) {
+    if (plan->committed)
         return cq_fail(CQ_EUSAGE, "plan: committed twice");
-    if (cq_plan_bytes(p, CQ_N_PURPOSES) > limit)
-        return refuse(p, limit);
+    int64_t limit = limit_bytes > 0 ? limit_bytes : cq_memory_available();
+    if (cq_plan_bytes(plan, CQ_N_PURPOSES) > limit)
+        return refuse(plan, limit, limit_bytes > 0 ? "(the limit)" : "(available memory)");
     for (int i = 0; i < CQ_N_PURPOSES; i++) {
-        if (!p->bytes[i])
+        region *r = &plan->regions[i];
+        if (!r->used)
             continue;
-        void *m = mmap(NULL, (size_t)p->bytes[i], PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (m == MAP_FAILED)
-            return refuse(p, limit);
-        p->region[i] = m;
+        /* a purpose with only empty tensors gets one line, so that no slot is NULL */
+        size_t bytes = (size_t)(r->peak ? r->peak : ALIGN);
+        void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base == MAP_FAILED) {
+            int reason = errno;
+            unmap(plan);
+            return cq_fail(CQ_ENOMEM, "memory plan: mapping %.1f MiB for %s: %s", mib(r->peak),
+                           purpose_names[i], strerror(reason));
+        }
+        r->base = base;
     }
-    for (int64_t i = 0; i < p->n_slots; i++) {
-        slot *s = &p->slots[i];
-        s->tensor->data =
-            cq_tensor_bytes(*s->tensor) ? (char *)p->region[s->purpose] + s->offset : NULL;
+    for (int64_t i = 0; i < plan->n_decls; i++) {
+        const decl *d = &plan->decls[i];
+        d->slot->data = plan->regions[d->purpose].base + d->offset;
     }
-    p->committed = true;
+    plan->committed = true;
     return CQ_OK;
 }
 
-bool cq_plan_committed(const cq_plan *p) { return p->committed; }
+bool cq_plan_committed(const cq_plan *plan) { return plan->committed; }

@@ -33,8 +33,9 @@ CQ_API int64_t cq_plan_mark(const cq_plan *plan, cq_purpose purpose);
 CQ_API void cq_plan_rewind(cq_plan *plan, cq_purpose purpose, int64_t mark);
 /// Planned bytes of a purpose, or of all with CQ_N_PURPOSES.
 CQ_API int64_t cq_plan_bytes(const cq_plan *plan, cq_purpose purpose);
+/// "teacher weights", "scratch" and so on; "all" with CQ_N_PURPOSES.
 CQ_API const char *cq_purpose_name(cq_purpose purpose);
-/// Allocates and binds. Fails with CQ_ENOMEM, naming planned and available bytes, when the total exceeds
+/// Allocates and binds. Fails with CQ_ENOMEM, naming planned, largest and available MiB, when the total exceeds
 /// `limit_bytes` (0: what the system says is available).
 CQ_API int cq_plan_commit(cq_plan *plan, int64_t limit_bytes);
 CQ_API bool cq_plan_committed(const cq_plan *plan);

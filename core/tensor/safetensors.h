@@ -5,11 +5,11 @@
 
 typedef struct cq_entry {
     char *name;
-    cq_tensor tensor; ///< data points into the mapped file
+    cq_tensor tensor; ///< data points into the mapped file (or an aligned copy)
     int32_t shard;    ///< index of the file
 } cq_entry;
 
-/// A safetensors file, or a folder's model.safetensors, or the shards of its model.safetensors.index.json.
+/// A safetensors file, or a folder's model.safetensors, or else the shards of its model.safetensors.index.json.
 typedef struct cq_safetensors cq_safetensors;
 
 /// Opens a `.safetensors` file or a folder. Every rule of the format is checked before any tensor is handed
@@ -38,5 +38,6 @@ CQ_API int cq_st_writer_add(cq_st_writer *w, const char *name, cq_tensor t);
 CQ_API int cq_st_writer_metadata(cq_st_writer *w, const char *key, const char *value);
 /// Writes one file atomically.
 CQ_API int cq_st_writer_file(cq_st_writer *w, const char *path);
-/// Writes model.safetensors, or shards of at most shard_bytes and the index, into an existing folder.
+/// Writes model.safetensors, or shards of at most shard_bytes and the index, into an existing folder;
+/// a tensor larger than shard_bytes gets a shard of its own. The other layout's file, if there is one, is removed.
 CQ_API int cq_st_writer_folder(cq_st_writer *w, const char *folder, int64_t shard_bytes);

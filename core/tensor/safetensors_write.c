@@ -5,10 +5,14 @@
 /// all.
 #include "core/base/error.h"
 #include "core/tensor/safetensors.h"
+#include <errno.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+enum { HEADER_MAX = 100000000 };
 
 typedef struct item {
     char *name;
@@ -20,16 +24,17 @@ struct cq_st_writer {
     item *items;
     int64_t n, cap;
     json_t *metadata;
+    json_t *names; ///< the set of names so far
 };
 
 int cq_st_writer_open(cq_st_writer **out) {
     cq_st_writer *w = calloc(1, sizeof *w);
-    *out = w;
-    if (!w || !(w->metadata = json_object())) {
-        free(w);
-        *out = NULL;
+    *out = NULL;
+    if (!w || !(w->metadata = json_object()) || !(w->names = json_object())) {
+        cq_st_writer_close(w);
         return cq_fail(CQ_ENOMEM, "safetensors: no memory to write");
     }
+    *out = w;
     return CQ_OK;
 }
 
@@ -40,24 +45,44 @@ void cq_st_writer_close(cq_st_writer *w) {
         free(w->items[i].name);
     free(w->items);
     json_decref(w->metadata);
+    json_decref(w->names);
     free(w);
 }
 
-int cq_st_writer_add(cq_st_writer *w, const char *name, cq_tensor t) {
+/* Everything that could make the file unreadable is refused here, where the caller knows the
+ * tensor. */
+static int check_tensor(const cq_st_writer *w, const char *name, cq_tensor t) {
+    int64_t bytes;
     if (!strcmp(name, "__metadata__"))
         return cq_fail(CQ_EUSAGE,
                        "safetensors: a tensor is named __metadata__, wanted another name");
+    if (json_object_get(w->names, name))
+        return cq_fail(CQ_EUSAGE, "safetensors: %.200s is added twice", name);
+    if (cq_dtype_bytes(t.dtype) == 0)
+        return cq_fail(CQ_EUSAGE, "safetensors: %.200s has dtype %d", name, (int)t.dtype);
+    int status = cq_shape_bytes(&bytes, t.shape, t.dtype);
+    if (status)
+        return cq_fail_in(status, name);
+    return bytes == 0 || t.data ? CQ_OK
+                                : cq_fail(CQ_EUSAGE, "safetensors: %.200s has no data", name);
+}
+
+int cq_st_writer_add(cq_st_writer *w, const char *name, cq_tensor t) {
+    CQ_TRY(check_tensor(w, name, t));
     if (w->n == w->cap) {
         int64_t cap = w->cap ? 2 * w->cap : 64;
         item *more = realloc(w->items, (size_t)cap * sizeof *more);
         if (!more)
-            return cq_fail(CQ_ENOMEM, "safetensors: no memory for %s", name);
+            return cq_fail(CQ_ENOMEM, "safetensors: no memory for %.200s", name);
         w->items = more;
         w->cap = cap;
     }
     char *copy = strdup(name);
-    if (!copy)
-        return cq_fail(CQ_ENOMEM, "safetensors: no memory for %s", name);
+    if (!copy || json_object_set_new(w->names, name, json_null())) {
+        free(copy);
+        return copy ? cq_fail(CQ_EUSAGE, "safetensors: name %.200s is not UTF-8 text", name)
+                    : cq_fail(CQ_ENOMEM, "safetensors: no memory for %.200s", name);
+    }
     w->items[w->n++] = (item){copy, t, 0};
     return CQ_OK;
 }
@@ -86,26 +111,22 @@ static int by_name(const void *a, const void *b) {
     return strcmp(((const item *)a)->name, ((const item *)b)->name);
 }
 
-static int check_names(cq_st_writer *w) {
-    if (w->n)
-        qsort(w->items, (size_t)w->n, sizeof *w->items, by_name);
-    for (int64_t i = 1; i < w->n; i++)
-        if (!strcmp(w->items[i].name, w->items[i - 1].name))
-            return cq_fail(CQ_EUSAGE, "safetensors: %s is written twice", w->items[i].name);
-    return CQ_OK;
-}
-
 static json_t *describe(const item *it, int64_t begin) {
+    int failed = 0;
     json_t *shape = json_array();
     for (int i = 0; i < it->tensor.shape.rank; i++)
-        json_array_append_new(shape, json_integer(it->tensor.shape.dim[i]));
+        failed |= json_array_append_new(shape, json_integer(it->tensor.shape.dim[i]));
+    if (failed) {
+        json_decref(shape);
+        return NULL;
+    }
     return json_pack("{s:s, s:o, s:[I, I]}", "dtype", cq_dtype_name(it->tensor.dtype), "shape",
                      shape, "data_offsets", (json_int_t)begin,
                      (json_int_t)(begin + cq_tensor_bytes(it->tensor)));
 }
 
-/* Header text of one shard, padded; items are in by_rank order. */
-static int make_header(const cq_st_writer *w, int32_t shard, char **out, int64_t *n) {
+/* JSON of one shard; items are in by_rank order. NULL: no memory. */
+static char *header_text(const cq_st_writer *w, int32_t shard) {
     int64_t at = 0;
     json_t *root = json_object();
     int failed = !root;
@@ -119,12 +140,20 @@ static int make_header(const cq_st_writer *w, int32_t shard, char **out, int64_t
     }
     char *text = failed ? NULL : json_dumps(root, JSON_COMPACT);
     json_decref(root);
+    return text;
+}
+
+/* The same, padded to a multiple of 8, so that the data that follows is aligned. */
+static int make_header(const cq_st_writer *w, int32_t shard, char **out, int64_t *n) {
+    char *text = header_text(w, shard);
     size_t length = text ? strlen(text) : 0, padded = (length + 7) / 8 * 8;
     char *bigger = text ? realloc(text, padded + 1) : NULL;
-    if (!bigger) {
-        free(text);
-        return cq_fail(CQ_EUSAGE,
-                       "safetensors: a name is not UTF-8 text, or no memory for the header");
+    if (!bigger || padded > HEADER_MAX) {
+        free(bigger ? bigger : text);
+        return bigger ? cq_fail(CQ_EUSAGE,
+                                "safetensors: the header is %zu bytes long, wanted at most %d",
+                                padded, HEADER_MAX)
+                      : cq_fail(CQ_ENOMEM, "safetensors: no memory for the header");
     }
     memset(bigger + length, ' ', padded - length);
     *out = bigger;
@@ -164,7 +193,6 @@ static int write_shard(const cq_st_writer *w, int32_t shard, const char *path) {
 }
 
 int cq_st_writer_file(cq_st_writer *w, const char *path) {
-    CQ_TRY(check_names(w));
     for (int64_t i = 0; i < w->n; i++)
         w->items[i].shard = 0;
     if (w->n)
@@ -176,6 +204,8 @@ int cq_st_writer_file(cq_st_writer *w, const char *path) {
 static int32_t assign_shards(cq_st_writer *w, int64_t shard_bytes) {
     int64_t used = 0;
     int32_t shard = 0;
+    if (w->n)
+        qsort(w->items, (size_t)w->n, sizeof *w->items, by_name);
     for (int64_t i = 0; i < w->n; i++) {
         int64_t bytes = cq_tensor_bytes(w->items[i].tensor);
         if (shard_bytes > 0 && used > 0 && used + bytes > shard_bytes) {
@@ -192,15 +222,16 @@ static int write_index(const cq_st_writer *w, const char *folder, int32_t shards
     char path[4096], file[64];
     int64_t total = 0;
     json_t *map = json_object();
+    int failed = !map;
     for (int64_t i = 0; i < w->n; i++) {
         snprintf(file, sizeof file, "model-%05d-of-%05d.safetensors", (int)w->items[i].shard + 1,
                  (int)shards);
-        json_object_set_new(map, w->items[i].name, json_string(file));
+        failed |= json_object_set_new(map, w->items[i].name, json_string(file));
         total += cq_tensor_bytes(w->items[i].tensor);
     }
     json_t *root =
         json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
-    char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS) : NULL;
+    char *text = root && !failed ? json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS) : NULL;
     json_decref(root);
     if (!text)
         return cq_fail(CQ_ENOMEM, "safetensors: no memory for the index");
@@ -212,8 +243,7 @@ static int write_index(const cq_st_writer *w, const char *folder, int32_t shards
 }
 
 int cq_st_writer_folder(cq_st_writer *w, const char *folder, int64_t shard_bytes) {
-    char path[4096], file[64];
-    CQ_TRY(check_names(w));
+    char path[4096], stale[4096], file[64];
     int32_t shards = assign_shards(w, shard_bytes);
     if (w->n)
         qsort(w->items, (size_t)w->n, sizeof *w->items, by_rank);
@@ -222,5 +252,12 @@ int cq_st_writer_folder(cq_st_writer *w, const char *folder, int64_t shard_bytes
         CQ_TRY(cq_path_join(path, sizeof path, folder, shards == 1 ? "model.safetensors" : file));
         CQ_TRY(write_shard(w, i, path));
     }
-    return shards == 1 ? CQ_OK : write_index(w, folder, shards);
+    if (shards > 1)
+        CQ_TRY(write_index(w, folder, shards));
+    /* the other layout, left by an earlier write, would be read in its place or beside it */
+    CQ_TRY(cq_path_join(stale, sizeof stale, folder,
+                        shards > 1 ? "model.safetensors" : "model.safetensors.index.json"));
+    if (unlink(stale) && errno != ENOENT)
+        return cq_fail(CQ_EIO, "%s: %s", stale, strerror(errno));
+    return CQ_OK;
 }
