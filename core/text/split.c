@@ -1,9 +1,9 @@
 /// split.c - PCRE2 with Unicode properties in the place of the Oniguruma that wrote the patterns.
 ///
 /// The two engines differ in what \s and \w hold, so these are spelled out by their Oniguruma
-/// meaning (White_Space; letters, marks, decimal digits, connectors) before compiling; a construct
-/// whose meaning differs otherwise is refused. Property tables differ too (Unicode 14 here, 15 and
-/// later there) for characters that are new in between.
+/// meaning (White_Space; Alphabetic, marks, decimal digits, connectors, six of Latin-1) before
+/// compiling; a construct whose meaning differs otherwise is refused. Property tables differ too
+/// (Unicode 14 here, 15 and later there) for characters that are new in between.
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "core/text/split.h"
 
@@ -34,7 +34,9 @@ struct cq_split_scratch {
     pcre2_match_data *data[];
 };
 
-static const char space[] = "\\t-\\r\\x{85}\\p{Z}", word[] = "\\p{L}\\p{M}\\p{Nd}\\p{Pc}";
+static const char space[] = "\\t-\\r\\x{85}\\p{Z}",
+                  word[] =
+                      "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{B2}\\x{B3}\\x{B9}\\x{BC}-\\x{BE}";
 
 /// Copies one escape at p (after the backslash) and returns how many bytes it took; 0 when it is
 /// not supported.

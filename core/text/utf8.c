@@ -73,6 +73,12 @@ bool cq_white_space(int32_t cp) {
 
 bool cq_python_space(int32_t cp) { return cq_white_space(cp) || (cp >= 0x1C && cp <= 0x1F); }
 
+/// Symbols that are Alphabetic all the same: circled and squared letters.
+static bool is_enclosed_letter(int32_t cp) {
+    return (cp >= 0x24B6 && cp <= 0x24E9) || (cp >= 0x1F130 && cp <= 0x1F149) ||
+           (cp >= 0x1F150 && cp <= 0x1F169) || (cp >= 0x1F170 && cp <= 0x1F189);
+}
+
 bool cq_word_char(int32_t cp) {
     switch (utf8proc_category(cp)) {
     case UTF8PROC_CATEGORY_LU:
@@ -88,7 +94,7 @@ bool cq_word_char(int32_t cp) {
     case UTF8PROC_CATEGORY_PC:
         return true;
     default:
-        return cp == 0x200C || cp == 0x200D;
+        return cp == 0x200C || cp == 0x200D || is_enclosed_letter(cp);
     }
 }
 
