@@ -13,6 +13,8 @@ void free(void *p);
 int isatty(int fd);
 struct cq_timespec { long seconds, nanoseconds; };
 int clock_gettime(int clock, struct cq_timespec *t);
+struct cq_winsize { unsigned short rows, columns, x, y; };
+int ioctl(int fd, unsigned long request, ...);
 ]]
 
 local function find_library()
@@ -106,6 +108,14 @@ function native.clock()
 end
 
 function native.isatty(fd) return C.isatty(fd) == 1 end
+
+-- Columns of the terminal on standard output; nil when it is none.
+function native.columns()
+  local size = ffi.new "struct cq_winsize"
+  local TIOCGWINSZ = 0x5413
+  if C.ioctl(1, TIOCGWINSZ, size) ~= 0 then return nil end
+  return size.columns > 0 and size.columns or 80
+end
 
 local element = { [0] = "float", "double", "uint16_t", "uint16_t", "uint8_t", "uint8_t", "int32_t", "int64_t" }
 

@@ -60,7 +60,7 @@ end
 function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
   local self = setmetatable({ opt = opt, early = {}, history = {}, facts = {} }, Run)
-  self.screen = screen.open(function(line) self:note(line) end, native.isatty(1))
+  self.screen = screen.open(function(line) self:note(line) end, native.columns)
   self.device = device.device { threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
   local said
@@ -233,6 +233,7 @@ function Run:steps(n, data)
   self.total = n
   self.begun = native.clock()
   self.first = step
+  if self.tracked then self.tracked.student:saturated() end -- what calibration and evaluation counted is no step's
   return function()
     if self.batch and self.opt.save > 0 and step % self.opt.save == 0 then save(self, step) end
     native.poll()

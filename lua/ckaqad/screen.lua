@@ -5,10 +5,10 @@ local screen = {}
 local Screen = {}
 Screen.__index = Screen
 
--- `sink(line)` gets every full line too (the log); `terminal`: a person watches.
-function screen.open(sink, terminal)
+-- `sink(line)` gets every full line too (the log); `columns()`: width of the terminal, nil when it is none.
+function screen.open(sink, columns)
   local term = os.getenv("TERM")
-  return setmetatable({ live = terminal and term ~= nil and term ~= "dumb", sink = sink }, Screen)
+  return setmetatable({ live = columns() and term ~= nil and term ~= "dumb", sink = sink, columns = columns }, Screen)
 end
 
 -- A line that stays.
@@ -40,11 +40,11 @@ end
 
 -- Shows a step: in place on a terminal, else as a line every `every` steps and at both ends.
 function Screen:step(line, step, steps, every)
-  if self.live then
-    io.stdout:write("\r\27[K", line)
+  if self.live and step < steps then
+    io.stdout:write("\r\27[K", line:sub(1, (self.columns() or 80) - 1))
     io.stdout:flush()
     self.shown = true
-    if self.sink and (step % every == 0 or step == steps or step == 1) then self.sink(line) end
+    if self.sink and (step % every == 0 or step == 1) then self.sink(line) end
   elseif step == 1 or step % every == 0 or step == steps then
     self:say(line)
   end

@@ -134,12 +134,17 @@ local function check_forward(model, batch, tokens)
 end
 
 local function check_gradients(group, model, prefix)
+  local have = {}
   for p in model:params() do
     local name = native.string(p.name)
     if not p.buffer then
       local a, n = native.elements(p.grad)
       note(group, l2_relative(a, values(prefix .. name), n), 1e-3, name)
+      have[name] = true
     end
+  end
+  for _, name in ipairs(names("^" .. prefix:gsub("%.", "%%.") .. "(.+)$")) do
+    note(group, have[name] and 0 or math.huge, 1e-3, name .. ", which the model lacks")
   end
 end
 
@@ -185,6 +190,9 @@ local function check_student(dir, batch, tokens, mode, bound)
   local unbiased, biased = terms "unbiased", terms "biased"
   cq.plan { teacher = teacher, student = student, terms = { unbiased, biased }, tokens = tokens, trained = true }
   set_student(student)
+  local quantized = 0
+  for p in student:params() do quantized = quantized + (p.quantized and 1 or 0) end
+  note("quantized linears", math.abs(quantized - #modules), 0, ("%d, file %d"):format(quantized, #modules))
   local function distill(list)
     call.cq_distill_set_rows(student.distillers[list].c, rows, n_rows)
     return cq.distill(teacher, student, part_of(batch), list)
