@@ -167,6 +167,12 @@ Test(config, an_alias_overrides_its_key) {
     cr_expect(c.mamba_groups == 4 && c.conv_width == 3 && c.chunk == 64 && !c.conv_bias);
 }
 
+Test(config, a_convolution_without_bias_has_fewer_parameters) {
+    cq_config c;
+    OK(load(&c, with(nano, "use_conv_bias", "false")));
+    cr_expect_eq(cq_config_params(&c), 31577937344 - 23 * 6144);
+}
+
 Test(config, the_list_of_layers_wins_over_the_string_and_the_count) {
     cq_config c;
     OK(load(&c,

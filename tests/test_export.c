@@ -109,6 +109,25 @@ Test(export, dequantizes_to_the_trained_bits_and_passes_verify) {
         }
 }
 
+Test(export, of_a_double_model_packs_its_narrowed_weights) {
+    harness h;
+    harness_options o = {.dir = models[0],
+                         .dtype = CQ_F64,
+                         .kernels = "ref",
+                         .mode = CQ_MODE_SAVE,
+                         .quant = options[4]};
+    char root[] = "/tmp/ckaqad-export-XXXXXX", dir[64];
+    int64_t differing = -1;
+    harness_open(&h, &o);
+    cr_assert_not_null(mkdtemp(root));
+    OK(cq_path_join(dir, sizeof dir, root, "nvfp4"));
+    OK(cq_export_nvfp4(h.student, dir, 0));
+    OK(cq_export_compare(h.student, dir, &differing));
+    cr_expect_eq(differing, 0, "%ld elements differ", (long)differing);
+    OK(cq_folder_remove(root));
+    harness_close(&h);
+}
+
 Test(export, compare_counts_elements_that_differ) {
     folder f;
     int64_t differing;

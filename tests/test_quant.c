@@ -157,6 +157,18 @@ Test(quant, searched_scales_lower_the_error_of_random_matrices) {
     cr_expect_lt(four, 0.95 * plain, "seed %d: %g against %g", SEED, four, plain);
 }
 
+Test(quant, the_first_of_equal_candidates_wins) {
+    float x[16] = {0}, block = -1, first = 3.0f * (0x1p-9f / 448.0f);
+    OK(cq_nvfp4_search(&block, x, 1, 16, 3.0f, CQ_SCALE_MSE)); /* every scale has error 0 */
+    cr_expect_eq(block, first, "%g, wanted %g", (double)block, (double)first);
+    x[4] = -2;
+    OK(cq_nvfp4_search(&block, x, 1, 16, 1536.0f, CQ_SCALE_FOUR_OVER_SIX));
+    cr_expect_eq(block, 3.0f, "with a tensor scale of one only 4 x 0.5 is exact: %g",
+                 (double)block);
+    OK(cq_nvfp4_search(&block, x, 1, 16, 1024.0f, CQ_SCALE_FOUR_OVER_SIX));
+    cr_expect_eq(block, 2.0f, "both candidates are exact, the first is kept: %g", (double)block);
+}
+
 static void check_zeros(float amax, const float *block_amax, float scale_2_wanted) {
     float x[32] = {0}, y[32], scale_2;
     uint8_t bytes[16], scales[2];
