@@ -3,7 +3,7 @@
    strided rows. */
 #include "tests/three_ways.h"
 
-enum { MOST_DOCS = 16, SEEDS = 4 };
+enum { MOST_DOCS = 16, SEEDS = 3 };
 
 typedef struct packing {
     int64_t n_docs, starts[MOST_DOCS + 1];

@@ -99,7 +99,8 @@ static void split_tops(side *in, side *out, const kept *s, const float *t, const
         so = sn > so ? sn : so;
     }
     *in = (side){.teacher_top = ti, .student_top = si};
-    *out = (side){.teacher_top = to, .student_top = so};
+    *out = (side){.teacher_top = to > -INFINITY ? to : 0.0f, /* all masked: sums of zeros */
+                  .student_top = so > -INFINITY ? so : 0.0f};
 }
 
 /// One span of a row without S; e receives the student's exponentials and may be z or NULL.
@@ -197,7 +198,7 @@ static double top_k_row(const cq_kl_args *a, const float *t, float *z, double *l
         if (a->gradient)
             split_gradient(z, t, &s, in.teacher_top, a->scale / in.student, a->scale / in.teacher,
                            0.0, vocab);
-        return side_kl(&in);
+        return side_kl(&in) + 0.0 * (*lt + *ls); /* a NaN outside S must show */
     }
     double p_top = exp((double)in.teacher_top - *lt), q_top = exp((double)in.student_top - *ls);
     double o_top = exp((double)out.student_top - *ls), mass = p_top * in.teacher;

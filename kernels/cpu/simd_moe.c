@@ -112,6 +112,24 @@ int CQ_OP(route_backward)(cq_stream *s, const cq_route_backward_args *a) {
 /// A counting sort touches each pair twice and nothing else: ref's is as fast as any.
 int CQ_OP(route_sort)(cq_stream *s, const cq_route_sort_args *a) { return cq_ref_route_sort(s, a); }
 
+int CQ_OP(gather_rows)(cq_stream *s, const cq_gather_rows_args *a) {
+    CQ_F32_OR_REF(gather_rows);
+    if (a->yq)
+        CQ_TRY(fq_check("gather_rows", &a->fq, a->dim));
+    int64_t saturated = 0;
+#pragma omp parallel for schedule(static) reduction(+ : saturated) num_threads(s->threads)
+    for (int64_t i = 0; i < a->rows; i++) {
+        const float *row = (const float *)a->x + (int64_t)a->index[i] * a->dim;
+        if (a->y)
+            copy_row((float *)a->y + i * a->dim, row, a->dim);
+        if (a->yq)
+            saturated +=
+                fq_rows(&a->fq, i, 1, a->dim, (float *)a->yq + i * a->dim, row, NULL, 448.0f);
+    }
+    fq_count(&a->fq, saturated);
+    return CQ_OK;
+}
+
 int CQ_OP(scatter_rows)(cq_stream *s, const cq_scatter_rows_args *a) {
     CQ_F32_OR_REF(scatter_rows);
 #pragma omp parallel for schedule(static) num_threads(s->threads)

@@ -1,0 +1,465 @@
+/* test_cpu_losses.c - losses on logits and hidden states, routing and row moves of the cpu backend
+ * against ref in F64. */
+#include "tests/three_ways.h"
+
+enum { SEEDS = 4 };
+
+static int32_t *labels_of(int64_t rows, int64_t vocab, uint64_t seed) {
+    int32_t *labels = malloc((size_t)(rows + 1) * sizeof(*labels));
+    cr_assert_not_null(labels);
+    for (int64_t i = 0; i < rows; i++)
+        labels[i] = i % 5 == 2 ? -100 : (int32_t)cq_random_below(seed, 99, (uint64_t)i, vocab);
+    return labels;
+}
+
+/// Student logits are the teacher's with noise; where `ties`, logits are multiples of 1/4.
+static void run_kl(ways *w, cq_kl_form form, int64_t rows, int64_t vocab, int64_t top_k,
+                   double size, bool ties) {
+    cq_kl_args a = {.rows = rows,
+                    .vocab = vocab,
+                    .form = form,
+                    .top_k = top_k,
+                    .scale = 0.37,
+                    .gradient = true,
+                    .labels = labels_of(rows, vocab, w->seed)};
+    snprintf(w->what, sizeof(w->what), "kl form %d, top %lld of %lld, logits of %g, seed %llu",
+             (int)form, (long long)top_k, (long long)vocab, size, (unsigned long long)w->seed);
+    float *t = WAYS_IN(w, kl, teacher, rows, vocab, vocab, size);
+    float *s = WAYS_OUT(w, kl, student, rows, vocab, vocab, 3);
+    for (int64_t i = 0; i < rows * vocab; i++) {
+        t[i] = ties ? rintf(4.0f * t[i]) / 4.0f : t[i];
+        s[i] = t[i] + 0.2f * s[i];
+    }
+    WAYS_DOUBLE(w, kl, sum, 1);
+    WAYS_DOUBLE(w, kl, nll_teacher, 1);
+    WAYS_DOUBLE(w, kl, nll_student, 1);
+    WAYS_RUN(w, kl, a);
+    free((void *)(uintptr_t)a.labels);
+}
+static void check_kl(cq_kl_form form, int64_t rows, int64_t vocab, int64_t top_k, double size,
+                     bool ties, uint64_t seed) {
+    ways w = {.seed = 0};
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+        run_kl(&w, form, rows, vocab, top_k, size, ties);
+    ways_judge(&w);
+}
+
+Test(cpu_losses, full_kl_agrees_with_ref) {
+    check_kl(CQ_KL_FULL, 37, 1024, 0, 3.0, false, 100);
+    check_kl(CQ_KL_FULL, 70, 131, 0, 10.0, false, 110);
+    check_kl(CQ_KL_FULL, 1, 1, 0, 1.0, false, 120);
+    check_kl(CQ_KL_FULL, 3, 9001, 0, 5.0, false, 130);
+}
+Test(cpu_losses, top_k_kl_agrees_with_ref_in_every_form) {
+    for (cq_kl_form form = CQ_KL_RENORMALIZED; form <= CQ_KL_TAIL_BUCKET; form++) {
+        uint64_t seed = 200 + 100 * (uint64_t)form;
+        check_kl(form, 25, 130, 16, 3.0, false, seed);
+        check_kl(form, 25, 130, 1, 3.0, false, seed + 10);
+        check_kl(form, 25, 130, 129, 3.0, false, seed + 20);
+        check_kl(form, 25, 130, 130, 3.0, false, seed + 30);
+        check_kl(form, 25, 33, 7, 1.0, true, seed + 40);
+        check_kl(form, 4, 5003, 1024, 6.0, false, seed + 50);
+    }
+}
+
+Test(cpu_losses, a_sure_and_wrong_student_keeps_its_gradient) {
+    /* the student's logits outside S lie 200 below the top, where an exponential against one
+     * maximum is zero */
+    for (cq_kl_form form = CQ_KL_RENORMALIZED; form <= CQ_KL_TAIL_BUCKET; form++) {
+        ways w = {.seed = 700 + (uint64_t)form};
+        cq_kl_args a = {.rows = 1,
+                        .vocab = 40,
+                        .form = form,
+                        .top_k = 3,
+                        .scale = 1.0,
+                        .gradient = true,
+                        .labels = (int32_t[]){5}};
+        snprintf(w.what, sizeof(w.what), "sure and wrong, form %d", (int)form);
+        float *t = WAYS_IN(&w, kl, teacher, 1, 40, 40, 1.0);
+        float *s = WAYS_OUT(&w, kl, student, 1, 40, 40, 3);
+        for (int i = 0; i < 3; i++)
+            t[7 * i] = 1.5f + t[7 * i];
+        for (int i = 0; i < 40; i++)
+            s[i] -= i == 20 ? 0.0f : 200.0f;
+        WAYS_DOUBLE(&w, kl, sum, 1);
+        WAYS_RUN(&w, kl, a);
+        ways_judge(&w);
+    }
+}
+
+Test(cpu_losses, kl_counts_agreement_and_valid_rows_and_leaves_logits_without_gradient) {
+    enum { ROWS = 90, VOCAB = 17 };
+    float t[ROWS * VOCAB], s[ROWS * VOCAB], before[ROWS * VOCAB];
+    int32_t *labels = labels_of(ROWS, VOCAB, 3);
+    for (int i = 0; i < ROWS * VOCAB; i++) {
+        t[i] = (float)cq_random_below(1, 1, (uint64_t)i, 6);
+        s[i] = (float)cq_random_below(1, 2, (uint64_t)i, 6);
+    }
+    memcpy(before, s, sizeof(s));
+    ways w = {.seed = 0};
+    cq_stream stream = ways_stream(&w, CPU_WAY);
+    double sum[2] = {0}, nll[2] = {0};
+    int64_t agree[2] = {0}, valid[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        cq_kl_args a = {.dtype = CQ_F32,
+                        .rows = ROWS,
+                        .vocab = VOCAB,
+                        .form = CQ_KL_TAIL_BUCKET,
+                        .top_k = 4,
+                        .teacher = t,
+                        .student = s,
+                        .labels = labels,
+                        .scale = 1.0,
+                        .sum = &sum[i],
+                        .nll_student = &nll[i],
+                        .agree = &agree[i],
+                        .valid = &valid[i]};
+        cr_assert_eq(i ? cq_ref_kl(NULL, &a) : stream.table->kl(&stream, &a), CQ_OK);
+        cr_expect(memcmp(before, s, sizeof(s)) == 0, "logits changed without gradient");
+    }
+    cr_expect_eq(valid[0], valid[1]);
+    cr_expect_eq(agree[0], agree[1]);
+    cr_expect(agree[0] > 5 && valid[0] == 72, "agree %lld", (long long)agree[0]);
+    cr_expect_float_eq(sum[0], sum[1], 1e-4);
+    cr_expect_float_eq(nll[0], nll[1], 1e-4);
+    cq_kl_args bad = {.dtype = CQ_F32,
+                      .rows = 1,
+                      .vocab = VOCAB,
+                      .teacher = t,
+                      .student = s,
+                      .labels = (int32_t[]){VOCAB},
+                      .sum = sum};
+    cr_expect_eq(stream.table->kl(&stream, &bad), CQ_EDATA);
+    free(labels);
+    free(stream.scratch);
+}
+
+Test(cpu_losses, a_logit_that_is_not_a_number_shows_in_the_sum) {
+    ways w = {.seed = 0};
+    cq_stream stream = ways_stream(&w, CPU_WAY);
+    for (int form = CQ_KL_FULL; form <= CQ_KL_TAIL_BUCKET; form++)
+        for (int side = 0; side < 2; side++) {
+            float t[40] = {1.0f, 2.0f, 3.0f}, s[40] = {0.5f};
+            double sum = 0.0;
+            (side ? s : t)[23] = NAN;
+            cq_kl_args a = {.dtype = CQ_F32,
+                            .rows = 1,
+                            .vocab = 40,
+                            .form = (cq_kl_form)form,
+                            .top_k = 30,
+                            .teacher = t,
+                            .student = s,
+                            .labels = (int32_t[]){1},
+                            .scale = 1.0,
+                            .sum = &sum};
+            cr_assert_eq(stream.table->kl(&stream, &a), CQ_OK);
+            cr_expect(isnan(sum), "form %d, side %d: %g", form, side, sum);
+        }
+    free(stream.scratch);
+}
+
+Test(cpu_losses, cross_entropy_agrees_with_ref) {
+    ways w = {.seed = 0};
+    for (w.seed = 1000; w.seed < 1000 + 3 * SEEDS; w.seed++, w.drawn = 0) {
+        int64_t rows = 41, vocab = (int64_t[]){1024, 77, 1}[(w.seed - 1000) % 3];
+        cq_cross_entropy_args a = {.rows = rows,
+                                   .vocab = vocab,
+                                   .scale = 0.2,
+                                   .gradient = true,
+                                   .labels = labels_of(rows, vocab, w.seed)};
+        snprintf(w.what, sizeof(w.what), "cross-entropy %lld, seed %llu", (long long)vocab,
+                 (unsigned long long)w.seed);
+        WAYS_OUT(&w, cross_entropy, logits, rows, vocab, vocab, 3);
+        WAYS_DOUBLE(&w, cross_entropy, sum, 1);
+        WAYS_RUN(&w, cross_entropy, a);
+        free((void *)(uintptr_t)a.labels);
+    }
+    ways_judge(&w);
+}
+
+static void check_gram(int64_t n, int64_t dim, bool unbiased, double mean, uint64_t seed) {
+    ways w = {.seed = 0};
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
+        cq_gram_args a = {.n = n, .dim = dim, .unbiased = unbiased};
+        snprintf(w.what, sizeof(w.what), "gram %lld x %lld, unbiased %d, seed %llu", (long long)n,
+                 (long long)dim, unbiased, (unsigned long long)w.seed);
+        float *x = WAYS_IN(&w, gram, x, n, dim, dim, 1.0);
+        for (int64_t i = 0; i < n * dim; i++)
+            x[i] += (float)(mean * (double)(i % dim % 3));
+        WAYS_IN(&w, gram, scratch, n, dim, dim, 1.0);
+        WAYS_OUT(&w, gram, gram, n, n, n, 2);
+        WAYS_RUN(&w, gram, a);
+    }
+    ways_judge(&w);
+}
+Test(cpu_losses, gram_agrees_with_ref) {
+    check_gram(128, 192, true, 3.0, 1100);
+    check_gram(128, 192, false, 3.0, 1110);
+    check_gram(37, 530, true, 0.0, 1120);
+    check_gram(4, 5, true, 1.0, 1130);
+    check_gram(2, 3, false, 1.0, 1140);
+    check_gram(65, 1, true, 0.0, 1150);
+}
+
+/// k and l are Grams of random rows, l's rows being k's with noise.
+static void fill_grams(float *k, float *l, int64_t n, double noise, uint64_t seed) {
+    enum { DIM = 20 };
+    double *x = malloc((size_t)(2 * n * DIM) * sizeof(*x)), *y = x + n * DIM;
+    cr_assert_not_null(x);
+    for (int64_t i = 0; i < n * DIM; i++) {
+        x[i] = cq_random_normal(seed, 50, (uint64_t)i);
+        y[i] = x[i] + noise * cq_random_normal(seed, 51, (uint64_t)i);
+    }
+    cq_gram_args a = {.dtype = CQ_F64, .n = n, .dim = DIM, .unbiased = true};
+    double *gram = malloc((size_t)(n * n + n * DIM) * sizeof(*gram));
+    for (int side = 0; side < 2; side++) {
+        a.x = side ? y : x;
+        a.gram = gram;
+        a.scratch = gram + n * n;
+        cr_assert_eq(cq_ref_gram(NULL, &a), CQ_OK);
+        for (int64_t i = 0; i < n * n; i++)
+            (side ? l : k)[i] = (float)gram[i];
+    }
+    free(gram);
+    free(x);
+}
+
+static void check_cka(cq_gram_loss loss, int64_t n, double noise, uint64_t seed) {
+    ways w = {.seed = 0};
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
+        double stats[4];
+        int64_t dim = 29;
+        snprintf(w.what, sizeof(w.what), "cka loss %d, n %lld, noise %g, seed %llu", (int)loss,
+                 (long long)n, noise, (unsigned long long)w.seed);
+        cq_cka_args a = {.dtype = CQ_F32, .loss = loss, .n = n};
+        float *k = WAYS_IN(&w, cka, k, n, n, n, 1.0), *l = WAYS_IN(&w, cka, l, n, n, n, 1.0);
+        fill_grams(k, l, n, noise, w.seed);
+        a.k = k, a.l = l, a.out = stats;
+        cr_assert_eq(cq_ref_cka(NULL, &a), CQ_OK);
+        WAYS_DOUBLE(&w, cka, out, 4);
+        WAYS_RUN(&w, cka, ((cq_cka_args){.loss = loss, .n = n}));
+
+        cq_cka_backward_args b = {.loss = loss, .n = n, .dim = dim, .weight = -1.7, .stats = stats};
+        k = WAYS_IN(&w, cka_backward, k, n, n, n, 1.0);
+        l = WAYS_IN(&w, cka_backward, l, n, n, n, 1.0);
+        fill_grams(k, l, n, noise, w.seed);
+        WAYS_IN(&w, cka_backward, x, n, dim, dim, 1.0);
+        WAYS_OUT(&w, cka_backward, dx, n, dim, dim, 3);
+        WAYS_RUN(&w, cka_backward, b);
+    }
+    ways_judge(&w);
+}
+Test(cpu_losses, cka_and_gram_frobenius_agree_with_ref) {
+    for (cq_gram_loss loss = CQ_GRAM_CKA; loss <= CQ_GRAM_FROBENIUS; loss++) {
+        check_cka(loss, 128, 0.1, 1200 + 50 * (uint64_t)loss);
+        check_cka(loss, 37, 1e-3, 1210 + 50 * (uint64_t)loss);
+        check_cka(loss, 4, 3.0, 1220 + 50 * (uint64_t)loss);
+    }
+}
+Test(cpu_losses, cka_of_a_zero_gram_is_zero_and_so_is_its_gradient) {
+    float k[36] = {0}, l[36], x[12], dx[12];
+    double out[4] = {9.0, 9.0, 9.0, 9.0};
+    for (int i = 0; i < 36; i++)
+        l[i] = i < 12 ? (x[i] = 1.0f) : 2.0f;
+    ways w = {.seed = 0};
+    cq_stream s = ways_stream(&w, CPU_WAY);
+    cr_assert_eq(CQ_RUN(&s, cka, .dtype = CQ_F32, .n = 6, .k = k, .l = l, .out = out), CQ_OK);
+    cr_expect(out[3] == 0.0);
+    memset(dx, 1, sizeof(dx));
+    cr_assert_eq(CQ_RUN(&s, cka_backward, .dtype = CQ_F32, .n = 6, .dim = 2, .k = k, .l = l, .x = x,
+                        .weight = 1.0, .stats = out, .dx = dx),
+                 CQ_OK);
+    for (int i = 0; i < 12; i++)
+        cr_expect(dx[i] == 0.0f);
+    free(s.scratch);
+}
+
+Test(cpu_losses, row_losses_agree_with_ref) {
+    for (cq_rowloss_form form = CQ_ROWLOSS_COSINE; form <= CQ_ROWLOSS_MSE; form++) {
+        ways w = {.seed = 0};
+        uint64_t first = 1300 + 50 * (uint64_t)form;
+        for (w.seed = first; w.seed < first + 2 * SEEDS; w.seed++, w.drawn = 0) {
+            int64_t n = 67, dim = w.seed % 2 ? 192 : 5;
+            snprintf(w.what, sizeof(w.what), "rowloss %d, %lld wide, seed %llu", (int)form,
+                     (long long)dim, (unsigned long long)w.seed);
+            cq_rowloss_args a = {.form = form, .n = n, .dim = dim};
+            float *x = WAYS_IN(&w, rowloss, x, n, dim, dim, 1.0);
+            float *y = WAYS_IN(&w, rowloss, y, n, dim, dim, 0.1);
+            for (int64_t i = 0; i < n * dim; i++)
+                y[i] = i / dim == 3 ? 0.0f : y[i] + x[i];
+            WAYS_DOUBLE(&w, rowloss, out, 1);
+            WAYS_RUN(&w, rowloss, a);
+            cq_rowloss_backward_args b = {.form = form, .n = n, .dim = dim, .weight = 0.8};
+            x = WAYS_IN(&w, rowloss_backward, x, n, dim, dim, 1.0);
+            y = WAYS_IN(&w, rowloss_backward, y, n, dim, dim, 0.1);
+            for (int64_t i = 0; i < n * dim; i++)
+                y[i] = i / dim == 3 ? 0.0f : y[i] + x[i];
+            WAYS_OUT(&w, rowloss_backward, dx, n, dim, dim, 3);
+            WAYS_RUN(&w, rowloss_backward, b);
+        }
+        ways_judge(&w);
+    }
+}
+
+static void check_route(int64_t tokens, int64_t experts, int64_t top_k, int64_t n_group,
+                        int64_t topk_group, bool normalize, uint64_t seed) {
+    ways w = {.seed = 0};
+    float *bias = malloc((size_t)experts * sizeof(*bias));
+    int32_t *sel = malloc((size_t)(tokens * top_k) * sizeof(*sel)), *same = NULL;
+    cr_assert(bias && sel);
+    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
+        for (int64_t e = 0; e < experts; e++)
+            bias[e] = (float)(0.2 * cq_random_normal(w.seed, 77, (uint64_t)e));
+        cq_route_forward_args a = {.dtype = CQ_F32,
+                                   .tokens = tokens,
+                                   .experts = experts,
+                                   .top_k = top_k,
+                                   .n_group = n_group,
+                                   .topk_group = topk_group,
+                                   .normalize = normalize,
+                                   .scaling = 2.5,
+                                   .bias = bias,
+                                   .sel = sel};
+        snprintf(w.what, sizeof(w.what), "route %lld of %lld, %lld of %lld groups, seed %llu",
+                 (long long)top_k, (long long)experts, (long long)topk_group, (long long)n_group,
+                 (unsigned long long)w.seed);
+        WAYS_IN(&w, route_forward, logits, tokens, experts, experts, 1.5);
+        WAYS_OUT(&w, route_forward, weight, tokens, top_k, top_k, 2);
+        WAYS_RUN(&w, route_forward, a); /* the last of the runs was cpu's, so sel is its choice */
+
+        same = malloc((size_t)(tokens * top_k) * sizeof(*same));
+        w.drawn = 0;
+        float *logits = WAYS_IN(&w, route_backward, logits, tokens, experts, experts, 1.5);
+        float *weight = malloc((size_t)(tokens * top_k) * sizeof(*weight));
+        a.logits = logits, a.weight = weight, a.sel = same;
+        cr_assert_eq(cq_ref_route_forward(NULL, &a), CQ_OK);
+        cr_expect(memcmp(same, sel, (size_t)(tokens * top_k) * sizeof(*sel)) == 0,
+                  "%s: another choice than ref's", w.what);
+        free(weight);
+        cq_route_backward_args b = {.tokens = tokens,
+                                    .experts = experts,
+                                    .top_k = top_k,
+                                    .normalize = normalize,
+                                    .scaling = 2.5,
+                                    .sel = same};
+        WAYS_IN(&w, route_backward, dweight, tokens, top_k, top_k, 1.0);
+        WAYS_OUT(&w, route_backward, dlogits, tokens, experts, experts, 3);
+        WAYS_RUN(&w, route_backward, b);
+        free(same);
+    }
+    ways_judge(&w);
+    free(bias);
+    free(sel);
+}
+Test(cpu_losses, routing_agrees_with_ref) {
+    check_route(150, 8, 2, 1, 1, true, 1400);
+    check_route(60, 128, 6, 1, 1, true, 1410);
+    check_route(60, 24, 3, 6, 2, true, 1420);
+    check_route(60, 5, 5, 5, 5, false, 1430);
+    check_route(9, 1, 1, 1, 1, true, 1440);
+}
+
+/// `n` distinct positions below n, shuffled.
+static int32_t *shuffled(int64_t n, uint64_t seed) {
+    int64_t *order = malloc((size_t)n * sizeof(*order));
+    int32_t *out = malloc((size_t)n * sizeof(*out));
+    cr_assert(order && out);
+    cq_random_permutation(order, n, seed, 5);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (int32_t)order[i];
+    free(order);
+    return out;
+}
+
+static void run_rows(ways *w, int64_t tokens, int64_t top_k, int64_t dim) {
+    int64_t rows = tokens * top_k;
+    int32_t *position = shuffled(rows, w->seed), ids[300];
+    snprintf(w->what, sizeof(w->what), "rows %lld x %lld x %lld, seed %llu", (long long)tokens,
+             (long long)top_k, (long long)dim, (unsigned long long)w->seed);
+    for (int64_t i = 0; i < tokens; i++)
+        ids[i] = (int32_t)cq_random_below(w->seed, 6, (uint64_t)i, 23);
+
+    WAYS_IN(w, combine_forward, y, rows, dim, dim, 1.0);
+    WAYS_IN(w, combine_forward, weight, tokens, top_k, top_k, 1.0);
+    WAYS_OUT(w, combine_forward, out, tokens, dim, dim, 2);
+    WAYS_RUN(w, combine_forward,
+             ((cq_combine_forward_args){
+                 .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
+    WAYS_IN(w, combine_backward, y, rows, dim, dim, 1.0);
+    WAYS_IN(w, combine_backward, weight, tokens, top_k, top_k, 1.0);
+    WAYS_IN(w, combine_backward, dout, tokens, dim, dim, 1.0);
+    WAYS_OUT(w, combine_backward, dy, rows, dim, dim, 3);
+    WAYS_OUT(w, combine_backward, dweight, tokens, top_k, top_k, 3);
+    WAYS_RUN(w, combine_backward,
+             ((cq_combine_backward_args){
+                 .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
+    WAYS_IN(w, ungather_rows, dy, rows, dim, dim, 1.0);
+    WAYS_OUT(w, ungather_rows, dx, tokens, dim, dim, 3);
+    WAYS_RUN(w, ungather_rows,
+             ((cq_ungather_rows_args){
+                 .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
+    WAYS_IN(w, scatter_rows, y, rows / 2, dim, dim, 1.0);
+    WAYS_OUT(w, scatter_rows, x, rows, dim, dim, 2);
+    WAYS_RUN(w, scatter_rows,
+             ((cq_scatter_rows_args){.rows = rows / 2, .dim = dim, .index = position}));
+    WAYS_IN(w, embed_forward, table, 23, dim, dim, 1.0);
+    WAYS_OUT(w, embed_forward, h, tokens, dim, dim, 2);
+    WAYS_RUN(w, embed_forward,
+             ((cq_embed_forward_args){.tokens = tokens, .dim = dim, .vocab = 23, .ids = ids}));
+    WAYS_IN(w, embed_backward, dh, tokens, dim, dim, 1.0);
+    WAYS_OUT(w, embed_backward, dtable, 23, dim, dim, 3);
+    WAYS_RUN(w, embed_backward,
+             ((cq_embed_backward_args){.tokens = tokens, .dim = dim, .vocab = 23, .ids = ids}));
+    free(position);
+}
+Test(cpu_losses, row_moves_agree_with_ref) {
+    ways w = {.seed = 0};
+    for (w.seed = 1500; w.seed < 1500 + SEEDS; w.seed++, w.drawn = 0) {
+        run_rows(&w, 61, 2, 96);
+        run_rows(&w, 7, 3, 5);
+        run_rows(&w, 300, 1, 33);
+    }
+    ways_judge(&w);
+}
+
+Test(cpu_losses, gathered_rows_carry_the_fake_quantization_of_their_group) {
+    enum { ROWS = 20, DIM = 48, SOURCES = 9 };
+    float x[SOURCES * DIM], y[2][ROWS * DIM], yq[2][ROWS * DIM], amax[3] = {3.0f, 0.5f, 100.0f};
+    int64_t offsets[4] = {0, 6, 6, ROWS}, saturated[2] = {0, 0};
+    int32_t index[ROWS];
+    for (int i = 0; i < SOURCES * DIM; i++)
+        x[i] = (float)cq_random_normal(9, 1, (uint64_t)i);
+    for (int i = 0; i < ROWS; i++)
+        index[i] = (int32_t)cq_random_below(9, 2, (uint64_t)i, SOURCES);
+    ways w = {.seed = 0};
+    cq_stream s = ways_stream(&w, CPU_WAY);
+    for (int i = 0; i < 2; i++) {
+        cq_gather_rows_args a = {
+            .dtype = CQ_F32,
+            .rows = ROWS,
+            .dim = DIM,
+            .x = x,
+            .index = index,
+            .y = y[i],
+            .yq = yq[i],
+            .fq = {.amax = amax, .offsets = offsets, .n_groups = 3, .saturated = &saturated[i]}};
+        cr_assert_eq(i ? cq_ref_gather_rows(NULL, &a) : s.table->gather_rows(&s, &a), CQ_OK, "%s",
+                     cq_error());
+    }
+    cr_expect(memcmp(y[0], y[1], sizeof(y[0])) == 0);
+    cr_expect(memcmp(yq[0], yq[1], sizeof(yq[0])) == 0, "fake quantization differs from ref's");
+    cr_expect_eq(saturated[0], saturated[1]);
+    cr_expect(memcmp(y[0], yq[0], sizeof(y[0])) != 0);
+    free(s.scratch);
+}
+
+Test(cpu_losses, a_token_outside_the_vocabulary_is_an_error) {
+    ways w = {.seed = 0};
+    cq_stream s = ways_stream(&w, CPU_WAY);
+    float table[8] = {0}, h[4];
+    cr_expect_eq(CQ_RUN(&s, embed_forward, .dtype = CQ_F32, .tokens = 1, .dim = 4, .vocab = 2,
+                        .ids = (int32_t[]){2}, .table = table, .h = h),
+                 CQ_EDATA);
+    cr_expect(strstr(cq_error(), "2"), "%s", cq_error());
+    free(s.scratch);
+}
