@@ -1,7 +1,8 @@
-/// simd.h - names for code that is compiled once per instruction set (CQ_ISA is generic, avx2 or avx512).
+/// simd.h - names for code that is compiled once per instruction set (CQ_ISA is generic, avx2 or
+/// avx512).
 ///
-/// A simd_*.c file defines `int CQ_OP(rmsnorm_forward)(cq_stream *s, const cq_rmsnorm_forward_args *a)`; dispatch.c
-/// collects the three sets into tables from kernels.def and picks one at run time.
+/// A simd_*.c file defines `int CQ_OP(rmsnorm_forward)(cq_stream *s, const cq_rmsnorm_forward_args
+/// *a)`; dispatch.c collects the three sets into tables from kernels.def and picks one at run time.
 #pragma once
 #include "kernels/kernels.h"
 
@@ -12,3 +13,8 @@
 #define CQ_F32_OR_REF(op)                                                                          \
     if (a->dtype != CQ_F32)                                                                        \
     return cq_ref_##op(s, a)
+
+/// Threads for about `work` elements: waking the others costs as much as some 30,000 of them.
+static inline int cq_team(const cq_stream *s, int64_t work) {
+    return work < 32768 ? 1 : s->threads;
+}

@@ -24,6 +24,12 @@ VEC_INLINE uint32_t vec_bits(float f) {
     return u;
 }
 
+/// The BF16 nearest to x, ties to even, in the high half of a float.
+VEC_INLINE float vec_bf16(float x) {
+    uint32_t u = vec_bits(x), r = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+    return vec_float((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : r);
+}
+
 /// a b + c, rounded once where the processor can.
 VEC_INLINE float vec_fma(float a, float b, float c) {
 #ifdef __FMA__
