@@ -6,6 +6,7 @@
 /// checkpoints rely on it.
 #include "core/model/config.h"
 #include "core/base/error.h"
+#include "core/base/file.h"
 #include "core/model/json.h"
 #include <math.h>
 #include <stdio.h>
@@ -347,9 +348,7 @@ int cq_config_load(cq_config *out, const char *dir) {
     char path[4096];
     reader r = {.dir = dir};
     cq_config c = {0};
-    if (snprintf(path, sizeof path, "%s/config.json", dir) >= (int)sizeof path)
-        return cq_fail(CQ_EUSAGE, "model: path of %ld bytes, wanted fewer than 4096",
-                       (long)strlen(dir));
+    CQ_TRY(cq_path_join(path, sizeof path, dir, "config.json"));
     CQ_TRY(cq_json_load(&r.root, path));
     const json_t *type = json_object_get(r.root, "model_type");
     const char *name = json_string_value(type);

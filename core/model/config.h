@@ -2,8 +2,9 @@
 #pragma once
 #include "core/block/config.h"
 
-/// Reads `dir/config.json` (models.md 1.2 lists keys and aliases). CQ_EDATA names the file, the key, what was found
-/// and what was wanted; an unsupported model_type is named with the supported ones.
+/// Reads `dir/config.json` (models.md 1.2 lists keys and aliases). CQ_EDATA names the file, the
+/// key, what was found and what was wanted; an unsupported model_type is named with the supported
+/// ones.
 CQ_API int cq_config_load(cq_config *out, const char *dir);
 /// Total parameters, from the dimensions alone.
 CQ_API int64_t cq_config_params(const cq_config *c);

@@ -224,8 +224,8 @@ static int write_hf_quant(cq_model *m, const char *path) {
 static int write_config(cq_model *m, const char *folder, bool nvfp4) {
     char from[4096], to[4096], *text = NULL;
     json_t *config = NULL;
-    snprintf(from, sizeof from, "%s/config.json", cq_model_dir(m));
-    snprintf(to, sizeof to, "%s/config.json", folder);
+    CQ_TRY(cq_path_join(from, sizeof from, cq_model_dir(m), "config.json"));
+    CQ_TRY(cq_path_join(to, sizeof to, folder, "config.json"));
     if (nvfp4 && !(config = quantization_config(m)))
         return cq_fail(CQ_ENOMEM, "%s: no memory to write it", to);
     int status = cq_json_edit(&text, from, "quantization_config", config);
@@ -236,7 +236,7 @@ static int write_config(cq_model *m, const char *folder, bool nvfp4) {
         free(text);
     if (status || !nvfp4)
         return status;
-    snprintf(to, sizeof to, "%s/hf_quant_config.json", folder);
+    CQ_TRY(cq_path_join(to, sizeof to, folder, "hf_quant_config.json"));
     return write_hf_quant(m, to);
 }
 
@@ -256,23 +256,24 @@ static bool is_replaced(const char *name) {
     return !strcmp(name, "config.json") || !strcmp(name, "hf_quant_config.json");
 }
 
-static int copy_others(const char *folder, const char *source) {
+/* One entry of the source folder, if it is a plain file that belongs into the copy. */
+static int copy_one(const char *folder, const char *source, const char *name) {
     char from[4096], to[4096];
+    struct stat info;
+    CQ_TRY(cq_path_join(from, sizeof from, source, name));
+    CQ_TRY(cq_path_join(to, sizeof to, folder, name));
+    if (is_replaced(name) || stat(from, &info) || !S_ISREG(info.st_mode))
+        return CQ_OK;
+    return cq_file_copy(to, from);
+}
+
+static int copy_others(const char *folder, const char *source) {
     int status = CQ_OK;
     DIR *d = opendir(source);
     if (!d)
         return cq_fail(CQ_EIO, "%s: %s", source, strerror(errno));
-    for (struct dirent *e = readdir(d); e && !status; e = readdir(d)) {
-        struct stat info;
-        if ((size_t)snprintf(from, sizeof from, "%s/%s", source, e->d_name) >= sizeof from ||
-            (size_t)snprintf(to, sizeof to, "%s/%s", folder, e->d_name) >= sizeof to) {
-            status = cq_fail(CQ_EIO, "%s: path of %s is too long, wanted fewer than 4096 bytes",
-                             source, e->d_name);
-            break;
-        }
-        if (!is_replaced(e->d_name) && !stat(from, &info) && S_ISREG(info.st_mode))
-            status = cq_file_copy(to, from);
-    }
+    for (struct dirent *e = readdir(d); e && !status; e = readdir(d))
+        status = copy_one(folder, source, e->d_name);
     closedir(d);
     return status;
 }
@@ -280,7 +281,8 @@ static int copy_others(const char *folder, const char *source) {
 static bool written_by_us(const char *dir, bool nvfp4) {
     char path[4096];
     bool ours = false;
-    snprintf(path, sizeof path, "%s/hf_quant_config.json", dir);
+    if (cq_path_join(path, sizeof path, dir, "hf_quant_config.json"))
+        return false;
     if (nvfp4) {
         json_t *root;
         if (cq_json_load(&root, path))

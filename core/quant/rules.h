@@ -8,16 +8,19 @@ typedef struct cq_quant_options {
     const char *include;    ///< globs that are quantized whatever the preset says, or NULL
     bool weights_only;      ///< W4A16: activations stay as they are
     cq_scale_method scales; ///< max (dynamic), mse or four_over_six (static, weights only)
-    const char *freeze;     ///< globs of parameters that are not trained and share the teacher's storage, or NULL
+    const char *freeze;     ///< globs of parameters that are not trained and share the teacher's
+                            ///< storage, or NULL
 } cq_quant_options;
 
-/// Decides for the module `name` (for example backbone.layers.3.mixer.experts.0.up_proj) of a model with block
-/// letters `pattern` (NULL-terminated, cq_config.pattern) and contraction width k. Returns NULL when it is quantized,
-/// else the reason it is not (static text). Presets: all = every *_proj; experts = mixer.experts.* and
-/// shared_experts.*; mlp = experts, mlp.* and up/down of `-` blocks; nemotron_nano = every *_proj but q/k/v/o of `*`
-/// blocks and in/out_proj of the nearest preceding `M` of each `*` (nvfp4.md 6.1); qwen3 = every *_proj.
-/// Never: lm_head, embeddings, norms, conv1d, router gate; k not a multiple of 16.
-CQ_API const char *cq_quant_reason(const cq_quant_options *o, const char *pattern, const char *name, int64_t k);
+/// Decides for the module `name` (for example backbone.layers.3.mixer.experts.0.up_proj) of a model
+/// with block letters `pattern` (NULL-terminated, cq_config.pattern) and contraction width k.
+/// Returns NULL when it is quantized, else the reason it is not (static text). Presets: all = every
+/// *_proj; experts = mixer.experts.* and shared_experts.*; mlp = experts, mlp.* and up/down of `-`
+/// blocks; nemotron_nano = every *_proj but q/k/v/o of `*` blocks and in/out_proj of the nearest
+/// preceding `M` of each `*` (nvfp4.md 6.1); qwen3 = every *_proj. Never: lm_head, embeddings,
+/// norms, conv1d, router gate; k not a multiple of 16.
+CQ_API const char *cq_quant_reason(const cq_quant_options *o, const char *pattern, const char *name,
+                                   int64_t k);
 /// CQ_EUSAGE naming the nearest preset when the preset is unknown.
 CQ_API int cq_quant_check(const cq_quant_options *o);
 /// Glob with * and ?; `globs` is a comma-separated list; NULL matches nothing.
