@@ -43,6 +43,10 @@ local out = {
 for name in cdef:gmatch("typedef struct ([%w_]+) {") do
   out[#out + 1] = ('_Static_assert(sizeof(%s) == %d, "%s: the FFI sees another size");'):format(name, ffi.sizeof(name), name)
 end
+-- a public function that nobody wrote fails the link here, not a recipe later
+out[#out + 1] = "\nvoid (*const cq_embedded_api[])(void) = {"
+for name in cdef:gmatch("[%s%*](cq_[%w_]+)%([^;{}]*%)%s*;") do out[#out + 1] = ("    (void (*)(void))%s,"):format(name) end
+out[#out + 1] = "    0};"
 out[#out + 1] = "\nconst cq_embedded cq_embedded_modules[] = {"
 local paths = { out_cdef }
 for i = 5, #arg do paths[#paths + 1] = arg[i] end

@@ -11,3 +11,6 @@ typedef struct cq_embedded {
 
 /// Ends with a NULL name.
 extern const cq_embedded cq_embedded_modules[];
+
+/// Every function of the public headers, so that the linker finds them all; ends with NULL.
+extern void (*const cq_embedded_api[])(void);
