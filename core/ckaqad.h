@@ -22,5 +22,6 @@
 #include "core/train/optimizer.h"
 #include "kernels/kernels.h"
 
-/// "0.1.0 (oneDNN 2.6.3, ...)": version of the library and of what it was built with; malloc-free static text.
+/// "0.1.0 (oneDNN 2.6.3, ...)": version of the library and of what it was built with; malloc-free
+/// static text.
 CQ_API const char *cq_version(void);

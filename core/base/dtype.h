@@ -22,4 +22,5 @@ CQ_API const char *cq_dtype_name(cq_dtype dtype);
 CQ_API bool cq_dtype_find(cq_dtype *out, const char *name);
 /// Converts n elements between any two float dtypes (round to nearest even; E4M3 saturates at 448).
 /// Integer dtypes convert to themselves only (a copy), else CQ_EUSAGE. No pointer needs alignment.
-CQ_API int cq_convert(void *to, cq_dtype to_dtype, const void *from, cq_dtype from_dtype, int64_t n);
+CQ_API int cq_convert(void *to, cq_dtype to_dtype, const void *from, cq_dtype from_dtype,
+                      int64_t n);

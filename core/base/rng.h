@@ -1,6 +1,8 @@
-/// rng.h - counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, doi 10.1145/2063384.2063405).
+/// rng.h - counter-based random numbers: Philox4x32-10 (Salmon et al. 2011,
+/// doi 10.1145/2063384.2063405).
 ///
-/// A value is a function of (seed, stream, counter) alone, so draws do not depend on order, threads or ranks.
+/// A value is a function of (seed, stream, counter) alone, so draws do not depend on order, threads
+/// or ranks.
 #pragma once
 #include "core/base/types.h"
 

@@ -1,7 +1,8 @@
 /// plan.h - every buffer of a run is declared here before the first one is allocated.
 ///
-/// A declaration names slot, purpose, dtype and shape once; `commit` maps one zeroed region per purpose
-/// and binds the slots. Scratch that is never alive together shares bytes: `mark` before, `rewind` after.
+/// A declaration names slot, purpose, dtype and shape once; `commit` maps one zeroed region per
+/// purpose and binds the slots. Scratch that is never alive together shares bytes: `mark` before,
+/// `rewind` after.
 #pragma once
 #include "core/tensor/tensor.h"
 
@@ -23,8 +24,8 @@ typedef struct cq_plan cq_plan;
 CQ_API int cq_plan_open(cq_plan **out);
 /// Unmaps everything; slots dangle afterwards.
 CQ_API void cq_plan_close(cq_plan *plan);
-/// Declares one buffer (64-byte aligned). `slot` must stay at its address until commit; its shape and
-/// dtype are filled now, its data at commit. CQ_EUSAGE after commit, CQ_ESHAPE on overflow.
+/// Declares one buffer (64-byte aligned). `slot` must stay at its address until commit; its shape
+/// and dtype are filled now, its data at commit. CQ_EUSAGE after commit, CQ_ESHAPE on overflow.
 CQ_API int cq_plan_add(cq_plan *plan, cq_tensor *slot, cq_purpose purpose, const char *name,
                        cq_dtype dtype, cq_shape shape);
 /// The current end of a purpose's region, for `rewind`.
@@ -35,8 +36,8 @@ CQ_API void cq_plan_rewind(cq_plan *plan, cq_purpose purpose, int64_t mark);
 CQ_API int64_t cq_plan_bytes(const cq_plan *plan, cq_purpose purpose);
 /// "teacher weights", "scratch" and so on; "all" with CQ_N_PURPOSES.
 CQ_API const char *cq_purpose_name(cq_purpose purpose);
-/// Allocates and binds. Fails with CQ_ENOMEM, naming planned, largest and available MiB, when the total exceeds
-/// `limit_bytes` (0: what the system says is available).
+/// Allocates and binds. Fails with CQ_ENOMEM, naming planned, largest and available MiB, when the
+/// total exceeds `limit_bytes` (0: what the system says is available).
 CQ_API int cq_plan_commit(cq_plan *plan, int64_t limit_bytes);
 CQ_API bool cq_plan_committed(const cq_plan *plan);
 /// VmHWM of this process in bytes, and what the system says is available for new memory.

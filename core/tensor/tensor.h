@@ -15,8 +15,9 @@ typedef struct cq_tensor {
 
 /// Number of elements (1 for rank 0).
 CQ_API int64_t cq_shape_elems(cq_shape shape);
-/// Checked bytes of a shape that came from outside. CQ_ESHAPE for a rank outside 0..4, a negative dimension
-/// or a product beyond 2^63; the message names no tensor, so put one before it with cq_fail_in.
+/// Checked bytes of a shape that came from outside. CQ_ESHAPE for a rank outside 0..4, a negative
+/// dimension or a product beyond 2^63; the message names no tensor, so put one before it with
+/// cq_fail_in.
 CQ_API int cq_shape_bytes(int64_t *out, cq_shape shape, cq_dtype dtype);
 CQ_API bool cq_shape_equal(cq_shape a, cq_shape b);
 CQ_API int64_t cq_tensor_elems(cq_tensor t);

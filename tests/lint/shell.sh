@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# shellcheck over every shell script.
+# Runs shellcheck over every shell script.
 set -eu
 cd "$(dirname "$0")/../.."
 git ls-files '*.sh' .ci/run | xargs shellcheck -x -S warning
