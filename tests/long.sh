@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Long measurements; prints a dated Markdown table. Run by hand; its table is kept in tests/long.md.
+#   bash tests/long.sh [--share=N] [--peer=PYTHON]      1/N of the trials; PYTHON has torch and transformers: measured beside
+set -eu
+cd "$(dirname "$0")/.."
+share=1; peer=""
+for a in "$@"; do
+  case $a in
+    --share=*) share=${a#*=} ;;
+    --peer=*) peer=${a#*=} ;;
+    *) echo "long.sh: unknown option $a, wanted --share=N or --peer=PYTHON" >&2; exit 2 ;;
+  esac
+done
+top=$PWD; work=$(mktemp -d /tmp/ckaqad-long-XXXXXX); trap 'rm -rf "$work"' EXIT
+train=$top/tests/data/gsm8k_train.jsonl; test=$top/tests/data/gsm8k_test.jsonl
+part() { local n=$(($1 / share)); echo $((n > $2 ? n : $2)); } # FULL LEAST
+field() { luajit -e 'local s = io.read("*a"):match("[^\n]*$") or ""; local v = require("cjson").decode(s)
+  for k in arg[1]:gmatch("[^.]+") do v = v[k] end print(("%.6g"):format(v))' "$1"; }
+median() { sort -g | awk '{v[NR] = $1} END {print NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2}'; }
+failed=0
+
+echo "$(date -u +%Y-%m-%d), $(awk -F': ' '/model name/ {print $2; exit}' /proc/cpuinfo), $(nproc) cores, share 1/$share"
+echo
+echo "| recipe, model | seed | steps | KL PTQ | KL after | ratio | CKA PTQ | CKA after | export |"
+echo "|---|---|---|---|---|---|---|---|---|"
+seeds=$(part 3 1); steps=$(part 60 8)
+[ "$share" = 1 ] || head -n 60 "$test" >"$work/short.jsonl"
+[ "$share" = 1 ] || test=$work/short.jsonl
+for pair in nemotron_nano:nemotron_h_gsm8k qwen3:qwen3_gsm8k; do
+  recipe=${pair%%:*}; model=${pair##*:}
+  for seed in $(seq 1 "$seeds"); do
+    out=$work/$recipe-$seed
+    build/ckaqad "recipes/$recipe.lua" --model="tests/golden/$model" --data="$train" --holdout="$test" --steps="$steps" --seed="$seed" --out="$out" >"$work/log" || { cat "$work/log"; exit 1; }
+    luajit - "$out/summary.json" "$recipe, $model" "$seed" "$steps" "$share" <<'EOT' || failed=1
+local f = assert(io.open(arg[1])); local s = require("cjson").decode(f:read("*a")); f:close()
+local ratio = s.after.kl / s.before.kl
+print(("| %s | %s | %s | %.4f | %.4f | %.3f | %.5f | %.5f | %s |"):format(arg[2], arg[3], arg[4], s.before.kl, s.after.kl, ratio,
+  s.before.cka, s.after.cka, s.export_bit_equal and "equal, every bit" or "DIFFERS"))
+local bound = arg[5] == "1" and 0.8 or 1
+os.exit(ratio <= bound and s.after.cka > s.before.cka and s.export_bit_equal and 0 or 1)
+EOT
+    rm -rf "$out"
+  done
+done
+
+echo
+echo "| full QAD step, F32, preset all, full KL, batch 8 x 256, 2 threads | ours, tokens/s | with CKA n = 128 | CKA costs | peak MiB | PyTorch, tokens/s | peak MiB | ours / PyTorch | peak ratio |"
+echo "|---|---|---|---|---|---|---|---|---|"
+rounds=$(part 5 1); steps=$(part 20 3)
+for model in qwen3_gsm8k nemotron_h_gsm8k; do
+  : >"$work/a"; : >"$work/b"; : >"$work/m"; : >"$work/p"; : >"$work/q"
+  for _ in $(seq 1 "$rounds"); do # interleaved, so that a busy neighbour slows both
+    line=$(build/ckaqad recipes/bench.lua --model="tests/golden/$model" --data="$train" --steps="$steps" --batch=8 --seq=256 --threads=2 | tail -n 1)
+    echo "$line" | field tokens_per_s >>"$work/a"
+    echo "$line" | field tokens_per_s_cka >>"$work/b"
+    echo "$line" | field peak_bytes >>"$work/m"
+    if [ -n "$peer" ]; then
+      line=$("$peer" tests/peer/qad_torch.py "tests/golden/$model" "$train" --steps 6 --holdout 8 --calib 8 2>/dev/null | tail -n 1)
+      echo "$line" | field tokens_per_s >>"$work/p"
+      echo "$line" | field peak_MiB >>"$work/q"
+    fi
+  done
+  a=$(median <"$work/a"); b=$(median <"$work/b"); m=$(median <"$work/m"); p=$(median <"$work/p"); q=$(median <"$work/q")
+  awk -v model="$model" -v a="$a" -v b="$b" -v m="$m" -v p="$p" -v q="$q" 'BEGIN {
+    m /= 1048576
+    printf "| %s | %.0f | %.0f | %.1f %% | %.0f |", model, a, b, 100 * (a / b - 1), m
+    if (p != "") printf " %.0f | %.0f | %.2f | %.2f |\n", p, q, a / p, m / q; else print " - | - | - | - |" }'
+done
+exit "$failed"
