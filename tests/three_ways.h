@@ -38,6 +38,9 @@ typedef struct ways {
     int n_tallies;
     uint64_t seed, drawn;
     int64_t scratch_bytes;
+    bool by_team;       ///< one thread may give other bits than two
+    cq_compute compute; ///< of cpu; BF16 asks for operands that are BF16 already
+    int64_t bf16_bytes;
 } ways;
 
 /// Adds a buffer of random values, normal with the given size and shift, everywhere (gaps too);
@@ -154,7 +157,7 @@ static inline void ways_compare(ways *w, const char *op, const void *const args[
             memcpy(&p[way], (const char *)args[way] + w->field[f].offset, sizeof(p[way]));
         if (w->field[f].times)
             ways_compare_field(w, op, &w->field[f], p[REF_WAY], p[PLAIN_WAY], p[CPU_WAY]);
-        for (int way = AGAIN_WAY; way < N_WAYS; way++)
+        for (int way = AGAIN_WAY; way < (w->by_team ? ALONE_WAY : N_WAYS); way++)
             cr_expect(memcmp(p[CPU_WAY], p[way], ways_bytes(&w->field[f], way)) == 0, "%s: %s: %s",
                       w->what, w->field[f].name,
                       way == AGAIN_WAY ? "two runs differ" : "one thread differs from two");
@@ -165,7 +168,10 @@ static inline cq_stream ways_stream(const ways *w, int way) {
     cq_stream s = {.table = cq_kernels_find("cpu"), .threads = way == ALONE_WAY ? 1 : 2};
     s.scratch_bytes = (w->scratch_bytes + 63) / 64 * 64;
     s.scratch = aligned_alloc(64, (size_t)(s.threads * s.scratch_bytes + 64));
-    cr_assert_not_null(s.scratch);
+    s.compute = w->compute;
+    s.bf16_scratch_bytes = w->bf16_bytes;
+    s.bf16_scratch = aligned_alloc(64, (size_t)(w->bf16_bytes + 63) / 64 * 64 + 64);
+    cr_assert(s.scratch && s.bf16_scratch);
     return s;
 }
 
@@ -187,6 +193,7 @@ static inline cq_stream ways_stream(const ways *w, int way) {
                                               : s_.table->op(&s_, &args_[way_]);                   \
             cr_assert_eq(status_, CQ_OK, "%s: %s", (w)->what, cq_error());                         \
             free(s_.scratch);                                                                      \
+            free(s_.bf16_scratch);                                                                 \
         }                                                                                          \
         ways_compare((w), #op, pointers_);                                                         \
         for (int way_ = 0; way_ < N_WAYS; way_++)                                                  \

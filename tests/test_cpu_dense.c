@@ -1,0 +1,333 @@
+/* test_cpu_dense.c - matrix products, norms, activations and updates of cpu against ref in F64 and
+   the plain FP32 loops, on odd shapes and strided views, under every instruction set the machine
+   has. */
+#include "core/base/dtype.h"
+#include "kernels/cpu/vec.h"
+#include "kernels/nvfp4.h"
+#include "tests/three_ways.h"
+
+enum { SEEDS = 5 };
+
+/* The ISAs to test: setenv before a table is looked up. */
+static const char *const isas[] = {"generic", "avx2", "avx512"};
+static bool take_isa(int i) {
+    setenv("CKAQAD_ISA", isas[i], 1);
+    cq_threads_set(2);
+    return strcmp(cq_cpu_isa(), isas[i]) == 0;
+}
+/* Runs `body` SEEDS times under each instruction set, then judges; `w` and `seed` are visible. */
+#define EVERY_ISA(first, body)                                                                     \
+    for (int isa_ = 0; isa_ < 3; isa_++) {                                                         \
+        if (!take_isa(isa_))                                                                       \
+            continue;                                                                              \
+        ways w = {.scratch_bytes = 1 << 20};                                                       \
+        for (uint64_t seed = (first); seed < (first) + SEEDS; seed++) {                            \
+            w.seed = seed, w.drawn = 0;                                                            \
+            body                                                                                   \
+        }                                                                                          \
+        ways_judge(&w);                                                                            \
+    }
+
+typedef struct product_case {
+    int64_t m, n, k, more; /* more: columns between the rows */
+    bool ta, tb;
+    double alpha, beta;
+} product_case;
+static const product_case products[] = {
+    {1, 1, 1, 0, false, false, 1, 0},      {7, 5, 3, 2, true, false, 1, 0},
+    {65, 33, 129, 1, false, true, 1, 0},   {65, 33, 129, 0, true, true, 0.5, 1},
+    {128, 200, 300, 5, true, false, 1, 1}, {257, 96, 64, 0, false, true, -2, 0.5},
+    {3, 300, 17, 3, false, false, 1, 2},   {192, 96, 1000, 0, true, false, 1, 1},
+};
+static void run_product(ways *w, const product_case *c) {
+    snprintf(w->what, sizeof(w->what), "%s matmul %lldx%lldx%lld ta %d tb %d, seed %llu",
+             cq_cpu_isa(), (long long)c->m, (long long)c->n, (long long)c->k, c->ta, c->tb,
+             (unsigned long long)w->seed);
+    int64_t ar = c->ta ? c->k : c->m, ac = c->ta ? c->m : c->k;
+    int64_t br = c->tb ? c->n : c->k, bc = c->tb ? c->k : c->n;
+    float *a = WAYS_IN(w, matmul, a, ar, ac, ac + c->more, 1.0);
+    float *b = WAYS_IN(w, matmul, b, br, bc, bc + 2 * c->more, 1.0);
+    if (w->compute == CQ_COMPUTE_BF16) {
+        for (int64_t i = 0; i < ar * (ac + c->more); i++)
+            a[i] = vec_bf16(a[i]);
+        for (int64_t i = 0; i < br * (bc + 2 * c->more); i++)
+            b[i] = vec_bf16(b[i]);
+    }
+    WAYS_OUT(w, matmul, c, c->m, c->n, c->n + c->more, 2);
+    cq_matmul_args args = {.ta = c->ta,
+                           .tb = c->tb,
+                           .m = c->m,
+                           .n = c->n,
+                           .k = c->k,
+                           .lda = ac + c->more,
+                           .ldb = bc + 2 * c->more,
+                           .ldc = c->n + c->more,
+                           .alpha = c->alpha,
+                           .beta = c->beta};
+    WAYS_RUN(w, matmul, args);
+}
+Test(cpu_dense, matrix_products_of_every_transposition_and_stride) {
+    for (size_t i = 0; i < sizeof(products) / sizeof(*products); i++)
+        EVERY_ISA(100 * i + 1, w.by_team = true; run_product(&w, &products[i]);)
+}
+Test(cpu_dense, bf16_products_of_bf16_operands_are_as_exact_as_fp32_ones) {
+    for (size_t i = 0; i < sizeof(products) / sizeof(*products); i++)
+        EVERY_ISA(100 * i + 2, w.by_team = true; w.compute = CQ_COMPUTE_BF16;
+                  /* enough for a third of k at a time */
+                  w.bf16_bytes = 4 * (products[i].m + products[i].n) * (products[i].k / 3 + 16);
+                  run_product(&w, &products[i]);)
+}
+Test(cpu_dense, bf16_products_round_their_operands_to_the_nearest_even) {
+    /* 1 + 2^-8 is a tie and goes down to 1, 1 + 3 2^-8 goes up to 1 + 2^-6 */
+    float a[2] = {1.0f + 0x1p-8f, 1.0f + 3 * 0x1p-8f}, b[1] = {1.0f}, c[2];
+    char scratch[256];
+    cq_stream s = {.table = cq_kernels_find("cpu"),
+                   .threads = 1,
+                   .compute = CQ_COMPUTE_BF16,
+                   .bf16_scratch = scratch,
+                   .bf16_scratch_bytes = sizeof(scratch)};
+    cr_assert_eq(CQ_RUN(&s, matmul, .dtype = CQ_F32, .m = 2, .n = 1, .k = 1, .a = a, .lda = 1,
+                        .b = b, .ldb = 1, .c = c, .ldc = 1, .alpha = 1.0),
+                 CQ_OK, "%s", cq_error());
+    cr_expect_eq(c[0], 1.0f);
+    cr_expect_eq(c[1], 1.0f + 0x1p-6f);
+    s.bf16_scratch_bytes = 4;
+    cr_expect_eq(CQ_RUN(&s, matmul, .dtype = CQ_F32, .m = 2, .n = 1, .k = 1, .a = a, .lda = 1,
+                        .b = b, .ldb = 1, .c = c, .ldc = 1, .alpha = 1.0),
+                 CQ_ENOMEM);
+}
+
+static const int64_t group_offsets[] = {0, 0, 5, 90, 90, 91, 160, 300, 300};
+static void run_grouped(ways *w, cq_grouped mode, int64_t n, int64_t k) {
+    enum { GROUPS = 8, ROWS = 300 };
+    snprintf(w->what, sizeof(w->what), "%s grouped mode %d [%lld, %lld], seed %llu", cq_cpu_isa(),
+             (int)mode, (long long)n, (long long)k, (unsigned long long)w->seed);
+    float *x = ways_add(w, "x", offsetof(cq_matmul_grouped_args, x), ROWS, k, k, 1.0, 0.0,
+                        mode == CQ_GROUPED_INPUT ? 2 : 0);
+    float *weight = ways_add(w, "w", offsetof(cq_matmul_grouped_args, w), GROUPS * n, k, k, 1.0,
+                             0.0, mode == CQ_GROUPED_WEIGHT ? 2 : 0);
+    float *y = ways_add(w, "y", offsetof(cq_matmul_grouped_args, y), ROWS, n, n, 1.0, 0.0,
+                        mode == CQ_GROUPED_FORWARD ? 2 : 0);
+    if (w->compute == CQ_COMPUTE_BF16) {
+        w->bf16_bytes = 4 * (2 * ROWS * (n > k ? n : k) + n * k);
+        for (int64_t i = 0; i < ROWS * k; i++)
+            x[i] = vec_bf16(x[i]);
+        for (int64_t i = 0; i < ROWS * n; i++)
+            y[i] = vec_bf16(y[i]);
+        for (int64_t i = 0; i < GROUPS * n * k; i++)
+            weight[i] = vec_bf16(weight[i]);
+    }
+    cq_matmul_grouped_args args = {
+        .mode = mode, .groups = GROUPS, .n = n, .k = k, .offsets = group_offsets};
+    WAYS_RUN(w, matmul_grouped, args);
+}
+Test(cpu_dense, grouped_products_in_every_mode_with_empty_groups) {
+    for (int mode = 0; mode < 3; mode++) {
+        EVERY_ISA(11, w.by_team = true; run_grouped(&w, (cq_grouped)mode, 33, 70);)
+        EVERY_ISA(21, w.by_team = true; run_grouped(&w, (cq_grouped)mode, 96, 192);)
+        EVERY_ISA(31, w.by_team = true; w.compute = CQ_COMPUTE_BF16;
+                  run_grouped(&w, (cq_grouped)mode, 40, 64);)
+    }
+}
+
+static void run_rmsnorm(ways *w, int64_t rows, int64_t dim, bool accumulate) {
+    snprintf(w->what, sizeof(w->what), "%s rmsnorm %lldx%lld, seed %llu", cq_cpu_isa(),
+             (long long)rows, (long long)dim, (unsigned long long)w->seed);
+    WAYS_IN(w, rmsnorm_forward, x, rows, dim, dim, 2.0);
+    WAYS_IN(w, rmsnorm_forward, w, 1, dim, dim, 1.0);
+    WAYS_OUT(w, rmsnorm_forward, y, rows, dim, dim, 2);
+    WAYS_OUT(w, rmsnorm_forward, rstd, 1, rows, rows, 2);
+    cq_rmsnorm_forward_args f = {.rows = rows, .dim = dim, .eps = 1e-5};
+    WAYS_RUN(w, rmsnorm_forward, f);
+    WAYS_IN(w, rmsnorm_backward, x, rows, dim, dim, 2.0);
+    WAYS_IN(w, rmsnorm_backward, w, 1, dim, dim, 1.0);
+    ways_add(w, "rstd", offsetof(cq_rmsnorm_backward_args, rstd), 1, rows, rows, 0.02, 0.5, 0);
+    WAYS_IN(w, rmsnorm_backward, dy, rows, dim, dim, 1.0);
+    WAYS_OUT(w, rmsnorm_backward, dx, rows, dim, dim, 3);
+    WAYS_OUT(w, rmsnorm_backward, dw, 1, dim, dim, 3);
+    cq_rmsnorm_backward_args b = {.rows = rows, .dim = dim, .accumulate = accumulate};
+    WAYS_RUN(w, rmsnorm_backward, b);
+}
+Test(cpu_dense, rmsnorm_of_odd_and_wide_rows) {
+    EVERY_ISA(41, run_rmsnorm(&w, 1, 1, false);)
+    EVERY_ISA(51, run_rmsnorm(&w, 37, 83, true);)
+    EVERY_ISA(61, run_rmsnorm(&w, 1100, 192, false);)
+    EVERY_ISA(71, run_rmsnorm(&w, 9, 5003, true);)
+}
+
+static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups) {
+    int64_t ldz = dim + 7;
+    snprintf(w->what, sizeof(w->what), "%s gatednorm %lldx%lld in %lld, seed %llu", cq_cpu_isa(),
+             (long long)rows, (long long)dim, (long long)groups, (unsigned long long)w->seed);
+    WAYS_IN(w, gatednorm_forward, y, rows, dim, dim, 1.0);
+    WAYS_IN(w, gatednorm_forward, z, rows, dim, ldz, 3.0);
+    WAYS_IN(w, gatednorm_forward, w, 1, dim, dim, 1.0);
+    WAYS_OUT(w, gatednorm_forward, out, rows, dim, dim, 2);
+    WAYS_OUT(w, gatednorm_forward, rstd, rows, groups, groups, 2);
+    cq_gatednorm_forward_args f = {
+        .rows = rows, .dim = dim, .groups = groups, .ldz = ldz, .eps = 1e-5};
+    WAYS_RUN(w, gatednorm_forward, f);
+    WAYS_IN(w, gatednorm_backward, y, rows, dim, dim, 1.0);
+    WAYS_IN(w, gatednorm_backward, z, rows, dim, ldz, 3.0);
+    WAYS_IN(w, gatednorm_backward, w, 1, dim, dim, 1.0);
+    ways_add(w, "rstd", offsetof(cq_gatednorm_backward_args, rstd), rows, groups, groups, 0.02, 0.6,
+             0);
+    WAYS_IN(w, gatednorm_backward, dout, rows, dim, dim, 1.0);
+    WAYS_OUT(w, gatednorm_backward, dy, rows, dim, dim, 3);
+    WAYS_OUT(w, gatednorm_backward, dz, rows, dim, dim + 2, 3);
+    WAYS_OUT(w, gatednorm_backward, dw, 1, dim, dim, 3);
+    cq_gatednorm_backward_args b = {
+        .rows = rows, .dim = dim, .groups = groups, .ldz = ldz, .lddz = dim + 2};
+    WAYS_RUN(w, gatednorm_backward, b);
+}
+Test(cpu_dense, gated_norm_by_group_with_a_strided_gate) {
+    EVERY_ISA(81, run_gatednorm(&w, 1, 4, 4);)
+    EVERY_ISA(91, run_gatednorm(&w, 53, 99, 3);)
+    EVERY_ISA(101, run_gatednorm(&w, 700, 384, 8);)
+}
+
+static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool norm, bool turn,
+                         int64_t most) {
+    int64_t width = heads * dim, ld = width + 5;
+    int32_t *positions = malloc((size_t)rows * sizeof(*positions));
+    cr_assert_not_null(positions);
+    for (int64_t r = 0; r < rows; r++)
+        positions[r] = (int32_t)cq_random_below(w->seed, 99, (uint64_t)r, most);
+    snprintf(w->what, sizeof(w->what), "%s headnorm %lldx%lldx%lld norm %d turn %d, seed %llu",
+             cq_cpu_isa(), (long long)rows, (long long)heads, (long long)dim, norm, turn,
+             (unsigned long long)w->seed);
+    WAYS_IN(w, headnorm_forward, x, rows, width, ld, 2.0);
+    if (norm)
+        WAYS_IN(w, headnorm_forward, w, 1, dim, dim, 1.0);
+    WAYS_OUT(w, headnorm_forward, y, rows, width, width + 1, 2);
+    cq_headnorm_forward_args f = {.rows = rows,
+                                  .heads = heads,
+                                  .head_dim = dim,
+                                  .ldx = ld,
+                                  .eps = 1e-6,
+                                  .positions = turn ? positions : NULL,
+                                  .theta = 1e6,
+                                  .ldy = width + 1};
+    WAYS_RUN(w, headnorm_forward, f);
+    WAYS_IN(w, headnorm_backward, x, rows, width, ld, 2.0);
+    if (norm)
+        WAYS_IN(w, headnorm_backward, w, 1, dim, dim, 1.0);
+    WAYS_IN(w, headnorm_backward, dy, rows, width, width + 3, 1.0);
+    WAYS_OUT(w, headnorm_backward, dx, rows, width, ld, 3);
+    if (norm)
+        WAYS_OUT(w, headnorm_backward, dw, 1, dim, dim, 3);
+    cq_headnorm_backward_args b = {.rows = rows,
+                                   .heads = heads,
+                                   .head_dim = dim,
+                                   .ldx = ld,
+                                   .eps = 1e-6,
+                                   .positions = turn ? positions : NULL,
+                                   .theta = 1e6,
+                                   .lddy = width + 3,
+                                   .lddx = ld};
+    WAYS_RUN(w, headnorm_backward, b);
+    free(positions);
+}
+Test(cpu_dense, head_norm_and_rotation_together_and_alone) {
+    EVERY_ISA(111, run_headnorm(&w, 40, 3, 10, true, true, 300);)
+    EVERY_ISA(121, run_headnorm(&w, 300, 6, 32, true, true, 40000);)
+    EVERY_ISA(131, run_headnorm(&w, 21, 2, 33, true, false, 1);)
+    EVERY_ISA(141, run_headnorm(&w, 33, 5, 128, false, true, 2000000);)
+    EVERY_ISA(151, run_headnorm(&w, 5, 1, 8, false, false, 1);)
+}
+
+static void run_activations(ways *w, int64_t rows, int64_t dim, double size) {
+    snprintf(w->what, sizeof(w->what), "%s activations %lldx%lld, seed %llu", cq_cpu_isa(),
+             (long long)rows, (long long)dim, (unsigned long long)w->seed);
+    WAYS_IN(w, swiglu_forward, gu, rows, 2 * dim, 2 * dim, size);
+    WAYS_OUT(w, swiglu_forward, h, rows, dim, dim, 2);
+    cq_swiglu_forward_args sf = {.rows = rows, .dim = dim};
+    WAYS_RUN(w, swiglu_forward, sf);
+    WAYS_IN(w, swiglu_backward, gu, rows, 2 * dim, 2 * dim, size);
+    WAYS_IN(w, swiglu_backward, dh, rows, dim, dim, 1.0);
+    WAYS_OUT(w, swiglu_backward, dgu, rows, 2 * dim, 2 * dim, 3);
+    cq_swiglu_backward_args sb = {.rows = rows, .dim = dim};
+    WAYS_RUN(w, swiglu_backward, sb);
+    WAYS_IN(w, relu2_forward, x, rows, dim, dim, size);
+    WAYS_OUT(w, relu2_forward, h, rows, dim, dim, 2);
+    cq_relu2_forward_args rf = {.rows = rows, .dim = dim};
+    WAYS_RUN(w, relu2_forward, rf);
+    WAYS_IN(w, relu2_backward, x, rows, dim, dim, size);
+    WAYS_IN(w, relu2_backward, dh, rows, dim, dim, 1.0);
+    WAYS_OUT(w, relu2_backward, dx, rows, dim, dim, 3);
+    cq_relu2_backward_args rb = {.rows = rows, .dim = dim};
+    WAYS_RUN(w, relu2_backward, rb);
+}
+Test(cpu_dense, activations_of_small_and_of_large_arguments) {
+    EVERY_ISA(161, run_activations(&w, 37, 53, 1.0);)
+    EVERY_ISA(171, run_activations(&w, 200, 256, 60.0);)
+}
+
+static void run_updates(ways *w, int64_t rows, int64_t cols, int64_t step) {
+    int64_t n = rows * cols;
+    snprintf(w->what, sizeof(w->what), "%s updates %lldx%lld at step %lld, seed %llu", cq_cpu_isa(),
+             (long long)rows, (long long)cols, (long long)step, (unsigned long long)w->seed);
+    WAYS_OUT(w, adamw, w, rows, cols, cols, 2);
+    WAYS_OUT(w, adamw, m, rows, cols, cols, 2);
+    float *v = WAYS_OUT(w, adamw, v, rows, cols, cols, 2);
+    for (int64_t i = 0; i < n; i++)
+        v[i] = v[i] * v[i];
+    WAYS_IN(w, adamw, g, rows, cols, cols, 1.0);
+    cq_adamw_args a = {.rows = rows,
+                       .cols = cols,
+                       .lr = 1e-2,
+                       .beta1 = 0.9,
+                       .beta2 = 0.95,
+                       .eps = 1e-8,
+                       .weight_decay = 0.1,
+                       .grad_scale = 0.7,
+                       .step = step};
+    WAYS_RUN(w, adamw, a);
+    WAYS_IN(w, sumsq, x, 1, n, n, 1.0);
+    WAYS_DOUBLE(w, sumsq, out, 1);
+    cq_sumsq_args q = {.n = n};
+    WAYS_RUN(w, sumsq, q);
+    for (int beta = 0; beta < 2; beta++) {
+        WAYS_IN(w, axpy, x, 1, n, n, 1.0);
+        WAYS_OUT(w, axpy, y, 1, n, n, 2);
+        cq_axpy_args x = {.n = n, .alpha = -1.5, .beta = 0.25 * beta};
+        WAYS_RUN(w, axpy, x);
+    }
+}
+Test(cpu_dense, adamw_sum_of_squares_and_axpy) {
+    EVERY_ISA(181, run_updates(&w, 1, 1, 1);)
+    EVERY_ISA(191, run_updates(&w, 123, 457, 10);)
+}
+Test(cpu_dense, a_sum_of_squares_that_is_not_finite_says_so) {
+    float x[40000] = {0};
+    for (int isa = 0; isa < 3; isa++) {
+        if (!take_isa(isa))
+            continue;
+        cq_stream s = {.table = cq_kernels_find("cpu"), .threads = 2};
+        for (int bad = 0; bad < 3; bad++) {
+            double out = 0.0;
+            x[39999] = bad == 0 ? INFINITY : bad == 1 ? NAN : 1e30f;
+            cr_assert_eq(CQ_RUN(&s, sumsq, .dtype = CQ_F32, .n = 40000, .x = x, .out = &out),
+                         CQ_OK);
+            cr_expect(bad == 2 ? isfinite(out) : !isfinite(out), "%s: %g", isas[isa], out);
+        }
+    }
+}
+Test(cpu_dense, vector_exponentials_reach_both_ends) {
+    cr_expect_eq(vec_exp(-INFINITY), 0.0f);
+    cr_expect_eq(vec_exp(-110.0f), 0.0f);
+    cr_expect_eq(vec_exp(-104.0f), 0.0f);
+    cr_expect_eq(vec_exp(0.0f), 1.0f);
+    cr_expect(isinf(vec_exp(89.0f)) && isinf(vec_exp(INFINITY)));
+    cr_expect(isnan(vec_exp(NAN)) && isnan(vec_silu(NAN)) && isnan(vec_softplus(NAN)));
+    double worst = 0.0;
+    for (int i = -10000; i <= 8870; i++) {
+        float x = (float)i * 0.01f;
+        double right = exp((double)x);
+        int e;
+        frexp(right, &e);
+        worst =
+            fmax(worst, fabs((double)vec_exp(x) - right) / ldexp(1.0, (e < -125 ? -125 : e) - 24));
+    }
+    cr_expect(worst < 1.5, "%g ulp", worst);
+}
