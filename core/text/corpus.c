@@ -104,7 +104,7 @@ static int read_file(cq_corpus *c, const char *path, const cq_tokenizer *tok,
                      const cq_corpus_options *o) {
     FILE *file = fopen(path, "rb");
     if (!file)
-        return cq_fail(CQ_EIO, "%s: %s", path, strerror(errno));
+        return cq_fail(CQ_EDATA, "%s: cannot be read: %s", path, strerror(errno));
     int64_t before = cq_corpus_count(c);
     int status = read_lines(c, file, path, tok, o);
     fclose(file);
