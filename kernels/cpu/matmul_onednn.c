@@ -5,12 +5,19 @@
  * matmul primitive runs the same kernel and was 0 to 12 % slower on every shape of the bench. BF16
  * needs the primitive; oneDNN keeps generated code in a cache of its own, so it is made anew for
  * each call.
+ *
+ * One case is repaired here: with AVX2 alone, oneDNN 2.6 reads a transposed A in place when C is
+ * narrow, and rows a multiple of 2 KiB apart then fall into the same few lines of the first-level
+ * cache: 1024 x 192 x 2048, the weight gradient of a 192 -> 1024 linear, ran at 38 GF/s instead of
+ * 78. Such an A is copied in panels with padded rows.
  */
 #include "core/base/error.h"
 #include "kernels/cpu/matmul.h"
 
 #ifdef CQ_ONEDNN
 #include <dnnl.h>
+#include <omp.h>
+#include <string.h>
 #if DNNL_VERSION_MAJOR != 2
 #error "oneDNN 2.x is wanted: the matmul descriptor of 3.x is another interface"
 #endif
@@ -19,16 +26,66 @@ bool cq_cpu_has_fast_bf16(void) {
     return dnnl_get_effective_cpu_isa() == dnnl_cpu_isa_avx512_core_amx;
 }
 
-static int failed(const char *what, const cq_matmul_args *a, dnnl_status_t status) {
+static int failed_call(const char *what, const cq_matmul_args *a, dnnl_status_t status) {
     return cq_fail(CQ_EUSAGE, "matmul: oneDNN's %s failed with status %d for %lld x %lld x %lld",
                    what, (int)status, (long long)a->m, (long long)a->n, (long long)a->k);
 }
 
-int cq_cpu_sgemm(const cq_matmul_args *a) {
+static int sgemm(const cq_matmul_args *a) {
     dnnl_status_t status =
         dnnl_sgemm(a->ta ? 'T' : 'N', a->tb ? 'T' : 'N', a->m, a->n, a->k, (float)a->alpha, a->a,
                    a->lda, a->b, a->ldb, (float)a->beta, a->c, a->ldc);
-    return status == dnnl_success ? CQ_OK : failed("sgemm", a, status);
+    return status == dnnl_success ? CQ_OK : failed_call("sgemm", a, status);
+}
+
+enum { PANEL_ROWS = 256, PANEL_COLS = 96, PANEL_LD = PANEL_COLS + 16, NARROW = 384 };
+
+static bool strides_collide(const cq_stream *s, const cq_matmul_args *a) {
+    dnnl_cpu_isa_t isa = dnnl_get_effective_cpu_isa();
+    return a->ta && a->lda % 512 == 0 && a->n < NARROW && a->k >= 64 &&
+           (isa == dnnl_cpu_isa_avx2 || isa == dnnl_cpu_isa_avx2_vnni) && s->scratch &&
+           s->scratch_bytes >= PANEL_ROWS * PANEL_LD * (int64_t)sizeof(float);
+}
+/// Rows i0 .. i0 + m of C on this thread; A is copied into `panel`, PANEL_ROWS of its rows at a
+/// time.
+static int panel_product(const cq_matmul_args *a, int64_t i0, int64_t m, float *panel) {
+    for (int64_t k0 = 0; k0 < a->k; k0 += PANEL_ROWS) {
+        cq_matmul_args part = *a;
+        part.m = m, part.k = a->k - k0 < PANEL_ROWS ? a->k - k0 : PANEL_ROWS;
+        const float *from = (const float *)a->a + k0 * a->lda + i0;
+        for (int64_t k = 0; k < part.k; k++)
+            memcpy(panel + k * PANEL_LD, from + k * a->lda, (size_t)m * sizeof(float));
+        part.a = panel, part.lda = PANEL_LD;
+        part.b = (const float *)a->b + (a->tb ? k0 : k0 * a->ldb);
+        part.c = (float *)a->c + i0 * a->ldc;
+        part.beta = k0 > 0 ? 1.0 : a->beta;
+        CQ_TRY(sgemm(&part));
+    }
+    return CQ_OK;
+}
+static int sgemm_in_panels(const cq_stream *s, const cq_matmul_args *a) {
+    int64_t units = (a->m + PANEL_COLS - 1) / PANEL_COLS;
+    units = (units + s->threads - 1) / s->threads * s->threads;
+    int64_t m = ((a->m + units - 1) / units + 7) / 8 * 8;
+    int failed = CQ_OK;
+#pragma omp parallel for schedule(static) num_threads(s->threads)
+    for (int64_t i0 = 0; i0 < a->m; i0 += m) {
+        char *panel = (char *)s->scratch + omp_get_thread_num() * s->scratch_bytes;
+        int status = panel_product(a, i0, a->m - i0 < m ? a->m - i0 : m, (float *)(void *)panel);
+        if (status != CQ_OK)
+#pragma omp atomic write
+            failed = status;
+    }
+    /* the message stayed with the thread that failed */
+    return failed == CQ_OK ? CQ_OK : failed_call("sgemm", a, dnnl_runtime_error);
+}
+
+int cq_cpu_sgemm(const cq_stream *s, const cq_matmul_args *a) {
+    if (omp_in_parallel())
+        return sgemm(a);
+    if (omp_get_max_threads() != s->threads) /* what oneDNN goes by, also in a team of one */
+        omp_set_num_threads(s->threads);
+    return strides_collide(s, a) ? sgemm_in_panels(s, a) : sgemm(a);
 }
 
 static dnnl_status_t describe(dnnl_memory_desc_t *to, int64_t rows, int64_t cols, bool transposed,
@@ -103,16 +160,17 @@ int cq_cpu_bf16gemm(const cq_matmul_args *a) {
         dnnl_stream_destroy(p.stream);
     if (p.engine)
         dnnl_engine_destroy(p.engine);
-    return status == dnnl_success ? CQ_OK : failed("BF16 matmul", a, status);
+    return status == dnnl_success ? CQ_OK : failed_call("BF16 matmul", a, status);
 }
 
 #else
 
 bool cq_cpu_has_fast_bf16(void) { return false; }
-int cq_cpu_sgemm(const cq_matmul_args *a) {
+int cq_cpu_sgemm(const cq_stream *s, const cq_matmul_args *a) {
+    (void)s;
     return cq_fail(CQ_EUSAGE, "matmul: built without oneDNN, %lld x %lld x %lld wanted of it",
                    (long long)a->m, (long long)a->n, (long long)a->k);
 }
-int cq_cpu_bf16gemm(const cq_matmul_args *a) { return cq_cpu_sgemm(a); }
+int cq_cpu_bf16gemm(const cq_matmul_args *a) { return cq_cpu_sgemm(NULL, a); }
 
 #endif

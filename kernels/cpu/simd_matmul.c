@@ -24,12 +24,7 @@
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #ifdef CQ_ONEDNN
-/// FP32 product, on all the stream's threads, or on this one inside a parallel region.
-static int gemm(const cq_stream *s, const cq_matmul_args *a) {
-    if (!omp_in_parallel() && omp_get_max_threads() != s->threads)
-        omp_set_num_threads(s->threads);
-    return cq_cpu_sgemm(a);
-}
+static int gemm(const cq_stream *s, const cq_matmul_args *a) { return cq_cpu_sgemm(s, a); }
 #else
 enum { ROWS = 96, COLS = 128, DEPTH = 256 };
 
