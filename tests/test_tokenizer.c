@@ -373,8 +373,71 @@ Test(tokenizer, flags_of_added_tokens_are_honoured) {
     int64_t n;
     OK(cq_tokenizer_encode(t, "cabq", 4, &ids, &n));
     for (int64_t i = 0; i < n; i++)
-        cr_expect_neq(ids[i], 2002, "a word inside a word");
+        cr_expect_neq(ids[i], 2002, "a word at another's end");
     free(ids);
+    OK(cq_tokenizer_encode(t, "abqc", 4, &ids, &n));
+    cr_expect_neq(ids[0], 2002, "a word at another's start");
+    free(ids);
+    cq_tokenizer_close(t);
+}
+
+/// golden qwen3 with the pieces aa and zqzqz (which no merge makes) and this list of merges.
+static cq_tokenizer *open_merges(const char *merges, bool ignore_merges) {
+    json_t *root = load_json(CQ_TESTS "/golden/qwen3_gsm8k/tokenizer.json"),
+           *model = json_object_get(root, "model");
+    json_object_set_new(json_object_get(model, "vocab"), "aa", json_integer(1030));
+    json_object_set_new(json_object_get(model, "vocab"), "zqzqz", json_integer(1031));
+    json_object_set_new(model, "merges", json_loads(merges, 0, NULL));
+    json_object_set_new(model, "ignore_merges", json_boolean(ignore_merges));
+    char *text = json_dumps(root, 0), dir[64];
+    make_folder(dir, text, NULL);
+    cq_tokenizer *t = NULL;
+    OK(cq_tokenizer_open(&t, dir));
+    cq_folder_remove(dir);
+    free(text);
+    json_decref(root);
+    return t;
+}
+
+Test(tokenizer, equal_ranks_merge_from_the_left_in_both_spellings_of_merges) {
+    static const char *const spellings[] = {"[\"a a\"]", "[[\"a\", \"a\"]]"};
+    for (int i = 0; i < 2; i++) {
+        cq_tokenizer *t = open_merges(spellings[i], false);
+        int32_t a = cq_tokenizer_id(t, "a");
+        expect_ids(t, "aaa", 2, (int32_t[]){1030, a});
+        expect_ids(t, "aaaaa", 3, (int32_t[]){1030, 1030, a});
+        cq_tokenizer_close(t);
+    }
+}
+
+Test(tokenizer, ignore_merges_takes_a_whole_word_at_once) {
+    cq_tokenizer *t = open_merges("[]", true);
+    expect_ids(t, "zqzqz", 1, (int32_t[]){1031});
+    expect_ids(t, "zqzqzq", 6, (int32_t[]){-1, -1, -1, -1, -1, -1});
+    cq_tokenizer_close(t);
+    t = open_merges("[]", false);
+    expect_ids(t, "zqzqz", 5, (int32_t[]){-1, -1, -1, -1, -1});
+    cq_tokenizer_close(t);
+}
+
+/// Marks below (class 220) come before marks above (class 230), however long the run is.
+Test(tokenizer, marks_are_put_in_canonical_order) {
+    cq_tokenizer *t = open_model("qwen3_gsm8k");
+    for (int pairs = 1; pairs <= 20; pairs += 19) {
+        char mixed[128] = "q", sorted[128] = "q";
+        for (int i = 0; i < pairs; i++)
+            strcat(mixed, "\xCC\x81\xCC\xA3");
+        for (int i = 0; i < 2 * pairs; i++)
+            strcat(sorted, i < pairs ? "\xCC\xA3" : "\xCC\x81");
+        int32_t *ids;
+        int64_t n, bytes;
+        char *text;
+        OK(cq_tokenizer_encode(t, mixed, (int64_t)strlen(mixed), &ids, &n));
+        OK(cq_tokenizer_decode(t, ids, n, &text, &bytes));
+        cr_expect_str_eq(text, sorted, "%d pairs", pairs);
+        free(ids);
+        free(text);
+    }
     cq_tokenizer_close(t);
 }
 

@@ -8,27 +8,32 @@
 typedef enum cq_mask { CQ_MASK_ALL, CQ_MASK_ASSISTANT } cq_mask;
 
 typedef struct cq_corpus_options {
-    cq_template chat; ///< for `messages` and `prompt`/`completion` lines
-    cq_mask mask; ///< which tokens are targets; assistant: only tokens of assistant spans or of the
-                  ///< completion
+    cq_template chat;   ///< for `messages` and `prompt`/`completion` lines
+    cq_mask mask;       ///< targets: every token, or only those of assistant spans (chat.h)
     int64_t vocab;      ///< ids must be below; an id outside is CQ_EDATA
     int64_t max_tokens; ///< longer documents are cut and counted
 } cq_corpus_options;
 
 typedef struct cq_corpus cq_corpus;
 
-/// Reads comma-separated JSONL files: lines with `text`, `messages` (and `tools`), `prompt` +
-/// `completion`, or `input_ids`
-/// (+ `labels`, -100 = no target, aligned with input_ids). `tok` may be NULL when all lines hold
-/// input_ids. CQ_EDATA names file and line ("FILE:12: ...") for broken JSON, an empty document, a
-/// missing key; an empty file is an error too.
+/// Reads comma-separated JSONL files. A line holds the first of these that it has:
+///   `input_ids` (+ `labels`, aligned with them: the id itself, or -100 = no target);
+///   `messages` (+ `tools`, template options): rendered by the chat template;
+///   `text`: taken as it is; with CQ_MASK_ASSISTANT its ChatML turns <|im_start|>assistant\n ...
+///     <|im_end|> are the spans;
+///   `prompt` + `completion`: strings (a user and an assistant turn; put together as they are when
+///     there is no template) or two lists of messages; only the completion's turns are spans.
+/// With CQ_MASK_ASSISTANT a line without any span (or without labels) is an error. Blank lines are
+/// passed over. `tok` may be NULL when all lines hold input_ids. CQ_EDATA names file and line
+/// ("FILE:12: ...") for broken JSON, an empty document, a missing key; a file without documents is
+/// an error too.
 CQ_API int cq_corpus_open(cq_corpus **out, const char *paths, const cq_tokenizer *tok,
                           const cq_corpus_options *o);
 CQ_API void cq_corpus_close(cq_corpus *c);
 CQ_API int64_t cq_corpus_count(const cq_corpus *c);
 CQ_API int64_t cq_corpus_tokens(const cq_corpus *c);
 CQ_API int64_t cq_corpus_truncated(const cq_corpus *c);
-/// SHA-256 over all ids and masks.
+/// SHA-256 over all boundaries, ids and masks.
 CQ_API const char *cq_corpus_hash(const cq_corpus *c);
 /// Ids and target mask (mask[i] = 1: token i is a target when predicted from i - 1) of one
 /// document.
@@ -48,8 +53,8 @@ typedef struct cq_loader_options {
 } cq_loader_options;
 
 /// Fills micro-batches of at most micro * seq tokens with whole documents in order, so none is lost
-/// or repeated within an epoch; a step has batch / micro micro-batches (fewer at the end of a
-/// `once` epoch).
+/// or repeated within an epoch; a micro-batch may hold the end of one epoch and the start of the
+/// next. A step has batch / micro micro-batches (fewer at the end of a `once` epoch).
 typedef struct cq_loader cq_loader;
 CQ_API int cq_loader_open(cq_loader **out, const cq_corpus *c, const cq_loader_options *o);
 CQ_API void cq_loader_close(cq_loader *l);
