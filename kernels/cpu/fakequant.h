@@ -17,6 +17,9 @@
 #include "core/base/error.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/kernels.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 enum { FQ_BLOCK = 16, FQ_TILE = 32 /* blocks whose scales are computed together */ };
 
@@ -62,9 +65,41 @@ VEC_INLINE float fq_e2m1(float v) {
     return vec_float(vec_bits((a + m) - m) | sign);
 }
 
+#if defined(__AVX2__)
+/// Largest bits of a magnitude in lanes i and i + 8 of a block.
+VEC_INLINE __m256i fq_halves(const float *x) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i a = _mm256_castps_si256(_mm256_loadu_ps(x));
+    __m256i b = _mm256_castps_si256(_mm256_loadu_ps(x + 8));
+    return _mm256_max_epi32(_mm256_and_si256(a, magnitude), _mm256_and_si256(b, magnitude));
+}
+/// Maxima of pairs of neighbours: those of a in the low half of each 128 bits, those of b in the
+/// high half.
+VEC_INLINE __m256i fq_pairs(__m256i a, __m256i b) {
+    __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+    return _mm256_max_epi32(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)),
+                            _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd)));
+}
+/// Largest magnitudes of 8 blocks: a tree of maxima that also turns rows into lanes.
+VEC_INLINE void fq_eight_maxima(float *b, const float *x) {
+    __m256i low = fq_pairs(fq_pairs(fq_halves(x), fq_halves(x + 16)),
+                           fq_pairs(fq_halves(x + 32), fq_halves(x + 48)));
+    __m256i high = fq_pairs(fq_pairs(fq_halves(x + 64), fq_halves(x + 80)),
+                            fq_pairs(fq_halves(x + 96), fq_halves(x + 112)));
+    __m256i top = _mm256_max_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                                   _mm256_permute2x128_si256(low, high, 0x31));
+    _mm256_storeu_ps(b, _mm256_castsi256_ps(top));
+}
+#endif
+
 /// Largest magnitudes of n blocks. Magnitudes order like their bits.
 VEC_INLINE void fq_block_maxima(float *b, const float *x, int64_t n) {
-    for (int64_t k = 0; k < n; k++) {
+    int64_t k = 0;
+#if defined(__AVX2__)
+    for (; k + 8 <= n; k += 8)
+        fq_eight_maxima(b + k, x + k * FQ_BLOCK);
+#endif
+    for (; k < n; k++) {
         const float *v = x + k * FQ_BLOCK;
         int32_t top = 0;
         for (int i = 0; i < FQ_BLOCK; i++) {
