@@ -207,10 +207,10 @@ Test(corpus, errors_name_the_file_the_line_and_what_was_wanted) {
     cr_expect(strstr(cq_error(), "--template"), "%s", cq_error());
     cr_expect_eq(open_lines(&c, "{\"text\": \"x\"}", NULL, &o, path), CQ_EDATA);
     cr_expect(strstr(cq_error(), "tokenizer"), "%s", cq_error());
-    cr_expect_eq(cq_corpus_open(&c, "/no/such/file.jsonl", t, &o), CQ_EIO);
+    cr_expect_eq(cq_corpus_open(&c, "/no/such/file.jsonl", t, &o), CQ_EDATA);
     cr_expect(strstr(cq_error(), "/no/such/file.jsonl"), "%s", cq_error());
     cr_expect_eq(cq_corpus_open(&c, "/tmp", t, &o), CQ_EIO, "a folder is no file");
-    cr_expect_eq(cq_corpus_open(&c, "a,,b", t, &o), CQ_EIO, "the first path is tried first");
+    cr_expect_eq(cq_corpus_open(&c, "a,,b", t, &o), CQ_EDATA, "the first path is tried first");
     cr_expect_eq(cq_corpus_open(&c, "", t, &o), CQ_EUSAGE);
     cq_tokenizer_close(t);
 }

@@ -2,8 +2,8 @@
 #pragma once
 #include "core/base/types.h"
 
-/// Labels are next-token targets: -100 at each document's last token and where the loss mask is off.
-/// Every document restarts attention, positions, convolution and state at its start.
+/// Labels are next-token targets: -100 at each document's last token and where the loss mask is
+/// off. Every document restarts attention, positions, convolution and state at its start.
 typedef struct cq_batch {
     int64_t tokens, n_docs;
     int32_t *ids;       ///< [tokens]

@@ -25,8 +25,8 @@ typedef struct cq_corpus cq_corpus;
 ///     there is no template) or two lists of messages; only the completion's turns are spans.
 /// With CQ_MASK_ASSISTANT a line without any span (or without labels) is an error. Blank lines are
 /// passed over. `tok` may be NULL when all lines hold input_ids. CQ_EDATA names file and line
-/// ("FILE:12: ...") for broken JSON, an empty document, a missing key; a file without documents is
-/// an error too.
+/// ("FILE:12: ...") for broken JSON, an empty document, a missing key; a file that is not there or
+/// has no documents is CQ_EDATA too.
 CQ_API int cq_corpus_open(cq_corpus **out, const char *paths, const cq_tokenizer *tok,
                           const cq_corpus_options *o);
 CQ_API void cq_corpus_close(cq_corpus *c);
