@@ -81,9 +81,9 @@ static void run_attention(ways *w, const heads_case *c, uint64_t seed) {
 
 static void check_attention(const heads_case *c, uint64_t seed) {
     ways w = {.seed = 0};
-    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
-        run_attention(&w, c, w.seed);
-    ways_judge(&w);
+    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+        for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+            run_attention(&w, c, w.seed);
 }
 
 Test(cpu_sequence, attention_agrees_with_ref_on_short_and_uneven_documents) {
@@ -122,7 +122,7 @@ Test(cpu_sequence, attention_does_not_see_later_tokens_or_other_documents) {
               "the first document changed the second");
     cr_expect(memcmp(out[0] + 33 * 32, out[1] + 33 * 32, 37 * 32 * sizeof(float)) != 0,
               "the change was not seen at all");
-    free(s.scratch);
+    ways_stream_free(&s);
 }
 
 static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packing p,
@@ -164,9 +164,9 @@ static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packin
 
 static void check_conv(int64_t channels, int64_t width, bool bias, packing p, uint64_t seed) {
     ways w = {.seed = 0};
-    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
-        run_conv(&w, channels, width, bias, p, w.seed);
-    ways_judge(&w);
+    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+        for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+            run_conv(&w, channels, width, bias, p, w.seed);
 }
 
 Test(cpu_sequence, conv_agrees_with_ref_for_any_width) {
@@ -237,9 +237,9 @@ static void run_ssd(ways *w, const ssd_case *c, uint64_t seed) {
 
 static void check_ssd(const ssd_case *c, uint64_t seed) {
     ways w = {.seed = 0};
-    for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
-        run_ssd(&w, c, w.seed);
-    ways_judge(&w);
+    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+        for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
+            run_ssd(&w, c, w.seed);
 }
 
 Test(cpu_sequence, ssd_agrees_with_the_recurrence_whatever_the_chunk) {

@@ -175,6 +175,23 @@ static inline cq_stream ways_stream(const ways *w, int way) {
     return s;
 }
 
+static inline void ways_stream_free(cq_stream *s) {
+    free(s->scratch);
+    free(s->bf16_scratch);
+}
+
+/// The next instruction set that runs here after number *at, which starts at -1; false when there
+/// is none. The tables are looked up by CKAQAD_ISA.
+static inline bool ways_next_isa(int *at) {
+    static const char *const isas[] = {"generic", "avx2", "avx512"};
+    while (++*at < 3) {
+        setenv("CKAQAD_ISA", isas[*at], 1);
+        if (strcmp(cq_cpu_isa(), isas[*at]) == 0)
+            return true;
+    }
+    return false;
+}
+
 /// Runs `op` with the arguments `a` (buffers left NULL) all ways, compares every result and frees
 /// the fields.
 #define WAYS_RUN(w, op, a)                                                                         \
@@ -192,8 +209,7 @@ static inline cq_stream ways_stream(const ways *w, int way) {
                           : way_ == PLAIN_WAY ? cq_plain_##op(&s_, &args_[way_])                   \
                                               : s_.table->op(&s_, &args_[way_]);                   \
             cr_assert_eq(status_, CQ_OK, "%s: %s", (w)->what, cq_error());                         \
-            free(s_.scratch);                                                                      \
-            free(s_.bf16_scratch);                                                                 \
+            ways_stream_free(&s_);                                                                 \
         }                                                                                          \
         ways_compare((w), #op, pointers_);                                                         \
         for (int way_ = 0; way_ < N_WAYS; way_++)                                                  \

@@ -7,16 +7,19 @@
 #include "kernels/cpu/tile.h"
 #include "kernels/kernels.h"
 
+/// Rows of score and decay tiles are this much longer than their block, so that clearing what lies
+/// beyond the diagonal is one fixed-size store. At least twice the rows of a strip.
+enum { SLACK = 32 };
 /// Attention works on tiles of QUERIES x KEYS scores; a unit of the forward has up to UNIT_HEADS
 /// query heads.
-enum { QUERIES = 64, KEYS = 256, UNIT_HEADS = 8 };
+enum { QUERIES = 64, KEYS = 256, LD = KEYS + SLACK, UNIT_HEADS = 8 };
 /// SSD sums ddt_bias, da_log and dd per document; SSD_WAVE documents are worked on before they are
 /// added in order.
 enum { SSD_WAVE = 32, SSD_SUMS = 3 };
 
 /// Transposed K and V blocks, two score tiles, the running maximum and sum of every row.
 static inline int64_t attention_scratch_floats(int64_t head_dim) {
-    return 2 * head_dim * KEYS + 2 * QUERIES * KEYS + 2 * UNIT_HEADS * QUERIES;
+    return 2 * head_dim * LD + 2 * QUERIES * LD + 2 * UNIT_HEADS * QUERIES;
 }
 
 /// Floats of the SSD backward's buffers of one chunk, or the forward's, which are a part of them;
@@ -27,9 +30,9 @@ static inline int64_t ssd_scratch_floats(int64_t longest, int64_t chunk, int64_t
     int64_t wide = head_dim > state ? head_dim : state;
     int64_t sums = 2 * (SSD_WAVE + 1) * SSD_SUMS * heads;
     int64_t states = (chunks + 1) * (heads / groups) * state * head_dim;
-    int64_t pairs = 3 * n * tile_pad(n), columns = (state + head_dim) * tile_pad(n);
+    int64_t ld = tile_pad(n) + SLACK, pairs = 3 * n * ld, columns = (state + head_dim) * ld;
     int64_t rows = 3 * n * wide, square = head_dim * tile_pad(state);
-    return sums + states + pairs + columns + rows + square + 12 * tile_pad(n) + 32 * 16;
+    return sums + states + pairs + columns + rows + square + 12 * ld + 32 * 16;
 }
 /// Length of the longest document.
 static inline int64_t sequence_longest(const int64_t *starts, int64_t n_docs) {

@@ -28,14 +28,14 @@ typedef struct view {
 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/// to = rows q0 .. q0 + nq of x times bt [dim, KEYS], for keys k0 .. k0 + nk. What lies beyond a
+/// to = rows q0 .. q0 + nq of x times bt [dim, LD], for keys k0 .. k0 + nk. What lies beyond a
 /// strip of rows' diagonal is not written.
 static void score_tile(float *to, int64_t dim, const float *x, int64_t ldx, const float *bt,
                        int64_t q0, int64_t nq, int64_t k0, int64_t nk) {
     for (int64_t i = 0; i < nq; i += STRIP) {
         int64_t rows = min64(STRIP, nq - i), seen = min64(nk, q0 + i + rows - k0);
-        tile_product(&(tile_args){rows, tile_pad(seen), dim, x + (q0 + i) * ldx, ldx, 1, bt, KEYS,
-                                  to + i * KEYS, KEYS},
+        tile_product(&(tile_args){rows, tile_pad(seen), dim, x + (q0 + i) * ldx, ldx, 1, bt, LD,
+                                  to + i * LD, LD},
                      false);
     }
 }
@@ -45,7 +45,7 @@ static void mix_tile(float *y, int64_t ldy, int64_t dim, const float *p, const f
                      int64_t ldb, int64_t q0, int64_t nq, int64_t k0, int64_t nk, bool add) {
     for (int64_t i = 0; i < nq; i += STRIP) {
         int64_t rows = min64(STRIP, nq - i), seen = min64(nk, q0 + i + rows - k0);
-        tile_product(&(tile_args){rows, dim, seen, p + i * KEYS, KEYS, 1, b + k0 * ldb, ldb,
+        tile_product(&(tile_args){rows, dim, seen, p + i * LD, LD, 1, b + k0 * ldb, ldb,
                                   y + (q0 + i) * ldy, ldy},
                      add);
     }
@@ -56,37 +56,36 @@ static void mix_transposed(float *y, int64_t ldy, int64_t dim, const float *p, c
                            int64_t ldb, int64_t q0, int64_t nq, int64_t k0, int64_t nk) {
     for (int64_t j = 0; j < nk && k0 + j < q0 + nq; j += STRIP) {
         int64_t first = k0 + j > q0 ? k0 + j - q0 : 0;
-        tile_product(&(tile_args){min64(STRIP, nk - j), dim, nq - first, p + first * KEYS + j, 1,
-                                  KEYS, b + (q0 + first) * ldb, ldb, y + (k0 + j) * ldy, ldy},
+        tile_product(&(tile_args){min64(STRIP, nk - j), dim, nq - first, p + first * LD + j, 1, LD,
+                                  b + (q0 + first) * ldb, ldb, y + (k0 + j) * ldy, ldy},
                      true);
     }
 }
 
 /// Zeros after the diagonal, as far as any product of strips reads.
-static void clear_tail(float *row, int64_t seen) {
-    for (int64_t j = seen; j < min64(KEYS, seen + 2 * STRIP); j++)
-        row[j] = 0.0f;
-}
+static void clear_tail(float *row, int64_t seen) { memset(row + seen, 0, SLACK * sizeof(float)); }
 
 /// Turns a row of raw scores into exp(scale s - max), keeping the row's running maximum and sum;
 /// returns the factor that what was accumulated under the old maximum must be multiplied with.
 /// Whole vectors: what lies beyond the n scores counts nothing and is cleared later.
 static float softmax_row(float *s, int64_t n, float scale, float *max, float *sum) {
-    float total = 0.0f;
+    float lanes[16] = {0};
     int64_t end = tile_pad(n);
     for (int64_t j = n; j < end; j++)
         s[j] = -FLT_MAX;
     float top = vec_max(s, end, -FLT_MAX);
     float before = *max, now = top * scale > before ? top * scale : before;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < end; j++) {
-        float p = vec_exp(s[j] * scale - now);
-        s[j] = p;
-        total += p;
-    }
+    for (int64_t j = 0; j < end; j += 16)
+        for (int64_t i = j; i < j + 16; i++) {
+            s[i] = vec_exp(s[i] * scale - now);
+            lanes[i - j] += s[i];
+        }
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; i++)
+            lanes[i] += lanes[i + width];
     float factor = before == -FLT_MAX ? 0.0f : vec_exp(before - now);
     *max = now;
-    *sum = *sum * factor + total;
+    *sum = *sum * factor + lanes[0];
     return factor;
 }
 
@@ -94,22 +93,22 @@ static float softmax_row(float *s, int64_t n, float scale, float *max, float *su
 static void forward_unit(const cq_attention_forward_args *a, const view *d, int64_t start,
                          int64_t head, int64_t n_heads, int64_t q0, float *scratch) {
     int64_t dim = d->dim, ldo = a->heads * dim, nq = min64(QUERIES, d->length - q0);
-    float *kt = scratch, *s = kt + dim * KEYS, *max = s + QUERIES * KEYS,
+    float *kt = scratch, *s = kt + dim * LD, *max = s + QUERIES * LD,
           *sum = max + UNIT_HEADS * QUERIES, scale = (float)a->scale;
     for (int64_t i = 0; i < n_heads * QUERIES; i++)
         max[i] = -FLT_MAX, sum[i] = 0.0f;
     for (int64_t k0 = 0; k0 < q0 + nq; k0 += KEYS) {
         int64_t nk = min64(KEYS, q0 + nq - k0);
-        tile_transpose(kt, KEYS, d->k + k0 * d->ldk, d->ldk, nk, dim);
+        tile_transpose(kt, LD, d->k + k0 * d->ldk, d->ldk, nk, dim);
         for (int64_t h = 0; h < n_heads; h++) {
             const float *q = (const float *)a->q + start * a->ldq + (head + h) * dim;
             float *out = (float *)a->out + start * ldo + (head + h) * dim;
             score_tile(s, dim, q, a->ldq, kt, q0, nq, k0, nk);
             for (int64_t i = 0; i < nq; i++) {
                 int64_t seen = min64(nk, q0 + i + 1 - k0);
-                float factor = softmax_row(s + i * KEYS, seen, scale, max + h * QUERIES + i,
+                float factor = softmax_row(s + i * LD, seen, scale, max + h * QUERIES + i,
                                            sum + h * QUERIES + i);
-                clear_tail(s + i * KEYS, seen);
+                clear_tail(s + i * LD, seen);
                 for (int64_t c = 0; c < dim && k0 > 0; c++)
                     out[(q0 + i) * ldo + c] *= factor;
             }
@@ -134,7 +133,7 @@ static void backward_head(const cq_attention_backward_args *a, const view *d, in
                           int64_t head, int64_t k0, int64_t nk, const float *kt, const float *vt,
                           float *p) {
     int64_t dim = d->dim, ldo = a->heads * dim;
-    float *ds = p + QUERIES * KEYS, scale = (float)a->scale;
+    float *ds = p + QUERIES * LD, scale = (float)a->scale;
     const float *q = (const float *)a->q + start * a->ldq + head * dim;
     const float *out = (const float *)a->out + start * ldo + head * dim;
     const float *dout = (const float *)a->dout + start * ldo + head * dim;
@@ -149,8 +148,8 @@ static void backward_head(const cq_attention_backward_args *a, const view *d, in
         for (int64_t i = 0; i < nq; i++) {
             const float *o = out + (q0 + i) * ldo, *g = dout + (q0 + i) * ldo;
             int64_t seen = min64(n, q0 + i + 1 - k0);
-            float *pi = p + i * KEYS, *di = ds + i * KEYS, row = lse[(q0 + i) * a->heads];
-            float delta = vec_dot(o, g, dim);
+            float *pi = p + i * LD, *di = ds + i * LD, row = lse[(q0 + i) * a->heads];
+            float delta = tile_dot(o, g, dim);
             for (int64_t j = 0; j < tile_pad(seen); j++) {
                 pi[j] = vec_exp(pi[j] * scale - row);
                 di[j] = pi[j] * (di[j] - delta) * scale;
@@ -170,15 +169,15 @@ static void backward_head(const cq_attention_backward_args *a, const view *d, in
 static void backward_unit(const cq_attention_backward_args *a, const view *d, int64_t start,
                           float *scratch) {
     int64_t dim = d->dim, group = a->heads / a->kv_heads;
-    float *kt = scratch, *vt = kt + dim * KEYS, *p = vt + dim * KEYS;
+    float *kt = scratch, *vt = kt + dim * LD, *p = vt + dim * LD;
     for (int64_t t = start; t < start + d->length; t++) {
         memset((float *)a->dk + t * a->lddk + d->kv * dim, 0, (size_t)dim * sizeof(float));
         memset((float *)a->dv + t * a->lddv + d->kv * dim, 0, (size_t)dim * sizeof(float));
     }
     for (int64_t k0 = 0; k0 < d->length; k0 += KEYS) {
         int64_t nk = min64(KEYS, d->length - k0);
-        tile_transpose(kt, KEYS, d->k + k0 * d->ldk, d->ldk, nk, dim);
-        tile_transpose(vt, KEYS, d->v + k0 * d->ldv, d->ldv, nk, dim);
+        tile_transpose(kt, LD, d->k + k0 * d->ldk, d->ldk, nk, dim);
+        tile_transpose(vt, LD, d->v + k0 * d->ldv, d->ldv, nk, dim);
         for (int64_t h = 0; h < group; h++)
             backward_head(a, d, start, d->kv * group + h, k0, nk, kt, vt, p);
     }

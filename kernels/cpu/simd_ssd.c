@@ -8,18 +8,19 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/ssd.h"
 
-/// m[t, s] = cb[t, s] L[t, s] dt_s on and below the diagonal, zero to the end of the strip.
+/// m[t, s] = cb[t, s] L[t, s] dt_s on and below the diagonal, zeros after it.
 static void weigh(float *m, const float *cb, int64_t ld, const ssd_decay *w, int64_t n) {
+    const float *restrict highs = w->high, *restrict lows = w->low, *restrict dt = w->dt;
     for (int64_t t = 0; t < n; t++) {
-        float high = w->high[t], low = w->low[t], *to = m + t * ld;
-        const float *from = cb + t * ld;
-        int64_t strip = ssd_min(n, t / SSD_STRIP * SSD_STRIP + SSD_STRIP), end = tile_pad(t + 1);
-        for (int64_t s = 0; s < end; s++) {
-            float d = (high - w->high[s]) + (low - w->low[s]);
-            to[s] = from[s] * vec_exp(d < 0.0f ? d : 0.0f) * w->dt[s];
+        float high = highs[t], low = lows[t], *restrict to = m + t * ld;
+        const float *restrict from = cb + t * ld;
+        int end = (int)tile_pad(t + 1);
+#pragma omp simd
+        for (int s = 0; s < end; s++) {
+            float d = (high - highs[s]) + (low - lows[s]);
+            to[s] = from[s] * vec_exp(d < 0.0f ? d : 0.0f) * dt[s];
         }
-        for (int64_t s = t + 1; s < strip; s++)
-            to[s] = 0.0f;
+        memset(to + t + 1, 0, SLACK * sizeof(float));
     }
 }
 
@@ -52,7 +53,7 @@ static void head_chunk(const ssd_input *in, float *y, const float *m, int64_t ld
 /// One group of one document of `length` tokens from `start` on.
 static void forward_unit(const ssd_input *in, float *y, int64_t group, int64_t start,
                          int64_t length, float *scratch) {
-    int64_t chunk = ssd_min(in->chunk, length), ld = tile_pad(chunk), ns = in->state;
+    int64_t chunk = ssd_min(in->chunk, length), ld = ssd_row(chunk), ns = in->state;
     int64_t per_group = in->heads / in->groups, size = ns * in->dim;
     float *states = ssd_take(&scratch, per_group * size), *bt = ssd_take(&scratch, ns * ld);
     float *cb = ssd_take(&scratch, chunk * ld), *m = ssd_take(&scratch, chunk * ld);

@@ -37,7 +37,7 @@ typedef struct work {
 } work;
 
 static work work_take(float *p, const ssd_input *in, int64_t length) {
-    int64_t n = ssd_min(in->chunk, length), ld = tile_pad(n), chunks = (length + n - 1) / n;
+    int64_t n = ssd_min(in->chunk, length), ld = ssd_row(n), chunks = (length + n - 1) / n;
     int64_t size = in->heads / in->groups * in->state * in->dim;
     int64_t wide = in->state > in->dim ? in->state : in->dim;
     return (work){.ld = ld,
@@ -69,33 +69,36 @@ static void add_transposed(float *to, int64_t ldt, const float *p, int64_t ld, c
                      add);
 }
 
-/// The pairs (t, s) of one head: turns k->pairs from X into L C B', adds to k->dcb, sets k->ddt and
-/// k->dl.
+/// The pairs (t, s <= t) of one row: x turns from X into L C B'; dcb and the sums over rows ddt and
+/// column, that of W, grow. The tail of whole vectors adds zeros. Not inlined, so that the pointers
+/// stay distinct for the compiler.
+static __attribute__((noinline)) void
+pair_row(float *restrict x, float *restrict dcb, float *restrict ddt, float *restrict column,
+         const float *restrict cb, const float *restrict highs, const float *restrict lows,
+         const float *restrict dt, int t) {
+    float high = highs[t], low = lows[t];
+    int end = (int)tile_pad(t + 1);
+    memset(x + t + 1, 0, SLACK * sizeof(float));
+    for (int s = 0; s < end; s++) {
+        float d = (high - highs[s]) + (low - lows[s]);
+        float l = vec_exp(d < 0.0f ? d : 0.0f), lx = l * x[s], h = lx * cb[s];
+        x[s] = l * cb[s];
+        dcb[s] += lx * dt[s];
+        ddt[s] += h;
+        column[s] += h * dt[s];
+    }
+    memset(x + t + 1, 0, SLACK * sizeof(float));
+}
+
+/// All pairs of one head, from the last row to the first: the rectangles of W end up in k->dl.
 static void pair_sums(work *k, int64_t n) {
-    const ssd_decay *w = &k->w;
     memset(k->ddt, 0, (size_t)k->ld * sizeof(float));
     memset(k->column, 0, (size_t)k->ld * sizeof(float));
     for (int64_t t = n - 1; t >= 0; t--) {
-        float high = w->high[t], low = w->low[t], left = 0.0f;
-        float *x = k->pairs + t * k->ld, *dcb = k->dcb + t * k->ld;
-        const float *cb = k->cb + t * k->ld;
-        int end = (int)tile_pad(t + 1);
-        for (int s = (int)t + 1; s < end; s++)
-            x[s] = 0.0f;
-        for (int s = 0; s < end; s++) {
-            float d = (high - w->high[s]) + (low - w->low[s]);
-            float l = vec_exp(d < 0.0f ? d : 0.0f), lx = l * x[s], h = lx * cb[s];
-            dcb[s] += lx * w->dt[s];
-            k->ddt[s] += h;
-            k->column[s] += h * w->dt[s];
-            x[s] = l * cb[s];
-        }
-#pragma omp simd reduction(+ : left)
-        for (int s = 0; s < end; s++)
-            left += s < (int)t ? k->column[s] : 0.0f;
-        k->dl[t] = left;
-        for (int64_t s = t + 1; s < ssd_min(k->ld, t + 1 + 2 * SSD_STRIP); s++)
-            x[s] = 0.0f;
+        pair_row(k->pairs + t * k->ld, k->dcb + t * k->ld, k->ddt, k->column, k->cb + t * k->ld,
+                 k->w.high, k->w.low, k->w.dt, (int)t);
+        k->column[t] = 0.0f; /* no rectangle above row t has column t */
+        k->dl[t] = tile_sum(k->column, tile_pad(t + 1));
     }
 }
 
@@ -110,7 +113,7 @@ static void through_out(work *k, const ssd_input *in, const ssd_output *o, const
     for (int64_t s = 0; s < n; s++) {
         float gamma = k->w.gamma[s], weight = gamma * k->w.dt[s];
         const float *r = k->r + s * dim, *xs = x + s * in->ldx;
-        k->v[s] = gamma * vec_dot(xs, r, dim);
+        k->v[s] = gamma * tile_dot(xs, r, dim);
         for (int64_t i = 0; i < dim; i++) {
             dx[s * o->lddx + i] = gamma * r[i];
             k->rows[s * dim + i] = weight * xs[i];
@@ -138,12 +141,12 @@ static float through_in(work *k, const ssd_input *in, const ssd_output *o, const
                  false);
     for (int64_t t = 0; t < n; t++) {
         const float *part = k->dc + t * ns, *ct = c + t * in->ldc;
-        k->u[t] = vec_dot(part, ct, ns);
+        k->u[t] = tile_dot(part, ct, ns);
         for (int64_t i = 0; i < ns; i++)
             dc[t * o->lddc + i] += part[i];
     }
     if (!last) {
-        inner = vec_dot(ds, state, ns * dim);
+        inner = tile_dot(ds, state, ns * dim);
         for (int64_t i = 0; i < ns * dim; i++)
             ds[i] *= k->w.end;
     }
@@ -165,7 +168,7 @@ static void time_steps(work *k, const ssd_output *o, float through, double *sums
         left += k->v[t] * k->w.dt[t];
         k->ddt[t] += k->v[t] + a * k->dl[t];
     }
-    for (int64_t t = 0; t < k->ld; t++)
+    for (int64_t t = 0; t < tile_pad(n); t++)
         k->ddt[t] *= vec_sigmoid(k->w.z[t]);
     float *ddt = o->ddt + t0 * o->ldd_dt + head;
     for (int64_t t = 0; t < n; t++) {

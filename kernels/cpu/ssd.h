@@ -39,6 +39,9 @@ typedef struct ssd_decay {
 
 static inline int64_t ssd_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/// Row length of the [n, n] tiles of a chunk of n tokens.
+static inline int64_t ssd_row(int64_t n) { return tile_pad(n) + SLACK; }
+
 /// Takes n floats from the scratch at *p.
 static inline float *ssd_take(float **p, int64_t n) {
     float *taken = *p;
@@ -85,7 +88,7 @@ __attribute__((unused)) static void ssd_decays(ssd_decay *w, const ssd_input *in
     w->end = w->e[n - 1];
 }
 
-/// cb [n, tile_pad(chunk)] = C B' for one group, on and below the diagonal's strips; bt is a buffer
+/// cb [n, ld] = C B' for one group, on and below the diagonal's strips; bt is a buffer
 /// [state, same].
 __attribute__((unused)) static void ssd_products(float *cb, float *bt, int64_t ld,
                                                  const ssd_input *in, int64_t group, int64_t t0,

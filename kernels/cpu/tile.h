@@ -136,19 +136,66 @@ __attribute__((unused)) static void tile_product(const tile_args *t, bool add) {
     }
 }
 
-/// to [cols, ld] = the transpose of from [rows, cols]; columns rows .. ld - 1 become zero. ld >=
-/// rows.
+typedef float tile_four __attribute__((vector_size(16), aligned(4), may_alias));
+/// A 4 x 4 block of tile_transpose.
+TILE_INLINE void tile_transpose_four(float *to, int64_t ld, const float *from, int64_t ld_from) {
+    tile_four a = *(const tile_four *)from, b = *(const tile_four *)(from + ld_from);
+    tile_four c = *(const tile_four *)(from + 2 * ld_from),
+              d = *(const tile_four *)(from + 3 * ld_from);
+    tile_four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+              cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    tile_four ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7),
+              cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    *(tile_four *)to = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    *(tile_four *)(to + ld) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    *(tile_four *)(to + 2 * ld) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
+    *(tile_four *)(to + 3 * ld) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+}
+
+/// to [cols, ld] = the transpose of from [rows, cols], with zeros up to tile_pad(rows) <= ld.
 __attribute__((unused)) static void tile_transpose(float *to, int64_t ld, const float *from,
                                                    int64_t ld_from, int64_t rows, int64_t cols) {
-    int64_t i = 0;
-    for (; i + 8 <= rows; i += 8)
-        for (int64_t j = 0; j < cols; j++)
-            for (int64_t r = 0; r < 8; r++)
-                to[j * ld + i + r] = from[(i + r) * ld_from + j];
-    for (; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++)
+    int64_t whole_rows = rows & ~(int64_t)3, whole_cols = cols & ~(int64_t)3;
+    for (int64_t i = 0; i < whole_rows; i += 4)
+        for (int64_t j = 0; j < whole_cols; j += 4)
+            tile_transpose_four(to + j * ld + i, ld, from + i * ld_from + j, ld_from);
+    for (int64_t j = 0; j < cols; j++) {
+        for (int64_t i = j < whole_cols ? whole_rows : 0; i < rows; i++)
             to[j * ld + i] = from[i * ld_from + j];
-    for (int64_t j = 0; j < cols; j++)
-        for (i = rows; i < tile_pad(rows); i++)
+        for (int64_t i = rows; i < tile_pad(rows); i++)
             to[j * ld + i] = 0.0f;
+    }
+}
+
+/// Sum of the lanes, by halves.
+TILE_INLINE float tile_fold(tile_reg v) {
+    float lanes[TILE_W];
+    memcpy(lanes, &v, sizeof(lanes));
+    for (int width = TILE_W / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++)
+            lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+/// <x, y> and the sum of x; two chains of vectors.
+TILE_INLINE float tile_dot(const float *x, const float *y, int64_t n) {
+    tile_reg a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + 2 * TILE_W <= n; i += 2 * TILE_W) {
+        a = TILE_FMA(tile_load(x + i, TILE_W), tile_load(y + i, TILE_W), a);
+        b = TILE_FMA(tile_load(x + i + TILE_W, TILE_W), tile_load(y + i + TILE_W, TILE_W), b);
+    }
+    for (; i < n; i += TILE_W)
+        a = TILE_FMA(tile_load(x + i, n - i), tile_load(y + i, n - i), a);
+    return tile_fold(a + b);
+}
+TILE_INLINE float tile_sum(const float *x, int64_t n) {
+    tile_reg a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + 2 * TILE_W <= n; i += 2 * TILE_W) {
+        a += tile_load(x + i, TILE_W);
+        b += tile_load(x + i + TILE_W, TILE_W);
+    }
+    for (; i < n; i += TILE_W)
+        a += tile_load(x + i, n - i);
+    return tile_fold(a + b);
 }
