@@ -21,7 +21,11 @@
 #include <immintrin.h>
 #endif
 
-enum { FQ_BLOCK = 16, FQ_TILE = 32 /* blocks whose scales are computed together */ };
+enum {
+    FQ_BLOCK = 16,
+    FQ_TILE = 32 /* blocks whose scales are computed together */,
+    FQ_AHEAD = 1024
+};
 
 /// CQ_ESHAPE unless rows of `cols` can be quantized.
 static inline int fq_check(const char *name, const cq_fq *fq, int64_t cols) {
@@ -48,6 +52,9 @@ static inline void fq_count(const cq_fq *fq, int64_t saturated) {
     if (fq->saturated && saturated)
         __atomic_fetch_add(fq->saturated, saturated, __ATOMIC_RELAXED);
 }
+
+/// n rounded up to whole vectors.
+VEC_INLINE int64_t fq_whole(int64_t n) { return (n + 7) & ~(int64_t)7; }
 
 /// p > 0 rounded to E4M3, p in [2^-9, 448].
 VEC_INLINE float fq_e4m3(float p) {
@@ -80,26 +87,28 @@ VEC_INLINE __m256i fq_pairs(__m256i a, __m256i b) {
     return _mm256_max_epi32(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)),
                             _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd)));
 }
-/// Largest magnitudes of 8 blocks: a tree of maxima that also turns rows into lanes.
-VEC_INLINE void fq_eight_maxima(float *b, const float *x) {
-    __m256i low = fq_pairs(fq_pairs(fq_halves(x), fq_halves(x + 16)),
-                           fq_pairs(fq_halves(x + 32), fq_halves(x + 48)));
-    __m256i high = fq_pairs(fq_pairs(fq_halves(x + 64), fq_halves(x + 80)),
-                            fq_pairs(fq_halves(x + 96), fq_halves(x + 112)));
+/// Largest magnitudes of 8 blocks, of which those after `last` repeat it: a tree of maxima that
+/// also turns rows into lanes.
+VEC_INLINE void fq_eight_maxima(float *b, const float *x, int64_t last) {
+    __m256i h[8];
+    for (int64_t k = 0; k < 8; k++)
+        h[k] = fq_halves(x + (k < last ? k : last) * FQ_BLOCK);
+    __m256i low = fq_pairs(fq_pairs(h[0], h[1]), fq_pairs(h[2], h[3]));
+    __m256i high = fq_pairs(fq_pairs(h[4], h[5]), fq_pairs(h[6], h[7]));
     __m256i top = _mm256_max_epi32(_mm256_permute2x128_si256(low, high, 0x20),
                                    _mm256_permute2x128_si256(low, high, 0x31));
     _mm256_storeu_ps(b, _mm256_castsi256_ps(top));
 }
 #endif
 
-/// Largest magnitudes of n blocks. Magnitudes order like their bits.
+/// Largest magnitudes of n blocks; b has room for whole vectors of 8, and what is over repeats the
+/// last block. Magnitudes order like their bits.
 VEC_INLINE void fq_block_maxima(float *b, const float *x, int64_t n) {
-    int64_t k = 0;
 #if defined(__AVX2__)
-    for (; k + 8 <= n; k += 8)
-        fq_eight_maxima(b + k, x + k * FQ_BLOCK);
-#endif
-    for (; k < n; k++) {
+    for (int64_t k = 0; k < n; k += 8)
+        fq_eight_maxima(b + k, x + k * FQ_BLOCK, n - 1 - k);
+#else
+    for (int64_t k = 0; k < n; k++) {
         const float *v = x + k * FQ_BLOCK;
         int32_t top = 0;
         for (int i = 0; i < FQ_BLOCK; i++) {
@@ -108,24 +117,27 @@ VEC_INLINE void fq_block_maxima(float *b, const float *x, int64_t n) {
         }
         b[k] = vec_float((uint32_t)top);
     }
+    for (int64_t k = n; k < fq_whole(n); k++)
+        b[k] = b[n - 1];
+#endif
 }
 
-/// den of n blocks: the dynamic form from block maxima b (nvfp4.md 2.1); returns the saturated
-/// ones.
+/// den of n blocks: the dynamic form from block maxima b (cq_nvfp4_scale_dynamic); returns the
+/// saturated ones.
 VEC_INLINE int64_t fq_dynamic(float *den, const float *b, int64_t n, float ws2) {
     float d = 6.0f * ws2;
-    int32_t saturated = 0;
-    for (int64_t k = 0; k < n; k++) {
+    int32_t saturated = 0, end = (int32_t)n, whole = (int32_t)fq_whole(n);
+    for (int32_t k = 0; k < whole; k++) {
         float p = b[k] / d;
         p = p == 0.0f ? 1.0f : p;
-        saturated += p > 448.0f ? 1 : 0;
+        saturated += (p > 448.0f) & (k < end);
         p = p < 0.001953125f ? 0.001953125f : p;
         p = p > 448.0f ? 448.0f : p;
         den[k] = fq_e4m3(p) * ws2;
     }
     return saturated;
 }
-/// The static form from chosen block maxima b (nvfp4.md 2.2).
+/// The static form from chosen block maxima b (cq_nvfp4_scale_static).
 VEC_INLINE void fq_static(float *den, const float *b, int64_t n, float amax, float top, float ws2) {
     float smax = amax / 6.0f;
     for (int64_t k = 0; k < n; k++) {
@@ -160,6 +172,7 @@ static __attribute__((unused)) int64_t fq_span(float *y, const float *x, int64_t
         }
         for (int64_t k = 0; k < m; k++) {
             float by = den[k];
+            __builtin_prefetch(from + k * FQ_BLOCK + FQ_AHEAD);
 #pragma omp simd
             for (int64_t i = k * FQ_BLOCK; i < (k + 1) * FQ_BLOCK; i++)
                 to[i] = fq_e2m1(from[i] / by) * by;

@@ -15,22 +15,23 @@
 
 enum { MOST_DIM = 1024 };
 
+/// The integer nearest to a double below 2^51: adding 1.5 * 2^52 rounds.
+VEC_INLINE double nearest(double x) { return (x + 6755399441055744.0) - 6755399441055744.0; }
+
 /// Sine and cosine of an angle below 2^31: quarter turns are taken away in double, the rest, at
 /// most pi/4, goes into the Taylor series (error below 2^-28).
 VEC_INLINE void sine_cosine(double angle, float *sine, float *cosine) {
-    double t = angle * 0.63661977236758134308 + 6755399441055744.0;
-    uint64_t quarter;
-    memcpy(&quarter, &t, 8);
-    double k = t - 6755399441055744.0;
+    double k = nearest(angle * 0.63661977236758134308);
     double r = (angle - k * 1.5707963267341256) - k * 6.0771005065061922e-11, z = r * r;
     double s = r + r * z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880))));
     double c =
         1.0 +
         z * (-0.5 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800)))));
-    double odd = (double)(int32_t)(quarter & 1);
-    double turned_s = odd != 0.0 ? c : s, turned_c = odd != 0.0 ? s : c;
-    *sine = (float)((quarter & 2) ? -turned_s : turned_s);
-    *cosine = (float)(((quarter + 1) & 2) ? -turned_c : turned_c);
+    double quarter = k - 4.0 * nearest(k * 0.25 - 0.375); /* 0 .. 3 */
+    bool odd = fabs(quarter - 2.0) == 1.0;
+    double turned_s = odd ? c : s, turned_c = odd ? s : c;
+    *sine = (float)(quarter > 1.5 ? -turned_s : turned_s);
+    *cosine = (float)(fabs(quarter - 1.5) < 1.0 ? -turned_c : turned_c);
 }
 
 /// What all rows share, and the angles of one row.
@@ -49,10 +50,14 @@ static void turns_init(turns *t, int64_t dim, double theta) {
 }
 /// sign -1 turns back.
 static void turn_row(turn *to, const turns *t, int32_t position, float sign) {
-    for (int64_t i = 0; i < t->half; i++)
-        sine_cosine((double)position * t->frequency[i], &to->sine[i], &to->cosine[i]);
-    for (int64_t i = 0; i < t->half; i++)
-        to->sine[i] *= sign;
+    double at = position;
+#pragma omp simd
+    for (int64_t i = 0; i < t->half; i++) {
+        float sine, cosine;
+        sine_cosine(at * t->frequency[i], &sine, &cosine);
+        to->sine[i] = sign * sine;
+        to->cosine[i] = cosine;
+    }
 }
 static void rotate(float *restrict y, const float *restrict v, const turn *t, int64_t half) {
 #pragma omp simd
