@@ -11,7 +11,7 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/tile.h"
 
-enum { PARTS = 64, PANEL = 16 };
+enum { PARTS = 64, PANEL = 16, WIDE = 32 };
 
 /// First item of part `part` of n.
 static int64_t part_start(int64_t n, int64_t part) { return n * part / PARTS; }
@@ -162,6 +162,18 @@ int CQ_OP(cka)(cq_stream *s, const cq_cka_args *a) {
     return CQ_OK;
 }
 
+/// `cols` <= WIDE columns of dx = m x, m [n, n]; x is packed, for its rows lie far apart.
+static void product_panel(float *dx, const float *m, const float *x, int64_t n, int64_t dim,
+                          int64_t cols) {
+    float panel[TILE_DEPTH * WIDE];
+    for (int64_t k = 0; k < n; k += TILE_DEPTH) {
+        int64_t depth = n - k < TILE_DEPTH ? n - k : TILE_DEPTH;
+        for (int64_t i = 0; i < depth; i++)
+            memcpy(panel + i * WIDE, x + (k + i) * dim, (size_t)cols * sizeof(float));
+        tile_product(&(tile_args){n, cols, depth, m + k, n, 1, panel, WIDE, dx, dim}, k > 0);
+    }
+}
+
 int CQ_OP(cka_backward)(cq_stream *s, const cq_cka_backward_args *a) {
     CQ_F32_OR_REF(cka_backward);
     int64_t n = a->n, dim = a->dim;
@@ -188,10 +200,9 @@ int CQ_OP(cka_backward)(cq_stream *s, const cq_cka_backward_args *a) {
             for (int64_t j = 0; j < n; j++)
                 k[i * n + j] = (float)(of_k * (double)k[i * n + j] + of_l * (double)l[i * n + j]);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i += 4 * TILE_ROWS)
-            tile_product(&(tile_args){n - i < 4 * TILE_ROWS ? n - i : 4 * TILE_ROWS, dim, n,
-                                      k + i * n, n, 1, a->x, dim, dx + i * dim, dim},
-                         false);
+        for (int64_t j = 0; j < dim; j += WIDE)
+            product_panel(dx + j, k, (const float *)a->x + j, n, dim,
+                          dim - j < WIDE ? dim - j : WIDE);
     }
     return CQ_OK;
 }

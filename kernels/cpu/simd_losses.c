@@ -14,12 +14,12 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vec.h"
 
-enum { PARTS = 64, SPAN = 2048, BINS = 2048 };
+enum { PARTS = 64, SPAN = 2048 };
 
 /// S = { j: t_j > least, or t_j == least and j <= last }.
 typedef struct kept {
     float least;
-    int64_t last;
+    int last;
 } kept;
 
 /// What one row of logits is on one side of S.
@@ -37,49 +37,63 @@ typedef struct totals {
 
 static int64_t part_start(int64_t n, int64_t part) { return n * part / PARTS; }
 
-/// Bits that order like the float does; both zeros are one.
-static inline uint32_t order_bits(float v) {
-    uint32_t u;
-    v += 0.0f;
-    memcpy(&u, &v, 4);
-    return u ^ ((u >> 31) ? 0xffffffffu : 0x80000000u);
+/// The floats in ascending order, numbered: -inf is 0x007fffff, inf 0xff800000.
+static float float_of_rank(uint32_t rank) {
+    return vec_float(rank ^ ((rank >> 31) ? 0x80000000u : 0xffffffffu));
 }
 
-/// The k largest of z [n], the lower id first of equals, 1 <= k < n: three rounds of counting, by
-/// 11, 11 and 10 bits, narrow down the bits of the k-th largest.
-static kept keep_largest(const float *z, int64_t n, int64_t k) {
-    uint32_t prefix = 0, mask = 0;
-    for (int round = 0; round < 3; round++) {
-        int shift = round == 0 ? 21 : round == 1 ? 10 : 0, bins = round == 2 ? 1024 : BINS;
-        int32_t count[BINS] = {0};
-        for (int64_t j = 0; j < n; j++) {
-            uint32_t u = order_bits(z[j]);
-            if ((u & mask) == prefix)
-                count[(u >> shift) & (uint32_t)(bins - 1)]++;
+/// The k largest of z [n], the lower id first of equals, 1 <= k < n: a four-way search over the
+/// ranks of floats for the largest value that k entries reach. Sixteen passes of comparisons, all
+/// vectors.
+static kept keep_largest(const float *z, int n, int k) {
+    uint32_t low = 0x007fffffu, high = 0xff800001u; /* low is reached by k entries, high is not */
+    int reach = n;
+    while (high - low > 1) {
+        uint32_t step = (high - low + 3) / 4, left = high - low;
+        uint32_t at[3] = {low + step, low + (left > 2 * step ? 2 * step : step),
+                          low + (left > 3 * step ? 3 * step : step)};
+        float p = float_of_rank(at[0]), q = float_of_rank(at[1]), r = float_of_rank(at[2]);
+        int by_p = 0, by_q = 0, by_r = 0;
+#pragma omp simd reduction(+ : by_p, by_q, by_r)
+        for (int j = 0; j < n; j++) {
+            by_p += z[j] >= p;
+            by_q += z[j] >= q;
+            by_r += z[j] >= r;
         }
-        int bin = bins - 1;
-        for (; bin > 0 && count[bin] < k; bin--)
-            k -= count[bin];
-        prefix |= (uint32_t)bin << shift;
-        mask |= (uint32_t)(bins - 1) << shift;
+        int by[3] = {by_p, by_q, by_r};
+        for (int i = 0; i < 3; i++) {
+            if (by[i] >= k && at[i] > low) {
+                low = at[i];
+                reach = by[i];
+            }
+            if (by[i] < k && at[i] < high)
+                high = at[i];
+        }
     }
-    kept s = {.last = 0};
-    for (int64_t j = 0; j < n; j++) /* k equals are still wanted */
-        if (order_bits(z[j]) == prefix) {
-            s.least = z[j];
-            s.last = j;
-            if (--k == 0)
-                break;
+    kept s = {.least = float_of_rank(low), .last = n - 1};
+    for (int surplus = reach - k, j = n - 1; surplus > 0 && j >= 0; j--)
+        if (z[j] == s.least) { /* more equals than wanted: the last ones stay out */
+            s.last = j - 1;
+            surplus--;
         }
     return s;
 }
 
 static inline bool is_kept(const kept *s, float t, int j) {
-    return (t > s->least) | ((t == s->least) & (j <= (int)s->last));
+    return (t > s->least) | ((t == s->least) & (j <= s->last));
 }
 
+/// Index of the first entry equal to `value`; blocks are tested as vectors before one is looked
+/// into.
 static int64_t first_at(const float *z, int64_t n, float value) {
     int64_t j = 0;
+    for (; j + 64 <= n; j += 64) {
+        int hit = 0;
+        for (int64_t i = j; i < j + 64; i++)
+            hit |= z[i] == value;
+        if (hit)
+            break;
+    }
     while (j < n - 1 && z[j] != value)
         j++;
     return j;
@@ -156,9 +170,9 @@ static double log_sum(double top_a, double sum_a, double top_b, double sum_b) {
 }
 
 /// Whole-vocabulary row: full KL.
-static double full_row(const cq_kl_args *a, const float *t, float *z, double *lt, double *ls) {
-    side all = {.teacher_top = vec_max(t, a->vocab, -INFINITY),
-                .student_top = vec_max(z, a->vocab, -INFINITY)};
+static double full_row(const cq_kl_args *a, const float *t, float *z, float teacher_top,
+                       float student_top, double *lt, double *ls) {
+    side all = {.teacher_top = teacher_top, .student_top = student_top};
     for (int64_t j = 0; j < a->vocab; j += SPAN)
         exponentials(&all, t + j, z + j, a->gradient ? z + j : NULL,
                      a->vocab - j < SPAN ? a->vocab - j : SPAN);
@@ -185,7 +199,7 @@ static void split_gradient(float *e, const float *t, const kept *s, float top, d
 
 /// One row of a top-k form.
 static double top_k_row(const cq_kl_args *a, const float *t, float *z, double *lt, double *ls) {
-    kept s = keep_largest(t, a->vocab, a->top_k);
+    kept s = keep_largest(t, (int)a->vocab, (int)a->top_k);
     int vocab = (int)a->vocab;
     side in, out;
     split_tops(&in, &out, &s, t, z, vocab);
@@ -236,10 +250,10 @@ static void kl_row(const cq_kl_args *a, int64_t r, bool whole, totals *to) {
         return;
     }
     double lt, ls, zt = (double)t[label], zs = (double)z[label];
+    float mt = vec_max(t, a->vocab, -INFINITY), ms = vec_max(z, a->vocab, -INFINITY);
     if (a->agree)
-        to->agree += first_at(t, a->vocab, vec_max(t, a->vocab, -INFINITY)) ==
-                     first_at(z, a->vocab, vec_max(z, a->vocab, -INFINITY));
-    to->sum += whole ? full_row(a, t, z, &lt, &ls) : top_k_row(a, t, z, &lt, &ls);
+        to->agree += first_at(t, a->vocab, mt) == first_at(z, a->vocab, ms);
+    to->sum += whole ? full_row(a, t, z, mt, ms, &lt, &ls) : top_k_row(a, t, z, &lt, &ls);
     to->nll_teacher += lt - zt;
     to->nll_student += ls - zs;
     to->valid++;
