@@ -16,7 +16,7 @@ typedef struct matrix {
 } matrix;
 
 static const cq_entry *part(const cq_safetensors *st, const char *name, const char *what) {
-    char key[160];
+    char key[512];
     snprintf(key, sizeof key, "%s.%s", name, what);
     return cq_safetensors_find(st, key);
 }
