@@ -47,6 +47,10 @@ static inline int64_t fq_group(const int64_t *offsets, int64_t n_groups, int64_t
     return low;
 }
 
+/// Rows of `cols` that are written and then quantized together, while they are in the first-level
+/// cache: one short row alone would wait for its own latencies.
+static inline int64_t fq_batch(int64_t cols) { return cols < 4096 ? 4096 / cols : 1; }
+
 /// Adds to the counter; integers, so the order of threads does not show.
 static inline void fq_count(const cq_fq *fq, int64_t saturated) {
     if (fq->saturated && saturated)

@@ -19,20 +19,24 @@ int CQ_OP(swiglu_forward)(cq_stream *s, const cq_swiglu_forward_args *a) {
     CQ_F32_OR_REF(swiglu_forward);
     if (a->hq)
         CQ_TRY(fq_check("swiglu", &a->fq, a->dim));
-    int64_t n = a->dim, saturated = 0;
-    float *to = a->h ? a->h : a->hq;
+    int64_t n = a->dim, step = fq_batch(n), saturated = 0;
+    float *to = a->h ? a->h : a->hq, *hq = a->hq;
     if (!to)
         return CQ_OK;
 #pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
     reduction(+ : saturated)
-    for (int64_t r = 0; r < a->rows; r++) {
-        const float *gate = (const float *)a->gu + 2 * r * n, *up = gate + n;
-        float *h = to + r * n;
+    for (int64_t first = 0; first < a->rows; first += step) {
+        int64_t rows = min64(step, a->rows - first);
+        for (int64_t r = first; r < first + rows; r++) {
+            const float *gate = (const float *)a->gu + 2 * r * n, *up = gate + n;
+            float *h = to + r * n;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-            h[i] = vec_silu(gate[i]) * up[i];
-        if (a->hq)
-            saturated += fq_rows(&a->fq, r, 1, n, (float *)a->hq + r * n, h, NULL, 448.0f);
+            for (int64_t i = 0; i < n; i++)
+                h[i] = vec_silu(gate[i]) * up[i];
+        }
+        if (hq)
+            saturated +=
+                fq_rows(&a->fq, first, rows, n, hq + first * n, to + first * n, NULL, 448.0f);
     }
     fq_count(&a->fq, saturated);
     return CQ_OK;
@@ -60,22 +64,23 @@ int CQ_OP(relu2_forward)(cq_stream *s, const cq_relu2_forward_args *a) {
     CQ_F32_OR_REF(relu2_forward);
     if (a->hq)
         CQ_TRY(fq_check("relu2", &a->fq, a->dim));
-    int64_t n = a->dim, saturated = 0;
-    float *to = a->h ? a->h : a->hq;
+    int64_t n = a->dim, step = fq_batch(n), saturated = 0;
+    float *to = a->h ? a->h : a->hq, *hq = a->hq;
     if (!to)
         return CQ_OK;
 #pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
     reduction(+ : saturated)
-    for (int64_t r = 0; r < a->rows; r++) {
-        const float *x = (const float *)a->x + r * n;
-        float *h = to + r * n;
+    for (int64_t first = 0; first < a->rows; first += step) {
+        int64_t rows = min64(step, a->rows - first);
+        const float *x = (const float *)a->x + first * n;
+        float *h = to + first * n;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) {
+        for (int64_t i = 0; i < rows * n; i++) {
             float v = x[i] > 0.0f ? x[i] : 0.0f;
             h[i] = v * v;
         }
-        if (a->hq)
-            saturated += fq_rows(&a->fq, r, 1, n, (float *)a->hq + r * n, h, NULL, 448.0f);
+        if (hq)
+            saturated += fq_rows(&a->fq, first, rows, n, hq + first * n, h, NULL, 448.0f);
     }
     fq_count(&a->fq, saturated);
     return CQ_OK;

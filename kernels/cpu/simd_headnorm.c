@@ -13,7 +13,7 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vec.h"
 
-enum { MOST_DIM = 1024 };
+enum { MOST_DIM = 1024, HEADS = 32 /* worked on together */ };
 
 /// The integer nearest to a double below 2^51: adding 1.5 * 2^52 rounds.
 VEC_INLINE double nearest(double x) { return (x + 6755399441055744.0) - 6755399441055744.0; }
@@ -59,16 +59,62 @@ static void turn_row(turn *to, const turns *t, int32_t position, float sign) {
         to->cosine[i] = cosine;
     }
 }
-static void rotate(float *restrict y, const float *restrict v, const turn *t, int64_t half) {
+/// y may be v.
+static void rotate(float *y, const float *v, const turn *t, int64_t half) {
+    float *low = y, *high = y + half;
+    const float *v_low = v, *v_high = v + half;
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
-        y[i] = v[i] * t->cosine[i] - v[i + half] * t->sine[i];
-        y[i + half] = v[i + half] * t->cosine[i] + v[i] * t->sine[i];
+        float a = v_low[i], b = v_high[i];
+        low[i] = a * t->cosine[i] - b * t->sine[i];
+        high[i] = b * t->cosine[i] + a * t->sine[i];
     }
+}
+/// y = w v scale, rotated; y may be v.
+static void scale_and_rotate(float *y, const float *v, const float *w, float scale, const turn *t,
+                             int64_t half) {
+    float *low = y, *high = y + half;
+    const float *v_low = v, *v_high = v + half, *w_high = w + half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        float a = w[i] * (v_low[i] * scale), b = w_high[i] * (v_high[i] * scale);
+        low[i] = a * t->cosine[i] - b * t->sine[i];
+        high[i] = b * t->cosine[i] + a * t->sine[i];
+    }
+}
+/// The scales of `heads` heads, all sums first: a head alone would wait for its own square root.
+static void head_scales(float *scale, const float *x, int64_t heads, int64_t n, float eps) {
+    for (int64_t h = 0; h < heads; h++)
+        scale[h] = vec_dot(x + h * n, x + h * n, n);
+    for (int64_t h = 0; h < heads; h++)
+        scale[h] = 1.0f / sqrtf(scale[h] / (float)n + eps);
 }
 
 static bool unusual(cq_dtype dtype, int64_t dim, const int32_t *positions) {
     return dtype != CQ_F32 || dim > MOST_DIM || (positions && dim % 2);
+}
+
+/// `heads` heads of row r from `first` on.
+static void forward_heads(const cq_headnorm_forward_args *a, int64_t r, int64_t first,
+                          int64_t heads, const turn *now) {
+    int64_t n = a->head_dim;
+    const float *x = (const float *)a->x + r * a->ldx + first * n, *w = a->w;
+    float *y = (float *)a->y + r * a->ldy + first * n, scale[HEADS];
+    if (w)
+        head_scales(scale, x, heads, n, (float)a->eps);
+    for (int64_t h = 0; h < heads; h++, x += n, y += n) {
+        if (w && a->positions) {
+            scale_and_rotate(y, x, w, scale[h], now, n / 2);
+        } else if (a->positions) {
+            rotate(y, x, now, n / 2);
+        } else if (!w) {
+            memmove(y, x, (size_t)n * sizeof(float));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++)
+                y[i] = w[i] * (x[i] * scale[h]);
+        }
+    }
 }
 
 int CQ_OP(headnorm_forward)(cq_stream *s, const cq_headnorm_forward_args *a) {
@@ -78,45 +124,55 @@ int CQ_OP(headnorm_forward)(cq_stream *s, const cq_headnorm_forward_args *a) {
     turns all;
     if (a->positions)
         turns_init(&all, n, a->theta);
-    const float *w = a->w;
 #pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->heads * n))
     for (int64_t r = 0; r < a->rows; r++) {
         turn now;
-        float v[MOST_DIM];
         if (a->positions)
             turn_row(&now, &all, a->positions[r], 1.0f);
-        for (int64_t h = 0; h < a->heads; h++) {
-            const float *x = (const float *)a->x + r * a->ldx + h * n;
-            float *y = (float *)a->y + r * a->ldy + h * n;
-            memcpy(v, x, (size_t)n * sizeof(float));
-            if (w) {
-                float scale = 1.0f / sqrtf(vec_dot(v, v, n) / (float)n + (float)a->eps);
-#pragma omp simd
-                for (int64_t i = 0; i < n; i++)
-                    v[i] = w[i] * (v[i] * scale);
-            }
-            if (a->positions)
-                rotate(y, v, &now, n / 2);
-            else
-                memcpy(y, v, (size_t)n * sizeof(float));
-        }
+        for (int64_t h = 0; h < a->heads; h += HEADS)
+            forward_heads(a, r, h, a->heads - h < HEADS ? a->heads - h : HEADS, &now);
     }
     return CQ_OK;
 }
 
-/// dx of one head from dn, the gradient of the normalized head; adds dn xhat to `part`.
-static void head_backward(float *dx, float *part, const float *x, const float *w, const float *dn,
-                          float eps, int64_t n) {
-    float scale = 1.0f / sqrtf(vec_dot(x, x, n) / (float)n + eps), sum;
-    if (part)
+/// dx of `heads` heads from dn, the gradient of the normalized heads; adds dn xhat to `part`.
+static void norm_backward(float *dx, float *part, const float *x, const float *w, const float *dn,
+                          float eps, int64_t heads, int64_t n) {
+    float scale[HEADS], mean[HEADS];
+    head_scales(scale, x, heads, n, eps);
+    for (int64_t h = 0; h < heads; h++) {
+        const float *xh = x + h * n, *dh = dn + h * n;
+        VEC_SUM(mean[h], n, (w[i] * dh[i]) * xh[i]);
+    }
+    for (int64_t h = 0; h < heads; h++)
+        mean[h] = mean[h] * scale[h] * scale[h] / (float)n;
+    for (int64_t h = 0; h < heads; h++, x += n, dn += n, dx += n) {
+        float by = scale[h], m = mean[h];
+        if (part)
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++)
+                part[i] += dn[i] * (x[i] * by);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
-            part[i] += dn[i] * (x[i] * scale);
-    VEC_SUM(sum, n, (w[i] * dn[i]) * x[i]);
-    float mean = sum * scale * scale / (float)n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++)
-        dx[i] = scale * (w[i] * dn[i] - x[i] * mean);
+            dx[i] = by * (w[i] * dn[i] - x[i] * m);
+    }
+}
+
+/// `heads` heads of row r from `first` on.
+static void backward_heads(const cq_headnorm_backward_args *a, int64_t r, int64_t first,
+                           int64_t heads, const turn *now, float *part) {
+    int64_t n = a->head_dim;
+    const float *dy = (const float *)a->dy + r * a->lddy + first * n;
+    float *dx = (float *)a->dx + r * a->lddx + first * n, turned[MOST_DIM];
+    float *dn = a->w ? turned : dx;
+    for (int64_t h = 0; h < heads; h++)
+        if (a->positions)
+            rotate(dn + h * n, dy + h * n, now, n / 2);
+        else
+            memmove(dn + h * n, dy + h * n, (size_t)n * sizeof(float));
+    if (a->w)
+        norm_backward(dx, part, (const float *)a->x + r * a->ldx + first * n, a->w, dn,
+                      (float)a->eps, heads, n);
 }
 
 int CQ_OP(headnorm_backward)(cq_stream *s, const cq_headnorm_backward_args *a) {
@@ -126,28 +182,18 @@ int CQ_OP(headnorm_backward)(cq_stream *s, const cq_headnorm_backward_args *a) {
     turns all;
     if (a->positions)
         turns_init(&all, n, a->theta);
+    int64_t step = MOST_DIM / n < HEADS ? MOST_DIM / n : HEADS;
     rowsum sums;
     CQ_TRY(rowsum_init(&sums, s, "headnorm", a->rows, n, a->w && a->dw));
 #pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->heads * n))
     for (int64_t c = 0; c < sums.chunks; c++) {
-        float *part = rowsum_begin(&sums, c), dn[MOST_DIM];
+        float *part = rowsum_begin(&sums, c);
         turn now;
         for (int64_t r = c * sums.chunk_rows; r < rowsum_end(&sums, c); r++) {
             if (a->positions)
                 turn_row(&now, &all, a->positions[r], -1.0f);
-            for (int64_t h = 0; h < a->heads; h++) {
-                const float *dy = (const float *)a->dy + r * a->lddy + h * n;
-                float *dx = (float *)a->dx + r * a->lddx + h * n;
-                if (a->positions)
-                    rotate(dn, dy, &now, n / 2);
-                else
-                    memcpy(dn, dy, (size_t)n * sizeof(float));
-                if (a->w)
-                    head_backward(dx, part, (const float *)a->x + r * a->ldx + h * n, a->w, dn,
-                                  (float)a->eps, n);
-                else
-                    memcpy(dx, dn, (size_t)n * sizeof(float));
-            }
+            for (int64_t h = 0; h < a->heads; h += step)
+                backward_heads(a, r, h, a->heads - h < step ? a->heads - h : step, &now, part);
         }
     }
     rowsum_add(&sums, a->dw);

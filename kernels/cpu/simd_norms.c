@@ -1,8 +1,8 @@
 /* simd_norms.c - RMSNorm and Mamba-2's gated group norm, forward and backward; formulas are
  * kernels/ref/norms.inc.h's.
  *
- * One row at a time, three passes over it in the first-level cache: the sum of squares, the result,
- * its fake quantization. Weight gradients go through rowsum.h.
+ * A few rows at a time, three passes over them in the first-level cache: the sums of squares, the
+ * result, its fake quantization. Weight gradients go through rowsum.h.
  */
 #include <math.h>
 
@@ -11,36 +11,46 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vec.h"
 
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// Row r: its scale and, when `out` is set, the normalized row.
+static void rmsnorm_row(const cq_rmsnorm_forward_args *a, float *out, int64_t r) {
+    int64_t n = a->dim;
+    const float *x = (const float *)a->x + r * n, *w = a->w;
+    float scale = 1.0f / sqrtf(vec_dot(x, x, n) / (float)n + (float)a->eps);
+    if (a->rstd)
+        ((float *)a->rstd)[r] = scale;
+    if (!out)
+        return;
+    float *y = out + r * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        y[i] = w[i] * (x[i] * scale);
+}
+
 int CQ_OP(rmsnorm_forward)(cq_stream *s, const cq_rmsnorm_forward_args *a) {
     CQ_F32_OR_REF(rmsnorm_forward);
     if (a->yq)
         CQ_TRY(fq_check("rmsnorm", &a->fq, a->dim));
-    int64_t n = a->dim, saturated = 0;
-    const float *w = a->w;
-    float *out = a->y ? a->y : a->yq;
+    int64_t n = a->dim, step = fq_batch(n), saturated = 0;
+    float *out = a->y ? a->y : a->yq, *yq = a->yq;
 #pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
     reduction(+ : saturated)
-    for (int64_t r = 0; r < a->rows; r++) {
-        const float *x = (const float *)a->x + r * n;
-        float scale = 1.0f / sqrtf(vec_dot(x, x, n) / (float)n + (float)a->eps);
-        if (a->rstd)
-            ((float *)a->rstd)[r] = scale;
-        if (!out)
-            continue;
-        float *y = out + r * n;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-            y[i] = w[i] * (x[i] * scale);
-        if (a->yq)
-            saturated += fq_rows(&a->fq, r, 1, n, (float *)a->yq + r * n, y, NULL, 448.0f);
+    for (int64_t first = 0; first < a->rows; first += step) {
+        int64_t rows = min64(step, a->rows - first);
+        for (int64_t r = first; r < first + rows; r++)
+            rmsnorm_row(a, out, r);
+        if (yq)
+            saturated +=
+                fq_rows(&a->fq, first, rows, n, yq + first * n, out + first * n, NULL, 448.0f);
     }
     fq_count(&a->fq, saturated);
     return CQ_OK;
 }
 
 /// dx of one row, written or added.
-static void rmsnorm_row(float *dx, const float *x, const float *w, const float *dy, float scale,
-                        int64_t n, bool accumulate) {
+static void rmsnorm_row_backward(float *dx, const float *x, const float *w, const float *dy,
+                                 float scale, int64_t n, bool accumulate) {
     float sum;
     VEC_SUM(sum, n, (w[i] * dy[i]) * x[i]);
     float mean = sum * scale * scale / (float)n;
@@ -70,7 +80,7 @@ int CQ_OP(rmsnorm_backward)(cq_stream *s, const cq_rmsnorm_backward_args *a) {
 #pragma omp simd
                 for (int64_t i = 0; i < n; i++)
                     part[i] += dy[i] * (x[i] * scale);
-            rmsnorm_row((float *)a->dx + r * n, x, a->w, dy, scale, n, a->accumulate);
+            rmsnorm_row_backward((float *)a->dx + r * n, x, a->w, dy, scale, n, a->accumulate);
         }
     }
     rowsum_add(&sums, a->dw);
@@ -95,26 +105,34 @@ static float gated_group(float *out, const float *y, const float *z, const float
     return scale;
 }
 
+/// All groups of row r.
+static void gated_row(const cq_gatednorm_forward_args *a, float *out, int64_t r) {
+    int64_t dim = a->dim, width = dim / a->groups;
+    for (int64_t g = 0; g < a->groups; g++) {
+        int64_t at = r * dim + g * width;
+        float scale = gated_group(out ? out + at : NULL, (const float *)a->y + at,
+                                  (const float *)a->z + r * a->ldz + g * width,
+                                  (const float *)a->w + g * width, (float)a->eps, width);
+        if (a->rstd)
+            ((float *)a->rstd)[r * a->groups + g] = scale;
+    }
+}
+
 int CQ_OP(gatednorm_forward)(cq_stream *s, const cq_gatednorm_forward_args *a) {
     CQ_F32_OR_REF(gatednorm_forward);
     if (a->outq)
         CQ_TRY(fq_check("gatednorm", &a->fq, a->dim));
-    int64_t dim = a->dim, width = dim / a->groups, saturated = 0;
-    float *to = a->out ? a->out : a->outq, *rstd = a->rstd;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * dim))                   \
+    int64_t n = a->dim, step = fq_batch(n), saturated = 0;
+    float *out = a->out ? a->out : a->outq, *outq = a->outq;
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
     reduction(+ : saturated)
-    for (int64_t r = 0; r < a->rows; r++) {
-        for (int64_t g = 0; g < a->groups; g++) {
-            int64_t at = r * dim + g * width;
-            float scale = gated_group(to ? to + at : NULL, (const float *)a->y + at,
-                                      (const float *)a->z + r * a->ldz + g * width,
-                                      (const float *)a->w + g * width, (float)a->eps, width);
-            if (rstd)
-                rstd[r * a->groups + g] = scale;
-        }
-        if (a->outq)
+    for (int64_t first = 0; first < a->rows; first += step) {
+        int64_t rows = min64(step, a->rows - first);
+        for (int64_t r = first; r < first + rows; r++)
+            gated_row(a, out, r);
+        if (outq)
             saturated +=
-                fq_rows(&a->fq, r, 1, dim, (float *)a->outq + r * dim, to + r * dim, NULL, 448.0f);
+                fq_rows(&a->fq, first, rows, n, outq + first * n, out + first * n, NULL, 448.0f);
     }
     fq_count(&a->fq, saturated);
     return CQ_OK;

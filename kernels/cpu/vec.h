@@ -5,7 +5,7 @@
 /// No tables, no branches, no calls: a loop over any of them becomes vector code for every
 /// instruction set. The error of vec_exp is below 1.5 ulp; results below the smallest normal number
 /// are rounded into the subnormals, far below they are 0, above they are infinite, NaN stays NaN.
-/// Reductions keep 32 partial sums, in an order that depends on n alone.
+/// Reductions keep partial sums, in an order that depends on n and the instruction set alone.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -78,29 +78,26 @@ VEC_INLINE float vec_softplus(float x) {
     return (x > 0.0f ? x : 0.0f) + 2.0f * p;
 }
 
-enum { VEC_LANES = 32 };
-
-/// Sum of `lanes` partial sums, by halves.
-VEC_INLINE float vec_fold(float lanes[VEC_LANES]) {
-    for (int width = VEC_LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++)
-            lanes[i] += lanes[i + width];
-    return lanes[0];
-}
-/// Sum over i < n of the expression `term`, which reads i; sets `result`.
+/// Sum over i < n of the expression `term`, which reads i; sets `result`. Two halves side by side
+/// hide a part of the latency of the additions; more would cost short rows too much at the end.
 #define VEC_SUM(result, n, term)                                                                   \
     do {                                                                                           \
-        float vec_lane_[VEC_LANES] = {0};                                                          \
-        int64_t vec_n_ = (n), vec_whole_ = vec_n_ - vec_n_ % VEC_LANES;                            \
-        for (int64_t vec_at_ = 0; vec_at_ < vec_whole_; vec_at_ += VEC_LANES)                      \
-            for (int vec_j_ = 0; vec_j_ < VEC_LANES; vec_j_++) {                                   \
-                int64_t i = vec_at_ + vec_j_;                                                      \
-                vec_lane_[vec_j_] += (term);                                                       \
-            }                                                                                      \
-        for (int64_t i = vec_whole_; i < vec_n_; i++)                                              \
-            vec_lane_[i - vec_whole_] += (term);                                                   \
-        (result) = vec_fold(vec_lane_);                                                            \
+        int64_t vec_n_ = (n), vec_half_ = vec_n_ / 16 * 8;                                         \
+        float vec_a_ = 0.0f, vec_b_ = 0.0f;                                                        \
+        VEC_SIMD(reduction(+ : vec_a_, vec_b_))                                                    \
+        for (int64_t vec_i_ = 0; vec_i_ < vec_half_; vec_i_++) {                                   \
+            int64_t i = vec_i_;                                                                    \
+            vec_a_ += (term);                                                                      \
+            i = vec_i_ + vec_half_;                                                                \
+            vec_b_ += (term);                                                                      \
+        }                                                                                          \
+        vec_a_ += vec_b_;                                                                          \
+        for (int64_t i = 2 * vec_half_; i < vec_n_; i++)                                           \
+            vec_a_ += (term);                                                                      \
+        (result) = vec_a_;                                                                         \
     } while (0)
+#define VEC_PRAGMA_(text) _Pragma(#text)
+#define VEC_SIMD(clause) VEC_PRAGMA_(omp simd clause)
 
 VEC_INLINE float vec_sum(const float *x, int64_t n) {
     float sum;
@@ -112,6 +109,7 @@ VEC_INLINE float vec_dot(const float *x, const float *y, int64_t n) {
     VEC_SUM(sum, n, x[i] * y[i]);
     return sum;
 }
+enum { VEC_LANES = 32 };
 /// Largest of `floor` and the expression `term`, which reads i < n; sets `result`. NaN never wins.
 #define VEC_MAX(result, n, floor, term)                                                            \
     do {                                                                                           \
