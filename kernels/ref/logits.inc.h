@@ -20,6 +20,8 @@ static acc CQ_FN(log_sum_exp)(const real *z, int64_t n, const bool *kept, bool i
     for (int64_t j = 0; j < n; j++)
         if ((!kept || kept[j] == inside) && !((acc)z[j] <= top))
             top = (acc)z[j];
+    if (top == -(acc)INFINITY)
+        return top;
     for (int64_t j = 0; j < n; j++)
         if (!kept || kept[j] == inside)
             sum += exp((acc)z[j] - top);
@@ -77,7 +79,7 @@ static acc CQ_FN(kl_bucket)(const cq_kl_args *a, const real *zt, real *zs, const
             value += p * (log_p - log_q);
         if (!a->gradient)
             continue;
-        acc pull = kept[j] ? p : bucket ? rest * exp((acc)zs[j] - tail_s) : 0;
+        acc pull = kept[j] ? p : bucket && rest > 0 ? rest * exp((acc)zs[j] - tail_s) : 0;
         zs[j] = (real)((acc)a->scale * ((bucket ? q : q * mass) - pull));
     }
     return value;
