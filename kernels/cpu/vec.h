@@ -40,13 +40,11 @@ VEC_INLINE float vec_fma(float a, float b, float c) {
 }
 
 VEC_INLINE float vec_exp(float x) {
-    float c = x < -104.0f ? -104.0f : x;
-    c = c > 89.0f ? 89.0f : c;
     /* adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits */
-    float t = vec_fma(c, 1.442695041f, 12582912.0f);
+    float t = vec_fma(x, 1.442695041f, 12582912.0f);
     uint32_t n = vec_bits(t) - 0x4b400000u;
     float k = t - 12582912.0f;
-    float r = vec_fma(k, -0.693359375f, c);
+    float r = vec_fma(k, -0.693359375f, x);
     r = vec_fma(k, 2.12194440e-4f, r);
     /* (e^r - 1 - r) / r^2 interpolated at Chebyshev nodes: relative error of e^r below 2^-26 */
     float p = 0.0013926176119927734f;
@@ -58,7 +56,9 @@ VEC_INLINE float vec_exp(float x) {
     /* 2^n in two factors, because 2^128 and 2^-149 are results but not normal numbers */
     uint32_t half = (uint32_t)((int32_t)n >> 1);
     float low = vec_float((half + 127u) << 23), high = vec_float((n - half + 127u) << 23);
-    return p * low * high;
+    float y = p * low * high;
+    y = x < -104.0f ? 0.0f : y; /* far outside the range n is nonsense */
+    return x > 89.0f ? INFINITY : y;
 }
 VEC_INLINE float vec_sigmoid(float x) { return 1.0f / (1.0f + vec_exp(-x)); }
 VEC_INLINE float vec_silu(float x) { return x * vec_sigmoid(x); }
