@@ -1,17 +1,19 @@
 /// kernels.h - the arguments of every operation in kernels.def, and the table of one backend.
 ///
-/// Raw pointers and sizes, no tensors. Every floating buffer of one call has the element type `dtype`
-/// (CQ_F32 or CQ_F64; `cpu` runs F32, `ref` both) unless a comment says otherwise. T tokens lie in one row;
-/// `starts` [n_docs + 1] are the positions where documents begin, the last entry is T. `ld*` is the distance
-/// between rows in elements. Gradients named `d*` are overwritten; those marked += are added to.
-/// A call returns CQ_OK or cq_fail(...). All results are a function of the arguments and the thread count.
-/// Models: Nemotron-H (arXiv 2504.03624), Mamba-2 (arXiv 2405.21060), Qwen3 (arXiv 2505.09388).
+/// Raw pointers and sizes, no tensors. Every floating buffer of one call has the element type
+/// `dtype` (CQ_F32 or CQ_F64; `cpu` runs F32, `ref` both) unless a comment says otherwise. T tokens
+/// lie in one row; `starts` [n_docs + 1] are the positions where documents begin, the last entry is
+/// T. `ld*` is the distance between rows in elements. Gradients named `d*` are overwritten; those
+/// marked += are added to. A call returns CQ_OK or cq_fail(...). All results are a function of the
+/// arguments and the thread count. Models: Nemotron-H (arXiv 2504.03624), Mamba-2 (arXiv
+/// 2405.21060), Qwen3 (arXiv 2505.09388).
 #pragma once
 #include "core/base/dtype.h"
 
 typedef struct cq_kernels cq_kernels;
 
-/// CQ_COMPUTE_BF16 rounds the operands of matrix products to BF16 and accumulates in FP32; all else stays FP32.
+/// CQ_COMPUTE_BF16 rounds the operands of matrix products to BF16 and accumulates in FP32; all else
+/// stays FP32.
 typedef enum cq_compute { CQ_COMPUTE_F32 = 0, CQ_COMPUTE_BF16 = 1 } cq_compute;
 
 /// What runs an operation: a table, its threads, and scratch that the plan paid for.
@@ -47,10 +49,12 @@ typedef struct cq_matmul_args {
     double alpha, beta;
 } cq_matmul_args;
 
-/// For each group e, over rows offsets[e] .. offsets[e + 1] of x and y (dense rows), weights w[e] [n, k]:
+/// For each group e, over rows offsets[e] .. offsets[e + 1] of x and y (dense rows), weights w[e]
+/// [n, k]:
 ///   CQ_GROUPED_FORWARD  y[r, n]  = x[r, k] w[e]'            x, w -> y
 ///   CQ_GROUPED_INPUT    x[r, k]  = y[r, n] w[e]             y, w -> x
-///   CQ_GROUPED_WEIGHT   w[e]    += y' x                     x, y -> w (a group without rows adds nothing)
+///   CQ_GROUPED_WEIGHT   w[e]    += y' x                     x, y -> w (a group without rows adds
+///   nothing)
 typedef enum cq_grouped { CQ_GROUPED_FORWARD, CQ_GROUPED_INPUT, CQ_GROUPED_WEIGHT } cq_grouped;
 typedef struct cq_matmul_grouped_args {
     cq_dtype dtype;
@@ -70,7 +74,8 @@ typedef struct cq_rmsnorm_forward_args {
     cq_fq fq;   ///< used when yq is set
     void *rstd; ///< [rows] 1 / sqrt(mean(x^2) + eps); may be NULL
 } cq_rmsnorm_forward_args;
-/// dx = rstd (g - xhat mean(g xhat)), g = w dy; added to dx when `accumulate`. dw += sum dy xhat (may be NULL).
+/// dx = rstd (g - xhat mean(g xhat)), g = w dy; added to dx when `accumulate`. dw += sum dy xhat
+/// (may be NULL).
 typedef struct cq_rmsnorm_backward_args {
     cq_dtype dtype;
     int64_t rows, dim;
@@ -79,8 +84,9 @@ typedef struct cq_rmsnorm_backward_args {
     bool accumulate;
 } cq_rmsnorm_backward_args;
 
-/// Mamba-2 gated norm, gate first: u = y silu(z), out = w * u / sqrt(mean over its group(u^2) + eps).
-/// y [rows, dim] dense, z rows with ldz, `groups` equal groups of channels, rstd [rows, groups].
+/// Mamba-2 gated norm, gate first: u = y silu(z), out = w * u / sqrt(mean over its group(u^2) +
+/// eps). y [rows, dim] dense, z rows with ldz, `groups` equal groups of channels, rstd [rows,
+/// groups].
 typedef struct cq_gatednorm_forward_args {
     cq_dtype dtype;
     int64_t rows, dim, groups;
@@ -103,8 +109,9 @@ typedef struct cq_gatednorm_backward_args {
     void *dw; ///< += ; may be NULL
 } cq_gatednorm_backward_args;
 
-/// Per-head RMSNorm (skipped when w is NULL) and then rotary embedding (skipped when positions is NULL) of
-/// `heads` heads in each row. Channel i pairs with i + head_dim / 2; angle position * theta^(-2i / head_dim).
+/// Per-head RMSNorm (skipped when w is NULL) and then rotary embedding (skipped when positions is
+/// NULL) of `heads` heads in each row. Channel i pairs with i + head_dim / 2; angle position *
+/// theta^(-2i / head_dim).
 typedef struct cq_headnorm_forward_args {
     cq_dtype dtype;
     int64_t rows, heads, head_dim;
@@ -117,7 +124,8 @@ typedef struct cq_headnorm_forward_args {
     void *y;
     int64_t ldy;
 } cq_headnorm_forward_args;
-/// x is the forward's input (rstd is recomputed). dx may alias dy. dw += over rows and heads; may be NULL.
+/// x is the forward's input (rstd is recomputed). dx may alias dy. dw += over rows and heads; may
+/// be NULL.
 typedef struct cq_headnorm_backward_args {
     cq_dtype dtype;
     int64_t rows, heads, head_dim;
@@ -134,8 +142,9 @@ typedef struct cq_headnorm_backward_args {
     void *dw;
 } cq_headnorm_backward_args;
 
-/// Causal grouped-query attention inside each document: out = softmax(scale q k') v; query head h reads
-/// kv head h / (heads / kv_heads). lse [tokens, heads] is the log-sum-exp of the scaled scores.
+/// Causal grouped-query attention inside each document: out = softmax(scale q k') v; query head h
+/// reads kv head h / (heads / kv_heads). lse [tokens, heads] is the log-sum-exp of the scaled
+/// scores.
 typedef struct cq_attention_forward_args {
     cq_dtype dtype;
     int64_t tokens, n_docs;
@@ -159,11 +168,12 @@ typedef struct cq_attention_backward_args {
     void *dq, *dk, *dv;
     int64_t lddq, lddk, lddv;
 } cq_attention_backward_args;
-/// Scratch of `cpu` attention per thread, forward or backward, for documents of up to `longest` tokens.
+/// Scratch of `cpu` attention per thread, forward or backward, for documents of up to `longest`
+/// tokens.
 CQ_API int64_t cq_attention_scratch_bytes(int64_t longest, int64_t head_dim);
 
-/// Causal depthwise convolution and silu: y[t, c] = silu(b[c] + sum_k w[c, k] x[t - width + 1 + k, c]),
-/// reading zero across the document's start. w [channels, width]. b may be NULL.
+/// Causal depthwise convolution and silu: y[t, c] = silu(b[c] + sum_k w[c, k] x[t - width + 1 + k,
+/// c]), reading zero across the document's start. w [channels, width]. b may be NULL.
 typedef struct cq_conv_forward_args {
     cq_dtype dtype;
     int64_t tokens, n_docs;
@@ -187,11 +197,12 @@ typedef struct cq_conv_backward_args {
     void *dw, *db; ///< += ; may be NULL
 } cq_conv_backward_args;
 
-/// Mamba-2 SSD. Per head, zero state at every document's start, A = -exp(a_log), dt = softplus(dt_raw + dt_bias):
+/// Mamba-2 SSD. Per head, zero state at every document's start, A = -exp(a_log), dt =
+/// softplus(dt_raw + dt_bias):
 ///   S_t = exp(A dt_t) S_{t-1} + dt_t x_t B_t'      y_t = S_t C_t + D x_t
-/// x [tokens, heads, head_dim], B and C [tokens, groups, state], dt_raw [tokens, heads], each with its ld.
-/// Head h reads group h / (heads / groups). `chunk` is the block length of the scan (any value gives the same
-/// result up to rounding). No clamp on dt (time_step_limit is (0, inf)).
+/// x [tokens, heads, head_dim], B and C [tokens, groups, state], dt_raw [tokens, heads], each with
+/// its ld. Head h reads group h / (heads / groups). `chunk` is the block length of the scan (any
+/// value gives the same result up to rounding). No clamp on dt (time_step_limit is (0, inf)).
 typedef struct cq_ssd_forward_args {
     cq_dtype dtype;
     int64_t tokens, n_docs;
@@ -250,7 +261,8 @@ typedef struct cq_relu2_backward_args {
 } cq_relu2_backward_args;
 
 /// y = NVFP4 fake quantization of x [rows, cols] (kernels/nvfp4.h); cols is a multiple of 16.
-/// Dynamic by default; with block_amax (static, nvfp4.md 2.2) those block maxima are used and `top` is 448 or 256.
+/// Dynamic by default; with block_amax (static, nvfp4.md 2.2) those block maxima are used and `top`
+/// is 448 or 256.
 typedef struct cq_fake_quant_args {
     cq_dtype dtype;
     int64_t rows, cols;
@@ -270,8 +282,9 @@ typedef struct cq_amax_args {
     float *amax;
 } cq_amax_args;
 
-/// Sigmoid routing (Nemotron 3): s = sigmoid(logits); choice = s + bias picks top_k of the experts, ties to the
-/// lowest index, losing groups at -inf; weight = scaling * s / (sum of the selected s + 1e-20) (or scaling * s).
+/// Sigmoid routing (Nemotron 3): s = sigmoid(logits); choice = s + bias picks top_k of the experts,
+/// ties to the lowest index, losing groups at -inf; weight = scaling * s / (sum of the selected s +
+/// 1e-20) (or scaling * s).
 typedef struct cq_route_forward_args {
     cq_dtype dtype;
     int64_t tokens, experts, top_k, n_group, topk_group;
@@ -350,24 +363,31 @@ typedef struct cq_embed_backward_args {
     void *dtable;
 } cq_embed_backward_args;
 
-/// Forward KL(teacher || student) of a chunk of rows, and d/d(student logits) written over the student logits.
-/// Rows with labels < 0 count nothing and get a zero gradient row. Top-k forms are method.md 3.2:
-/// A renormalized, B truncated, C tail bucket; top_k >= vocab is the full KL in every form.
-typedef enum cq_kl_form { CQ_KL_FULL, CQ_KL_RENORMALIZED, CQ_KL_TRUNCATED, CQ_KL_TAIL_BUCKET } cq_kl_form;
+/// Forward KL(teacher || student) of a chunk of rows, and d/d(student logits) written over the
+/// student logits. Rows with labels < 0 count nothing and get a zero gradient row. Top-k forms are
+/// method.md 3.2: A renormalized, B truncated, C tail bucket; top_k >= vocab is the full KL in
+/// every form.
+typedef enum cq_kl_form {
+    CQ_KL_FULL,
+    CQ_KL_RENORMALIZED,
+    CQ_KL_TRUNCATED,
+    CQ_KL_TAIL_BUCKET
+} cq_kl_form;
 typedef struct cq_kl_args {
     cq_dtype dtype;
     int64_t rows, vocab;
     cq_kl_form form;
     int64_t top_k;
-    const void *teacher;   ///< [rows, vocab]
-    void *student;         ///< in: logits; out: scale * gradient of the row's KL when `gradient`, else unchanged
+    const void *teacher; ///< [rows, vocab]
+    void *student; ///< in: logits; out: scale * gradient of the row's KL when `gradient`, else
+                   ///< unchanged
     const int32_t *labels; ///< [rows]
     double scale;          ///< usually 1 / valid tokens
     bool gradient;
-    double *sum;           ///< += sum of KL over valid rows, nats
+    double *sum;                       ///< += sum of KL over valid rows, nats
     double *nll_teacher, *nll_student; ///< += negative log-likelihood of the labels; may be NULL
-    int64_t *agree;        ///< += valid rows whose top-1 tokens agree (ties to the lowest id); may be NULL
-    int64_t *valid;        ///< += valid rows; may be NULL
+    int64_t *agree; ///< += valid rows whose top-1 tokens agree (ties to the lowest id); may be NULL
+    int64_t *valid; ///< += valid rows; may be NULL
 } cq_kl_args;
 /// Cross-entropy of rows with labels >= 0; logits become scale * gradient when `gradient`.
 typedef struct cq_cross_entropy_args {
@@ -381,8 +401,8 @@ typedef struct cq_cross_entropy_args {
     int64_t *correct, *valid; ///< += ; may be NULL
 } cq_cross_entropy_args;
 
-/// Gram matrix of n rows, centred: biased K = Xc Xc' with Xc = X - column means; unbiased: U-centred X X'
-/// (zero diagonal). n >= 2 (biased) or 4 (unbiased). method.md 4.1.
+/// Gram matrix of n rows, centred: biased K = Xc Xc' with Xc = X - column means; unbiased:
+/// U-centred X X' (zero diagonal). n >= 2 (biased) or 4 (unbiased). method.md 4.1.
 typedef struct cq_gram_args {
     cq_dtype dtype;
     int64_t n, dim;
@@ -392,7 +412,8 @@ typedef struct cq_gram_args {
     void *gram;    ///< [n, n]
 } cq_gram_args;
 /// Two losses of a student Gram k and a teacher Gram l [n, n], both centred the same way.
-///   CQ_GRAM_CKA        loss = 1 - <K, L> / (|K| |L|), evaluated as |K/|K| - L/|L||^2 / 2 (no cancellation);
+///   CQ_GRAM_CKA        loss = 1 - <K, L> / (|K| |L|), evaluated as |K/|K| - L/|L||^2 / 2 (no
+///   cancellation);
 ///                      0 when a norm is 0 or not finite
 ///   CQ_GRAM_FROBENIUS  loss = |K - L|^2 / |L|^2
 /// out[0] = <K, L>, out[1] = <K, K>, out[2] = <L, L>, out[3] = loss, all in double.
@@ -404,8 +425,9 @@ typedef struct cq_cka_args {
     const void *k, *l;
     double *out;
 } cq_cka_args;
-/// dx = weight * dloss/dX; for CKA -weight * (2/b) (L/c - cka K/b) X with b = |K|, c = |L| (method.md 4.2), for
-/// Frobenius weight * 4 (K - L) X / |L|^2. k is destroyed. Zero where the loss is defined as 0. x need not be centred.
+/// dx = weight * dloss/dX; for CKA -weight * (2/b) (L/c - cka K/b) X with b = |K|, c = |L|
+/// (method.md 4.2), for Frobenius weight * 4 (K - L) X / |L|^2. k is destroyed. Zero where the loss
+/// is defined as 0. x need not be centred.
 typedef struct cq_cka_backward_args {
     cq_dtype dtype;
     cq_gram_loss loss;
@@ -492,7 +514,8 @@ struct cq_kernels {
 #define CQ_RUN(s, op, ...) (s)->table->op((s), &(cq_##op##_args){__VA_ARGS__})
 #endif
 
-/// The table `ref` or `cpu`; NULL for another name. An operation or dtype that `cpu` lacks runs in `ref`.
+/// The table `ref` or `cpu`; NULL for another name. An operation or dtype that `cpu` lacks runs in
+/// `ref`.
 CQ_API const cq_kernels *cq_kernels_find(const char *name);
 /// What `cpu` dispatches to on this machine: "avx512", "avx2" or "generic".
 CQ_API const char *cq_cpu_isa(void);

@@ -1,10 +1,13 @@
-/// nvfp4.h - the NVFP4 codec: blocks of 16, E2M1 codes, E4M3 block scales, one FP32 scale per tensor.
+/// nvfp4.h - the NVFP4 codec: blocks of 16, E2M1 codes, E4M3 block scales, one FP32 scale per
+/// tensor.
 ///
-///     ws2 = amax / 2688        s8 = e4m3(clamp(B / (6 ws2), 2^-9, 448))        code = e2m1(x / (s8 ws2))
+///     ws2 = amax / 2688        s8 = e4m3(clamp(B / (6 ws2), 2^-9, 448))        code = e2m1(x / (s8
+///     ws2))
 ///
-/// Bit-exact with ModelOpt's export (modelopt/torch/quantization/qtensor/nvfp4_tensor.py at a2fbac7b): every step is
-/// one FP32 operation, division is true division. This header is the only codec: calibration, fake quantization,
-/// export and import use it, on the host and in CUDA. Compile without fast-math and without contraction.
+/// Bit-exact with ModelOpt's export (modelopt/torch/quantization/qtensor/nvfp4_tensor.py at
+/// a2fbac7b): every step is one FP32 operation, division is true division. This header is the only
+/// codec: calibration, fake quantization, export and import use it, on the host and in CUDA.
+/// Compile without fast-math and without contraction.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -15,16 +18,17 @@
 #define CQ_HD static inline
 #endif
 
-/// Magnitude code 0..7 of |v|: nearest of {0, .5, 1, 1.5, 2, 3, 4, 6}, ties to the even code; NaN gives 7.
+/// Magnitude code 0..7 of |v|: nearest of {0, .5, 1, 1.5, 2, 3, 4, 6}, ties to the even code; NaN
+/// gives 7.
 CQ_HD uint8_t cq_e2m1_code(float a) {
-    return (uint8_t)(a <= 0.25f  ? 0
-                     : a < 0.75f ? 1
+    return (uint8_t)(a <= 0.25f   ? 0
+                     : a < 0.75f  ? 1
                      : a <= 1.25f ? 2
-                     : a < 1.75f ? 3
-                     : a <= 2.5f ? 4
-                     : a < 3.5f  ? 5
-                     : a <= 5.0f ? 6
-                                 : 7);
+                     : a < 1.75f  ? 3
+                     : a <= 2.5f  ? 4
+                     : a < 3.5f   ? 5
+                     : a <= 5.0f  ? 6
+                                  : 7);
 }
 /// Code with the sign in bit 3, taken from v < 0 (so -0.0 gives 0).
 CQ_HD uint8_t cq_e2m1_encode(float v) {
@@ -43,7 +47,8 @@ CQ_HD uint8_t cq_e4m3_encode(float v) {
         return 0x7f;
     if (v >= 448.0f)
         return 0x7e;
-    if (v < 0.015625f) /* subnormal: a multiple of 2^-9; adding 2^14 rounds to that grid, ties to even */
+    if (v < 0.015625f) /* subnormal: a multiple of 2^-9; adding 2^14 rounds to that grid, ties to
+                          even */
     {
         float r = v + 16384.0f;
         memcpy(&u, &r, 4);
@@ -69,7 +74,8 @@ CQ_HD float cq_e4m3_decode(uint8_t b) {
     return f;
 }
 
-/// Largest |x| of a block of 16, compared as bit patterns, so that a NaN is the largest of all and the block becomes NaN.
+/// Largest |x| of a block of 16, compared as bit patterns, so that a NaN is the largest of all and
+/// the block becomes NaN.
 CQ_HD float cq_nvfp4_block_amax(const float x[16]) {
     uint32_t b = 0, u;
     float f;
@@ -84,7 +90,8 @@ CQ_HD float cq_nvfp4_block_amax(const float x[16]) {
 /// Tensor scale `weight_scale_2` of a frozen maximum; `top` is 448, or 256 for four-over-six.
 CQ_HD float cq_nvfp4_tensor_scale(float amax, float top) { return amax / (6.0f * top); }
 
-/// Block scale of the dynamic form (nvfp4.md 2.1 steps 2-5). *saturated becomes 1 when the clamp at 448 acted.
+/// Block scale of the dynamic form (nvfp4.md 2.1 steps 2-5). *saturated becomes 1 when the clamp at
+/// 448 acted.
 CQ_HD uint8_t cq_nvfp4_scale_dynamic(float block_amax, float ws2, int *saturated) {
     float d = 6.0f * ws2;
     float p = block_amax / d;
@@ -94,7 +101,8 @@ CQ_HD uint8_t cq_nvfp4_scale_dynamic(float block_amax, float ws2, int *saturated
     p = p < 0.001953125f ? 0.001953125f : p > 448.0f ? 448.0f : p;
     return cq_e4m3_encode(p);
 }
-/// Block scale of the static form (nvfp4.md 2.2): block maximum b and tensor maximum g chosen by calibration.
+/// Block scale of the static form (nvfp4.md 2.2): block maximum b and tensor maximum g chosen by
+/// calibration.
 CQ_HD uint8_t cq_nvfp4_scale_static(float b, float g, float top) {
     float smax = g / 6.0f;
     float p = b / 6.0f;
@@ -105,11 +113,13 @@ CQ_HD uint8_t cq_nvfp4_scale_static(float b, float g, float top) {
     p = p < 0.001953125f ? 0.001953125f : p > 448.0f ? 448.0f : p;
     return cq_e4m3_encode(p);
 }
-/// Codes of one block under its scale; bytes[j] holds element 2j in the low nibble, 2j + 1 in the high one.
+/// Codes of one block under its scale; bytes[j] holds element 2j in the low nibble, 2j + 1 in the
+/// high one.
 CQ_HD void cq_nvfp4_block_encode(uint8_t bytes[8], const float x[16], uint8_t s8, float ws2) {
     float den = cq_e4m3_decode(s8) * ws2;
     for (int j = 0; j < 8; j++)
-        bytes[j] = (uint8_t)(cq_e2m1_encode(x[2 * j] / den) | (cq_e2m1_encode(x[2 * j + 1] / den) << 4));
+        bytes[j] =
+            (uint8_t)(cq_e2m1_encode(x[2 * j] / den) | (cq_e2m1_encode(x[2 * j + 1] / den) << 4));
 }
 CQ_HD void cq_nvfp4_block_decode(float y[16], const uint8_t bytes[8], uint8_t s8, float ws2) {
     float den = cq_e4m3_decode(s8) * ws2;
@@ -118,9 +128,11 @@ CQ_HD void cq_nvfp4_block_decode(float y[16], const uint8_t bytes[8], uint8_t s8
         y[2 * j + 1] = cq_e2m1_decode(bytes[j] >> 4) * den;
     }
 }
-/// Fake quantization of one block: decode(encode(x)). With block_amax >= 0 the static form, else the dynamic one.
-/// amax <= 0 (a zero tensor) gives zeros. Returns 1 when the block scale saturated.
-CQ_HD int cq_nvfp4_block_fake(float y[16], const float x[16], float amax, float block_amax, float top) {
+/// Fake quantization of one block: decode(encode(x)). With block_amax >= 0 the static form, else
+/// the dynamic one. amax <= 0 (a zero tensor) gives zeros. Returns 1 when the block scale
+/// saturated.
+CQ_HD int cq_nvfp4_block_fake(float y[16], const float x[16], float amax, float block_amax,
+                              float top) {
     int saturated = 0;
     if (!(amax > 0.0f)) {
         for (int i = 0; i < 16; i++)

@@ -27,6 +27,10 @@ build() { # FOLDER CMAKE-OPTIONS...
   cmake -S . -B "$dir" -G Ninja -DCKAQAD_WERROR=ON "$@" && cmake --build "$dir"
 }
 each_test() { ctest --test-dir "$1" --output-on-failure --timeout 300 -j 2; }
+without_onednn() {
+  cmake -S . -B build/plain -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF && cmake --build build/plain --target ckaqad &&
+    build/plain/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
+}
 sanitized() {
   build build/asan -DCKAQAD_SANITIZE=address,undefined && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
 }
@@ -34,7 +38,7 @@ sanitized() {
 part gcc "build with gcc, warnings are errors" build build
 part gcc "unit tests" each_test build
 part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang
-part clang "build without oneDNN" build build/plain -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF
+part clang "build without oneDNN" without_onednn
 part sanitize "unit tests under address and undefined sanitizers" sanitized
 for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
 part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua

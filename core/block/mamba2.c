@@ -71,7 +71,8 @@ int cq_mamba_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *
     int64_t rows = b->tokens, size = cq_dtype_bytes(e->dtype);
     const char *proj = l->proj.data, *conv = l->conv.data;
     char *dproj = l->dproj.data, *dconv = l->dconv.data;
-    /* dconv is free until the scan's backward, so it holds the gated norm's output gradient first */
+    /* dconv is free until the scan's backward, so it holds the gated norm's output gradient first
+     */
     CQ_TRY(cq_linear_backward(l, l->out, s, l->mid.data, dh, c->hidden, rows, l->dconv.data, 0));
     CQ_TRY(CQ_RUN(s, gatednorm_backward, .dtype = e->dtype, .rows = rows, .dim = w.inner,
                   .groups = c->mamba_groups, .y = l->scan.data, .z = proj, .ldz = w.all,

@@ -20,6 +20,9 @@ install(FILES core/packaging/ckaqad.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
 install(FILES core/packaging/ckaqad.bash DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions
   RENAME ckaqad)
 
+# the file finds its own prefix, so an installed tree can be moved
+file(RELATIVE_PATH PC_UP /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+set(PC_PREFIX "\${pcfiledir}/${PC_UP}")
 configure_file(core/packaging/ckaqad.pc.in ckaqad.pc @ONLY)
 install(FILES ${CMAKE_BINARY_DIR}/ckaqad.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 configure_package_config_file(core/packaging/ckaqad-config.cmake.in ckaqad-config.cmake

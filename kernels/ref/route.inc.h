@@ -73,7 +73,7 @@ static int CQ_FN(route_forward)(const cq_route_forward_args *a) {
     if (values && flags)
         for (int64_t t = 0; t < a->tokens; t++)
             CQ_FN(route_token)
-            (a, t, values, values + a->experts, values + 2 * a->experts, flags, flags + a->experts);
+    (a, t, values, values + a->experts, values + 2 * a->experts, flags, flags + a->experts);
     int status = values && flags ? CQ_OK
                                  : cq_fail(CQ_ENOMEM, "route: no memory for %lld experts",
                                            (long long)a->experts);

@@ -1,5 +1,6 @@
-/* example.c - one page against the installed library: a BF16 folder in, a calibrated NVFP4 folder out.
-   cc example.c $(pkg-config --cflags --libs ckaqad) -o example && ./example MODEL DATA.jsonl OUT */
+/* example.c - one page against the installed library: a BF16 folder in, a calibrated NVFP4 folder
+   out. cc example.c $(pkg-config --cflags --libs ckaqad) -o example && ./example MODEL DATA.jsonl
+   OUT */
 #include "core/ckaqad.h"
 #include <stdio.h>
 
@@ -18,9 +19,11 @@ static int run(const char *dir, const char *data, const char *out) {
     CQ_TRY(cq_model_open(&teacher, dir, CQ_F32));
     CQ_TRY(cq_model_quantize(&student, teacher, &(cq_quant_options){.preset = "all"}));
     CQ_TRY(cq_tokenizer_open(&tokenizer, dir));
-    CQ_TRY(cq_corpus_open(&corpus, data, tokenizer,
-                          &(cq_corpus_options){.vocab = cq_model_config(teacher)->vocab, .max_tokens = TOKENS}));
-    CQ_TRY(cq_loader_open(&loader, corpus, &(cq_loader_options){.seq = TOKENS, .batch = 1, .micro = 1, .seed = 1}));
+    CQ_TRY(cq_corpus_open(
+        &corpus, data, tokenizer,
+        &(cq_corpus_options){.vocab = cq_model_config(teacher)->vocab, .max_tokens = TOKENS}));
+    CQ_TRY(cq_loader_open(&loader, corpus,
+                          &(cq_loader_options){.seq = TOKENS, .batch = 1, .micro = 1, .seed = 1}));
 
     CQ_TRY(cq_plan_open(&plan));
     CQ_TRY(cq_model_plan_params(teacher, plan, false));
@@ -38,8 +41,8 @@ static int run(const char *dir, const char *data, const char *out) {
     CQ_TRY(cq_model_calibrate_end(student, &stream, &unreached));
     CQ_TRY(cq_export_nvfp4(student, out, 0));
     CQ_TRY(cq_export_compare(student, out, &differing));
-    printf("%s: %ld experts without calibration tokens, %ld differing elements\n", out, (long)unreached,
-           (long)differing);
+    printf("%s: %ld experts without calibration tokens, %ld differing elements\n", out,
+           (long)unreached, (long)differing);
 
     cq_loader_close(loader);
     cq_corpus_close(corpus);

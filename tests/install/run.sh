@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Installs into a folder and uses it from outside: pkg-config, find_package, plain luajit, man page, completion.
+# Installs the build into a folder and uses it from outside: pkg-config, find_package, plain luajit, man page, completion.
 set -eu
 cd "$(dirname "$0")/../.."
 top=$PWD; to=$top/build/installed; work=$top/build/install-test
 rm -rf "$to" "$work"; mkdir -p "$work"
-cmake -S . -B build/install -G Ninja -DCKAQAD_TESTS=OFF -DCMAKE_INSTALL_PREFIX="$to" >/dev/null
-cmake --build build/install && cmake --install build/install >/dev/null
+cmake --install build --prefix "$to" >/dev/null
 lib=$(dirname "$(find "$to" -name 'libckaqad.so' | head -n 1)")
 export PKG_CONFIG_PATH=$lib/pkgconfig LD_LIBRARY_PATH=$lib
 
@@ -31,7 +30,7 @@ cmake --build "$work/consumer/build"
 echo "== plain luajit"
 LUA_PATH="$to/share/lua/5.1/?.lua;$to/share/lua/5.1/?/init.lua;;" luajit -e '
   local cq = require "ckaqad"
-  print(cq.version())
+  print(cq.version)
   local m = cq.model.open("tests/golden/qwen3_tiny")
   print(m)'
 
