@@ -26,7 +26,7 @@ static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 #ifdef CQ_ONEDNN
 static int gemm(const cq_stream *s, const cq_matmul_args *a) { return cq_cpu_sgemm(s, a); }
 #else
-enum { ROWS = 96, COLS = 128, DEPTH = 256 };
+enum { ROWS = 192, COLS = 128, DEPTH = 256 };
 
 /// One block of C.
 static void gemm_block(const cq_matmul_args *a, int64_t i0, int64_t j0) {
