@@ -96,7 +96,7 @@ static void sums_flush(sums *g, const taps *k) {
     }
 }
 
-/// One document's part of a block: dp of token t lies in row t % width of `ring`.
+/// One document's part of a block: dp of token t lies in row t % width of `ring`, zero past the end.
 static void backward_document(const cq_conv_backward_args *a, const taps *k, sums *g, int64_t first,
                               int64_t start, int64_t end) {
     float ring[MOST_TAPS][BLOCK] = {{0}}, p[BLOCK];
@@ -120,7 +120,7 @@ static void backward_document(const cq_conv_backward_args *a, const taps *k, sum
         }
         for (int64_t c = 0; c < n; c++)
             dx[c] = k->w[width - 1][c] * dp[c];
-        for (int64_t i = 1; i < width && t + i < end; i++) {
+        for (int64_t i = 1; i < width; i++) {
             const float *w = k->w[width - 1 - i], *later = ring[(t + i) % width];
             for (int64_t c = 0; c < n; c++)
                 dx[c] += w[c] * later[c];

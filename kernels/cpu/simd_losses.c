@@ -148,7 +148,7 @@ static inline void split_exponentials(side *in, side *out, const kept *s, const 
         si += k ? ps : 0.0f;
         to += k ? 0.0f : pt;
         so += k ? 0.0f : ps;
-        dot += k & (dt > -87.0f) ? pt * (dt - ds) : 0.0f;
+        dot += (k & (dt > -87.0f)) ? pt * (dt - ds) : 0.0f;
         if (e)
             e[j] = ps;
     }
