@@ -21,7 +21,7 @@ stroke-linejoin:round}.thin{stroke-width:1;opacity:.4}svg text.fa{fill:var(--a)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem 1.1rem .25rem 0;text-align:right;
 border-bottom:1px solid var(--line);font-weight:400}th{color:var(--dim)}td:first-child,th:first-child{text-align:left}
 tr.last td{font-weight:600}.scroll{overflow-x:auto}dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1.2rem;margin:0}
-dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+@media(min-width:44rem){.wide{grid-template-columns:max-content 1fr max-content 1fr}}dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 ]]
 
 -- Round numbers that span [low, high] in about `n` steps.
@@ -35,7 +35,7 @@ function report.ticks(low, high, n)
     if step >= raw * 0.999 then break end
   end
   local list, first = {}, math.ceil(low / step - 1e-9)
-  for i = first, math.floor(high / step + 1e-9) do list[#list + 1] = i * step end
+  for i = first, math.floor(high / step + 1e-9) do list[#list + 1] = i * step + 0 end -- + 0: no tick reads -0
   return list, step
 end
 
@@ -241,7 +241,7 @@ function report.html(r)
   if r.export_equal ~= nil then
     pair("export", r.export_equal and "dequantizes to the trained weights, every bit" or "differs from the trained weights")
   end
-  add "</dl><h2>Options</h2><dl>"
+  add '</dl><h2>Options</h2><dl class="wide">'
   for _, key in ipairs(json.keys(r.options)) do
     local value = r.options[key]
     pair("--" .. key, value == "" and "none" or type(value) == "number" and ("%.10g"):format(value) or tostring(value))
