@@ -16,6 +16,7 @@
 #include "core/text/batch.h"
 #include "core/text/chat.h"
 #include "core/text/corpus.h"
+#include "core/text/show.h"
 #include "core/text/tokenizer.h"
 #include "core/train/checkpoint.h"
 #include "core/train/distill.h"

@@ -1,7 +1,7 @@
 /// tokenizer_file.c - tokenizer.json and tokenizer_config.json into the tables of a tokenizer.
 ///
 /// What the file says decides: normalizer, pre_tokenizer, decoder, ignore_merges and the added
-/// tokens' flags are read, and a part that would change token ids and is not implemented is refused
+/// tokens' flags are read, and a part that would change token ids and is not supported is refused
 /// by name. Truncation, padding and the post-processor's special tokens are left out on purpose:
 /// documents are encoded as they are.
 #include "core/base/error.h"

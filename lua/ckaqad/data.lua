@@ -198,24 +198,13 @@ function Data:describe()
   return lines
 end
 
---- Prints the first `n` training documents; tokens that are targets are green on a terminal, [bracketed] elsewhere.
+--- Prints the first `n` training documents; tokens that are targets are coloured on a terminal, [[bracketed]] elsewhere.
 function data.show(self, n)
   local colour = native.isatty(1) and not os.getenv("NO_COLOR")
-  local on, off = colour and "\27[32m" or "[", colour and "\27[0m" or "]"
-  if not self.tokenizer then errors.usage("data.show: the model folder has no tokenizer.json") end
   for i = 0, math.min(n or 3, tonumber(C.cq_corpus_count(self.corpus))) - 1 do
-    local ids, mask, length = document(self.corpus, i)
-    local parts, from = { ("-- document %d, %d tokens\n"):format(i, length) }, 0
-    for j = 1, length do
-      if j == length or (mask[j] ~= 0) ~= (mask[from] ~= 0) then
-        local s = native.take_text(function(out, bytes)
-          return C.cq_tokenizer_decode(self.tokenizer, ids + from, j - from, out, bytes)
-        end)
-        parts[#parts + 1] = mask[from] ~= 0 and on .. s .. off or s
-        from = j
-      end
-    end
-    print(table.concat(parts))
+    local _, _, length = document(self.corpus, i)
+    print(("-- document %d, %d tokens"):format(i, length))
+    print(native.take_text(function(out) return C.cq_corpus_show(self.corpus, self.tokenizer, i, colour, out) end))
   end
 end
 

@@ -82,9 +82,9 @@ end
 
 -- Calls `f(..., &text, &bytes)`-like functions through `fill(text, bytes)` and returns the malloc'd text as a string.
 function native.take_text(fill)
-  local out, bytes = ffi.new "char *[1]", ffi.new "int64_t[1]"
+  local out, bytes = ffi.new "char *[1]", ffi.new("int64_t[1]", -1)
   native.check(fill(out, bytes))
-  local s = ffi.string(out[0], bytes[0])
+  local s = bytes[0] < 0 and ffi.string(out[0]) or ffi.string(out[0], bytes[0])
   C.free(out[0])
   return s
 end
