@@ -60,7 +60,7 @@ static inline cq_safetensors *check_golden(const char *name) {
 
 static inline cq_tensor check_tensor(const cq_safetensors *file, const char *group,
                                      const char *key) {
-    char name[128];
+    char name[256];
     snprintf(name, sizeof(name), "%s%s%s", group, *group ? "." : "", key);
     const cq_entry *e = cq_safetensors_find(file, name);
     cr_assert_not_null(e, "golden file: no tensor %s", name);

@@ -206,6 +206,36 @@ static void expect_values(const float *got, const float *want, int64_t n, bool b
                   (long long)i, (double)want[i]);
 }
 
+/* E4M3 scale of a quotient already in range, by search; volatile floats make each step round. */
+static int scale_code(float p) {
+    double values[127];
+    for (int c = 0; c < 127; c++)
+        values[c] = e4m3_value(c);
+    return nearest(fmin(fmax((double)p, 0x1p-9), 448), values, 127);
+}
+
+/* BF16 maxima meet the middles of E4M3 often, so the order of the roundings shows in the scale. */
+Test(nvfp4, scales_round_after_each_operation_in_the_published_order) {
+    int other_static = 0, other_dynamic = 0;
+    for (uint64_t i = 0; i < 100000; i++) {
+        float b = from_bits((uint32_t)(0x3c00 + cq_random_below(5, 0, i, 0x180)) << 16);
+        float g = from_bits((uint32_t)(0x3d80 + cq_random_below(5, 1, i, 0x100)) << 16);
+        volatile float sixth = b / 6, product = sixth * 448, smax = g / 6, p = product / smax;
+        volatile float ratio = 448 / smax, q = sixth * ratio;
+        volatile float ws2 = g / 2688, d = 6 * ws2, r = b / d, t = sixth / ws2;
+        int saturated, want = scale_code(p);
+        cr_assert_eq(cq_nvfp4_scale_static(b, g, 448), want, "static, b %a g %a", (double)b,
+                     (double)g);
+        other_static += scale_code(q) != want;
+        want = scale_code(r);
+        cr_assert_eq(cq_nvfp4_scale_dynamic(b, cq_nvfp4_tensor_scale(g, 448), &saturated), want,
+                     "dynamic, b %a g %a", (double)b, (double)g);
+        other_dynamic += scale_code(t) != want;
+    }
+    cr_expect_gt(other_static, 0, "another order gives the same scales: the test shows nothing");
+    cr_expect_gt(other_dynamic, 0, "another order gives the same scales: the test shows nothing");
+}
+
 /* One golden case: packing, unpacking, and fake quantization in F32 and F64, every bit. */
 static void check_case(const cq_safetensors *file, const char *name, bool fixed, float top) {
     cq_tensor t = check_tensor(file, name, "x");

@@ -275,13 +275,14 @@ Test(cka, small_losses_keep_their_digits) {
 
 Test(cka, without_a_norm_the_loss_is_zero_and_so_is_the_gradient) {
     double *y = finite_normal(40, 47, 0, 1, 0), dx[40];
-    double flat[40], endless[40];
+    double flat[40], endless[40], huge[40]; /* huge: K is finite, |K| is not */
     for (int i = 0; i < 40; i++) {
         flat[i] = i % 5;
         endless[i] = i == 7 ? INFINITY : y[i];
+        huge[i] = y[i] * 1e100;
     }
-    const double *odd[2] = {flat, endless};
-    for (int i = 0; i < 8; i++) {
+    const double *odd[3] = {flat, endless, huge};
+    for (int i = 0; i < 12; i++) {
         pair p = {.n = 8, .dim = 5, .unbiased = i & 1, .loss = CQ_GRAM_CKA};
         const double *x = i & 2 ? y : odd[i >> 2], *z = i & 2 ? odd[i >> 2] : y;
         dx[3] = 1;

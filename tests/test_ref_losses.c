@@ -268,6 +268,9 @@ Test(kl, minus_infinity_logits_of_both_sides_are_no_mass) {
     double full = kl_value(CQ_KL_FULL, 0, teacher, z);
     check_near(kl_value(CQ_KL_TAIL_BUCKET, 4, teacher, z), full, 1e-15, "bucket");
     cr_expect(full > 0);
+    teacher[V - 1] = 0; /* mass where the student has none */
+    cr_expect_eq(kl_value(CQ_KL_TAIL_BUCKET, 4, teacher, z), INFINITY);
+    teacher[V - 1] = -INFINITY;
     run_kl(CQ_KL_TAIL_BUCKET, 4, teacher, z, all_labels, 0, T, 1);
     for (int i = 0; i < T * V; i++)
         cr_expect(isfinite(z[i]) && (i % V < 4 || z[i] == 0), "at %d: %g", i, z[i]);
