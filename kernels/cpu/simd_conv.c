@@ -96,7 +96,8 @@ static void sums_flush(sums *g, const taps *k) {
     }
 }
 
-/// One document's part of a block: dp of token t lies in row t % width of `ring`, zero past the end.
+/// One document's part of a block: dp of token t lies in row t % width of `ring`, zero past the
+/// end.
 static void backward_document(const cq_conv_backward_args *a, const taps *k, sums *g, int64_t first,
                               int64_t start, int64_t end) {
     float ring[MOST_TAPS][BLOCK] = {{0}}, p[BLOCK];

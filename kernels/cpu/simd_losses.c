@@ -99,22 +99,41 @@ static int64_t first_at(const float *z, int64_t n, float value) {
     return j;
 }
 
+enum { LANES = 16 };
+/// Largest values of the teacher and the student in S and outside it, by lane.
+typedef struct tops {
+    float teacher_in[LANES], student_in[LANES], teacher_out[LANES], student_out[LANES];
+} tops;
+
+/// Takes n <= LANES entries, from id j0 on; a constant n makes vectors of it.
+VEC_INLINE void tops_take(tops *m, const kept *s, const float *t, const float *z, int j0, int n) {
+    for (int i = 0; i < n; i++) {
+        bool k = is_kept(s, t[i], j0 + i);
+        float ti = k ? t[i] : -INFINITY, si = k ? z[i] : -INFINITY;
+        float to = k ? -INFINITY : t[i], so = k ? -INFINITY : z[i];
+        m->teacher_in[i] = ti > m->teacher_in[i] ? ti : m->teacher_in[i];
+        m->student_in[i] = si > m->student_in[i] ? si : m->student_in[i];
+        m->teacher_out[i] = to > m->teacher_out[i] ? to : m->teacher_out[i];
+        m->student_out[i] = so > m->student_out[i] ? so : m->student_out[i];
+    }
+}
+/// The largest lane; 0 when all entries are masked, whose exponentials then sum to 0.
+static float tops_fold(const float *lanes) {
+    float top = vec_max(lanes, LANES, -INFINITY);
+    return top > -INFINITY ? top : 0.0f;
+}
+
 /// Tops of the entries in S (`in`) and outside it.
 static void split_tops(side *in, side *out, const kept *s, const float *t, const float *z, int n) {
-    float ti = -INFINITY, si = -INFINITY, to = -INFINITY, so = -INFINITY;
-#pragma omp simd reduction(max : ti, si, to, so)
-    for (int j = 0; j < n; j++) {
-        bool k = is_kept(s, t[j], j);
-        float tk = k ? t[j] : -INFINITY, sk = k ? z[j] : -INFINITY;
-        float tn = k ? -INFINITY : t[j], sn = k ? -INFINITY : z[j];
-        ti = tk > ti ? tk : ti;
-        si = sk > si ? sk : si;
-        to = tn > to ? tn : to;
-        so = sn > so ? sn : so;
-    }
-    *in = (side){.teacher_top = ti, .student_top = si};
-    *out = (side){.teacher_top = to > -INFINITY ? to : 0.0f, /* all masked: sums of zeros */
-                  .student_top = so > -INFINITY ? so : 0.0f};
+    tops m;
+    int j = 0;
+    for (int i = 0; i < LANES; i++)
+        m.teacher_in[i] = m.student_in[i] = m.teacher_out[i] = m.student_out[i] = -INFINITY;
+    for (; j + LANES <= n; j += LANES)
+        tops_take(&m, s, t + j, z + j, j, LANES);
+    tops_take(&m, s, t + j, z + j, j, n - j);
+    *in = (side){.teacher_top = tops_fold(m.teacher_in), .student_top = tops_fold(m.student_in)};
+    *out = (side){.teacher_top = tops_fold(m.teacher_out), .student_top = tops_fold(m.student_out)};
 }
 
 /// One span of a row without S; e receives the student's exponentials and may be z or NULL.
