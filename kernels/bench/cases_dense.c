@@ -43,7 +43,7 @@ void bench_matmul_grouped(bench *b) {
     static const char *const name[] = {"forward", "input", "weight"};
     for (int mode = 0; mode < 3; mode++) {
         char label[64];
-        snprintf(label, sizeof(label), "%s 8 x 512 x 96 x 192", name[mode]);
+        snprintf(label, sizeof(label), "%s 8x512x96x192", name[mode]);
         MEASURE(b, matmul_grouped, label, 2.0 * ROWS * N * D, 4 * (ROWS * (N + D) + E * N * D),
                 .mode = (cq_grouped)mode, .groups = E, .n = N, .k = D,
                 .offsets = bench_bounds(b, E, ROWS), .x = bench_floats(b, ROWS * D),
