@@ -24,7 +24,7 @@ find_package(ckaqad 0.1 REQUIRED)
 add_executable(example example.c)
 target_link_libraries(example PRIVATE ckaqad::ckaqad)
 EOT
-cmake -S "$work/consumer" -B "$work/consumer/build" -DCMAKE_PREFIX_PATH="$to" >/dev/null
+cmake -S "$work/consumer" -B "$work/consumer/build" -G Ninja -DCMAKE_PREFIX_PATH="$to" >/dev/null
 cmake --build "$work/consumer/build"
 
 echo "== plain luajit"
