@@ -14,8 +14,9 @@ done
 top=$PWD; work=$(mktemp -d /tmp/ckaqad-long-XXXXXX); trap 'rm -rf "$work"' EXIT
 train=$top/tests/data/gsm8k_train.jsonl; test=$top/tests/data/gsm8k_test.jsonl
 part() { local n=$(($1 / share)); echo $((n > $2 ? n : $2)); } # FULL LEAST
-field() { luajit -e 'local s = io.read("*l") or ""; local v = require("cjson").decode(s)
-  for k in arg[1]:gmatch("[^.]+") do v = v[k] end print(("%.6g"):format(v))' "$1"; }
+field() { # NAME: of the JSON object on standard input
+  FIELD=$1 luajit -e 'print(("%.6g"):format(require("cjson").decode(io.read("*l"))[os.getenv "FIELD"]))'
+}
 median() { sort -g | awk '{v[NR] = $1} END {print NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2}'; }
 failed=0
 
