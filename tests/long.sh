@@ -61,7 +61,8 @@ for model in qwen3_gsm8k nemotron_h_gsm8k; do
       echo "$line" | field peak_MiB >>"$work/q"
     fi
   done
-  a=$(median <"$work/a"); b=$(median <"$work/b"); m=$(median <"$work/m"); p=$(median <"$work/p"); q=$(median <"$work/q")
+  a=$(median <"$work/a"); b=$(median <"$work/b"); m=$(median <"$work/m"); p=""; q=""
+  [ -z "$peer" ] || { p=$(median <"$work/p"); q=$(median <"$work/q"); }
   awk -v model="$model" -v a="$a" -v b="$b" -v m="$m" -v p="$p" -v q="$q" 'BEGIN {
     m /= 1048576
     printf "| %s | %.0f | %.0f | %.1f %% | %.0f |", model, a, b, 100 * (a / b - 1), m
