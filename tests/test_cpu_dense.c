@@ -237,6 +237,41 @@ Test(cpu_dense, head_norm_and_rotation_together_and_alone) {
     EVERY_ISA(151, run_headnorm(&w, 5, 1, 8, false, false, 1);)
 }
 
+Test(cpu_dense, rotations_by_a_million_tokens_keep_their_digits) {
+    enum { ROWS = 64, DIM = 64 };
+    int32_t positions[ROWS];
+    float x[ROWS * DIM], y[ROWS * DIM];
+    double wide[ROWS * DIM], right[ROWS * DIM];
+    for (int r = 0; r < ROWS; r++)
+        positions[r] = (int32_t)cq_random_below(9, 1, (uint64_t)r, 1 << 21);
+    for (int i = 0; i < ROWS * DIM; i++) {
+        x[i] = i % DIM < DIM / 2 ? 1.0f : 0.0f;
+        wide[i] = (double)x[i];
+    }
+    cq_headnorm_forward_args a = {.dtype = CQ_F64,
+                                  .rows = ROWS,
+                                  .heads = 1,
+                                  .head_dim = DIM,
+                                  .x = wide,
+                                  .ldx = DIM,
+                                  .positions = positions,
+                                  .theta = 1e4,
+                                  .y = right,
+                                  .ldy = DIM};
+    cr_assert_eq(cq_ref_headnorm_forward(NULL, &a), CQ_OK);
+    a.dtype = CQ_F32, a.x = x, a.y = y;
+    for (int isa = 0; isa < 3; isa++) {
+        if (!take_isa(isa))
+            continue;
+        cq_stream s = {.table = cq_kernels_find("cpu"), .threads = 2};
+        cr_assert_eq(s.table->headnorm_forward(&s, &a), CQ_OK);
+        double worst = 0.0;
+        for (int i = 0; i < ROWS * DIM; i++)
+            worst = fmax(worst, fabs((double)y[i] - right[i]));
+        cr_expect(worst < 0x1p-24, "%s: %g", isas[isa], worst);
+    }
+}
+
 static void run_activations(ways *w, int64_t rows, int64_t dim, double size) {
     snprintf(w->what, sizeof(w->what), "%s activations %lldx%lld, seed %llu", cq_cpu_isa(),
              (long long)rows, (long long)dim, (unsigned long long)w->seed);
