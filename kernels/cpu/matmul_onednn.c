@@ -63,12 +63,12 @@ static int panel_product(const cq_matmul_args *a, int64_t i0, int64_t m, float *
     }
     return CQ_OK;
 }
-static int sgemm_in_panels(const cq_stream *s, const cq_matmul_args *a) {
+static int sgemm_in_panels(const cq_stream *s, const cq_matmul_args *a, int team) {
     int64_t units = (a->m + PANEL_COLS - 1) / PANEL_COLS;
-    units = (units + s->threads - 1) / s->threads * s->threads;
+    units = (units + team - 1) / team * team;
     int64_t m = ((a->m + units - 1) / units + 7) / 8 * 8;
     int failed = CQ_OK;
-#pragma omp parallel for schedule(static) num_threads(s->threads)
+#pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t i0 = 0; i0 < a->m; i0 += m) {
         char *panel = (char *)s->scratch + omp_get_thread_num() * s->scratch_bytes;
         int status = panel_product(a, i0, a->m - i0 < m ? a->m - i0 : m, (float *)(void *)panel);
@@ -80,12 +80,21 @@ static int sgemm_in_panels(const cq_stream *s, const cq_matmul_args *a) {
     return failed == CQ_OK ? CQ_OK : failed_call("sgemm", a, dnnl_runtime_error);
 }
 
-int cq_cpu_sgemm(const cq_stream *s, const cq_matmul_args *a) {
+/// Sets the thread count that oneDNN goes by, also in a team of one; returns the one before.
+static int swap_threads(int team) {
+    int before = omp_get_max_threads();
+    if (before != team)
+        omp_set_num_threads(team);
+    return before;
+}
+
+int cq_cpu_sgemm(const cq_stream *s, const cq_matmul_args *a, int team) {
     if (omp_in_parallel())
         return sgemm(a);
-    if (omp_get_max_threads() != s->threads) /* what oneDNN goes by, also in a team of one */
-        omp_set_num_threads(s->threads);
-    return strides_collide(s, a) ? sgemm_in_panels(s, a) : sgemm(a);
+    int before = swap_threads(team);
+    int status = strides_collide(s, a) ? sgemm_in_panels(s, a, team) : sgemm(a);
+    swap_threads(before);
+    return status;
 }
 
 static dnnl_status_t describe(dnnl_memory_desc_t *to, int64_t rows, int64_t cols, bool transposed,
@@ -142,9 +151,11 @@ static dnnl_status_t product_run(product *p, const cq_matmul_args *a) {
     return dnnl_stream_wait(p->stream);
 }
 
-int cq_cpu_bf16gemm(const cq_matmul_args *a) {
+int cq_cpu_bf16gemm(const cq_matmul_args *a, int team) {
     product p = {0};
+    int before = swap_threads(team);
     dnnl_status_t status = product_run(&p, a);
+    swap_threads(before);
     for (int i = 0; i < 3; i++)
         if (p.memory[i])
             dnnl_memory_destroy(p.memory[i]);
@@ -166,11 +177,11 @@ int cq_cpu_bf16gemm(const cq_matmul_args *a) {
 #else
 
 bool cq_cpu_has_fast_bf16(void) { return false; }
-int cq_cpu_sgemm(const cq_stream *s, const cq_matmul_args *a) {
-    (void)s;
+int cq_cpu_sgemm(const cq_stream *s, const cq_matmul_args *a, int team) {
+    (void)s, (void)team;
     return cq_fail(CQ_EUSAGE, "matmul: built without oneDNN, %lld x %lld x %lld wanted of it",
                    (long long)a->m, (long long)a->n, (long long)a->k);
 }
-int cq_cpu_bf16gemm(const cq_matmul_args *a) { return cq_cpu_sgemm(NULL, a); }
+int cq_cpu_bf16gemm(const cq_matmul_args *a, int team) { return cq_cpu_sgemm(NULL, a, team); }
 
 #endif

@@ -14,7 +14,9 @@
     if (a->dtype != CQ_F32)                                                                        \
     return cq_ref_##op(s, a)
 
-/// Threads for about `work` elements: waking the others costs as much as some 30,000 of them.
-static inline int cq_team(const cq_stream *s, int64_t work) {
-    return work < 32768 ? 1 : s->threads;
+/// Threads for work of `elements` that takes one core about `ns` nanoseconds for each: all, or one
+/// when the work is less than twice what it costs to wake a sleeping thread and to wait for it (100
+/// microseconds in a virtual machine).
+static inline int cq_team(const cq_stream *s, int64_t elements, double ns) {
+    return (double)elements * ns < 150e3 ? 1 : s->threads;
 }

@@ -49,7 +49,7 @@ int CQ_OP(adamw)(cq_stream *s, const cq_adamw_args *a) {
     /* without a quantized copy rows mean nothing, and a long vector may be cut anywhere */
     int64_t total = a->rows * a->cols, saturated = 0;
     int64_t unit = !a->wq ? UNIT : a->cols < UNIT ? UNIT / a->cols * a->cols : a->cols;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, total)) reduction(+ : saturated)
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, total, a->wq ? 1.3 : 0.8)) reduction(+ : saturated)
     for (int64_t at = 0; at < total; at += unit) {
         int64_t n = total - at < unit ? total - at : unit;
         float *w = (float *)a->w + at;

@@ -23,7 +23,7 @@ int CQ_OP(swiglu_forward)(cq_stream *s, const cq_swiglu_forward_args *a) {
     float *to = a->h ? a->h : a->hq, *hq = a->hq;
     if (!to)
         return CQ_OK;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n, 1.4))                     \
     reduction(+ : saturated)
     for (int64_t first = 0; first < a->rows; first += step) {
         int64_t rows = min64(step, a->rows - first);
@@ -45,7 +45,7 @@ int CQ_OP(swiglu_forward)(cq_stream *s, const cq_swiglu_forward_args *a) {
 int CQ_OP(swiglu_backward)(cq_stream *s, const cq_swiglu_backward_args *a) {
     CQ_F32_OR_REF(swiglu_backward);
     int64_t n = a->dim;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows *n))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows *n, 1.2))
     for (int64_t r = 0; r < a->rows; r++) {
         const float *gate = (const float *)a->gu + 2 * r * n, *up = gate + n;
         const float *dh = (const float *)a->dh + r * n;
@@ -68,7 +68,7 @@ int CQ_OP(relu2_forward)(cq_stream *s, const cq_relu2_forward_args *a) {
     float *to = a->h ? a->h : a->hq, *hq = a->hq;
     if (!to)
         return CQ_OK;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n, a->hq ? 0.5 : 0.2))                     \
     reduction(+ : saturated)
     for (int64_t first = 0; first < a->rows; first += step) {
         int64_t rows = min64(step, a->rows - first);
@@ -91,7 +91,7 @@ int CQ_OP(relu2_backward)(cq_stream *s, const cq_relu2_backward_args *a) {
     const float *x = a->x, *dh = a->dh;
     float *dx = a->dx;
     int64_t n = a->rows * a->dim;
-#pragma omp parallel for simd schedule(static) num_threads(cq_team(s, n))
+#pragma omp parallel for simd schedule(static) num_threads(cq_team(s, n, 0.2))
     for (int64_t i = 0; i < n; i++)
         dx[i] = x[i] > 0.0f ? 2.0f * x[i] * dh[i] : 0.0f;
     return CQ_OK;
@@ -101,7 +101,7 @@ int CQ_OP(fake_quant)(cq_stream *s, const cq_fake_quant_args *a) {
     CQ_F32_OR_REF(fake_quant);
     CQ_TRY(fq_check("fake_quant", &a->fq, a->cols));
     int64_t step = unit_rows(a->cols), saturated = 0;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->cols))               \
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->cols, 0.4))               \
     reduction(+ : saturated)
     for (int64_t r = 0; r < a->rows; r += step) {
         int64_t at = r * a->cols;
@@ -126,7 +126,7 @@ static void raise(float *to, float v) {
 int CQ_OP(amax)(cq_stream *s, const cq_amax_args *a) {
     CQ_F32_OR_REF(amax);
     int64_t step = unit_rows(a->cols), n_groups = a->offsets ? a->n_groups : 1;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->cols))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->cols, 0.2))
     for (int64_t first = 0; first < a->rows; first += step) {
         int64_t end = min64(first + step, a->rows);
         for (int64_t r = first; r < end;) {
@@ -159,7 +159,7 @@ int CQ_OP(sumsq)(cq_stream *s, const cq_sumsq_args *a) {
     int64_t step = (a->n + MOST_SUMS - 1) / MOST_SUMS;
     step = step < UNIT ? UNIT : step;
     int64_t blocks = (a->n + step - 1) / step;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->n))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->n, 0.3))
     for (int64_t b = 0; b < blocks; b++)
         sums[b] = block_sumsq((const float *)a->x + b * step, min64(step, a->n - b * step));
     double sum = 0.0;
@@ -174,12 +174,12 @@ int CQ_OP(axpy)(cq_stream *s, const cq_axpy_args *a) {
     const float *x = a->x;
     float *y = a->y, alpha = (float)a->alpha, beta = (float)a->beta;
     if (a->beta == 0.0) {
-#pragma omp parallel for simd schedule(static) num_threads(cq_team(s, a->n))
+#pragma omp parallel for simd schedule(static) num_threads(cq_team(s, a->n, 0.4))
         for (int64_t i = 0; i < a->n; i++)
             y[i] = alpha * x[i];
         return CQ_OK;
     }
-#pragma omp parallel for simd schedule(static) num_threads(cq_team(s, a->n))
+#pragma omp parallel for simd schedule(static) num_threads(cq_team(s, a->n, 0.4))
     for (int64_t i = 0; i < a->n; i++)
         y[i] = vec_fma(alpha, x[i], beta * y[i]);
     return CQ_OK;

@@ -124,7 +124,7 @@ int CQ_OP(headnorm_forward)(cq_stream *s, const cq_headnorm_forward_args *a) {
     turns all;
     if (a->positions)
         turns_init(&all, n, a->theta);
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->heads * n))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->heads * n, 0.7))
     for (int64_t r = 0; r < a->rows; r++) {
         turn now;
         if (a->positions)
@@ -185,7 +185,7 @@ int CQ_OP(headnorm_backward)(cq_stream *s, const cq_headnorm_backward_args *a) {
     int64_t step = MOST_DIM / n < HEADS ? MOST_DIM / n : HEADS;
     rowsum sums;
     CQ_TRY(rowsum_init(&sums, s, "headnorm", a->rows, n, a->w && a->dw));
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->heads * n))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->heads * n, 1.2))
     for (int64_t c = 0; c < sums.chunks; c++) {
         float *part = rowsum_begin(&sums, c);
         turn now;

@@ -24,7 +24,9 @@
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #ifdef CQ_ONEDNN
-static int gemm(const cq_stream *s, const cq_matmul_args *a) { return cq_cpu_sgemm(s, a); }
+static int gemm(const cq_stream *s, const cq_matmul_args *a) {
+    return cq_cpu_sgemm(s, a, cq_team(s, a->m * a->n * a->k, 0.025));
+}
 #else
 enum { ROWS = 192, COLS = 128, DEPTH = 256 };
 
@@ -52,7 +54,8 @@ static void gemm_block(const cq_matmul_args *a, int64_t i0, int64_t j0) {
 }
 static int gemm(const cq_stream *s, const cq_matmul_args *a) {
     int64_t down = (a->m + ROWS - 1) / ROWS, across = (a->n + COLS - 1) / COLS;
-#pragma omp parallel for schedule(static) num_threads(s->threads) if (!omp_in_parallel())
+#pragma omp parallel for schedule(static)                                                          \
+    num_threads(cq_team(s, a->m * a->n * a->k, 0.03)) if (!omp_in_parallel())
     for (int64_t u = 0; u < down * across; u++)
         gemm_block(a, u % down * ROWS, u / down * COLS);
     return CQ_OK;
@@ -86,7 +89,7 @@ static int gemm_bf16(const cq_stream *s, const cq_matmul_args *a, void *buffer, 
                        (long long)(buffer ? bytes : 0),
                        (long long)(size * (a->m + a->n) * min64(a->k, 16)));
     depth = depth < a->k ? depth / 16 * 16 : a->k;
-    int threads = omp_in_parallel() ? 1 : cq_team(s, (a->m + a->n) * a->k);
+    int threads = omp_in_parallel() ? 1 : cq_team(s, (a->m + a->n) * a->k, 0.5);
     for (int64_t k0 = 0; k0 < a->k; k0 += depth) {
         int64_t k = min64(depth, a->k - k0);
         char *left = buffer, *right = left + size * a->m * k;
@@ -98,7 +101,7 @@ static int gemm_bf16(const cq_stream *s, const cq_matmul_args *a, void *buffer, 
                       a->ta ? k : a->m, part.lda, a->lda, threads);
         round_operand(right, wide, (const float *)a->b + (a->tb ? k0 : k0 * a->ldb),
                       a->tb ? a->n : k, part.ldb, a->ldb, threads);
-        CQ_TRY(wide ? gemm(s, &part) : cq_cpu_bf16gemm(&part));
+        CQ_TRY(wide ? gemm(s, &part) : cq_cpu_bf16gemm(&part, s->threads));
     }
     return CQ_OK;
 }
@@ -186,7 +189,8 @@ int CQ_OP(matmul_grouped)(cq_stream *s, const cq_matmul_grouped_args *a) {
     int64_t total = 0;
     for (int64_t e = 0; e < a->groups; e++)
         total += row_work(a, e) * group_rows(a, e);
-    int team = s->threads, failed = CQ_OK;
+    int team = cq_team(s, total * (a->mode == CQ_GROUPED_WEIGHT ? a->k : a->n * a->k), 0.025);
+    int failed = CQ_OK;
     char message[256] = "";
 #pragma omp parallel num_threads(team)
     {

@@ -34,7 +34,7 @@ int CQ_OP(rmsnorm_forward)(cq_stream *s, const cq_rmsnorm_forward_args *a) {
         CQ_TRY(fq_check("rmsnorm", &a->fq, a->dim));
     int64_t n = a->dim, step = fq_batch(n), saturated = 0;
     float *out = a->y ? a->y : a->yq, *yq = a->yq;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n, a->yq ? 0.8 : 0.3))                     \
     reduction(+ : saturated)
     for (int64_t first = 0; first < a->rows; first += step) {
         int64_t rows = min64(step, a->rows - first);
@@ -70,7 +70,7 @@ int CQ_OP(rmsnorm_backward)(cq_stream *s, const cq_rmsnorm_backward_args *a) {
     rowsum sums;
     int64_t n = a->dim;
     CQ_TRY(rowsum_init(&sums, s, "rmsnorm", a->rows, n, a->dw != NULL));
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows *n))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows *n, 0.4))
     for (int64_t c = 0; c < sums.chunks; c++) {
         float *part = rowsum_begin(&sums, c);
         for (int64_t r = c * sums.chunk_rows; r < rowsum_end(&sums, c); r++) {
@@ -124,7 +124,7 @@ int CQ_OP(gatednorm_forward)(cq_stream *s, const cq_gatednorm_forward_args *a) {
         CQ_TRY(fq_check("gatednorm", &a->fq, a->dim));
     int64_t n = a->dim, step = fq_batch(n), saturated = 0;
     float *out = a->out ? a->out : a->outq, *outq = a->outq;
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n))                     \
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * n, 1.6))                     \
     reduction(+ : saturated)
     for (int64_t first = 0; first < a->rows; first += step) {
         int64_t rows = min64(step, a->rows - first);
@@ -166,7 +166,7 @@ int CQ_OP(gatednorm_backward)(cq_stream *s, const cq_gatednorm_backward_args *a)
     rowsum sums;
     int64_t dim = a->dim, width = dim / a->groups;
     CQ_TRY(rowsum_init(&sums, s, "gatednorm", a->rows, dim, a->dw != NULL));
-#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows *dim))
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows *dim, 1.4))
     for (int64_t c = 0; c < sums.chunks; c++) {
         float *part = rowsum_begin(&sums, c), *spare = rowsum_spare(s, &sums);
         for (int64_t r = c * sums.chunk_rows; r < rowsum_end(&sums, c); r++)
