@@ -9,7 +9,9 @@
  * libgomp spins a thousandth of that as soon as there are more OpenMP threads than cores. So a
  * sleeping thread holds a team that makes them more: the team never works again, costs its stacks
  * and no time. With OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment nothing is done: they
- * already say how to wait.
+ * already say how to wait. On a machine of one's own GOMP_SPINCOUNT=300000, libgomp's default, is
+ * up to a tenth faster: a sleeping thread takes a tenth of a millisecond to wake in a virtual
+ * machine.
  */
 #include <limits.h>
 #include <omp.h>
