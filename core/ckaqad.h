@@ -4,6 +4,7 @@
 #include "core/base/error.h"
 #include "core/base/file.h"
 #include "core/base/hash.h"
+#include "core/base/process.h"
 #include "core/base/rng.h"
 #include "core/model/config.h"
 #include "core/model/export.h"

@@ -15,7 +15,8 @@ enum cq_status {
     CQ_ENUMERIC = -5,  ///< NaN or Inf where a number was needed
     CQ_EMISMATCH = -6, ///< verify or export mismatch
     CQ_EPEER = -7,     ///< another rank failed
-    CQ_ESHAPE = -8     ///< shapes do not fit together (exit code 2)
+    CQ_ESHAPE = -8,    ///< shapes do not fit together (exit code 2)
+    CQ_ESTOPPED = -9   ///< a stop was asked for while it ran (cq_stop_watch)
 };
 
 /// Sets this thread's message (printf format) and returns `status`.

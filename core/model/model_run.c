@@ -3,6 +3,7 @@
 /// Recomputation runs a layer's forward again from its kept input right before its backward; the
 /// same bits come out.
 #include "core/base/error.h"
+#include "core/base/process.h"
 #include "core/model/model_impl.h"
 #include <string.h>
 
@@ -104,6 +105,7 @@ static void *layer_in(const cq_model *m, int64_t i) {
 }
 
 int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
+    CQ_TRY(cq_stop_check());
     cq_model_bind_stream(m, s);
     for (int64_t i = m->first_layer[block]; i < m->first_layer[block + 1]; i++)
         CQ_TRY(cq_layer_forward(&m->layer[i], s, b, layer_in(m, i), layer_in(m, i + 1)));
@@ -148,6 +150,7 @@ int cq_model_norm_backward(cq_model *m, cq_stream *s, const cq_batch *b, const v
 }
 
 int cq_model_block_backward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
+    CQ_TRY(cq_stop_check());
     for (int64_t i = m->first_layer[block + 1] - 1; i >= m->first_layer[block]; i--) {
         if (m->env.mode == CQ_MODE_RECOMPUTE) {
             int64_t saturated = m->env.saturated;
