@@ -22,12 +22,15 @@ local opt = cq.options {
   clip = 1,                     -- global gradient norm (0: no clipping)
   freeze = "",                  -- globs of parameters that are not trained, for example *norm.weight
   mask = "all",                 -- targets: all tokens, or assistant
+  loss = "kl",                  -- on the logits: kl (distillation) or ce (cross-entropy with the text: plain QAT)
   top_k = 1024,                 -- teacher logits KL looks at
   tail = "bucket",              -- the others: bucket, renormalized, truncated, full
+  layer = "cka",                -- between block outputs: cka, cosine, mse, gram, none
   cka = "all",                  -- blocks CKA looks at: all, last:8, first:2, every:4, 3,7,11, none
   rows = 512,                   -- tokens sampled for CKA in each micro-batch
   estimator = "unbiased",       -- of CKA: unbiased, biased
-  max_weight = 100,             -- largest weight of CKA beside KL
+  balance = "ratio",            -- weight of that term: ratio, gradnorm, fixed:0.5, none, or a rule of cq.balance.define
+  max_weight = 100,             -- largest weight that ratio and gradnorm give
   seed = 1,                     -- order of the documents, split and sampled tokens
 }
 
@@ -37,16 +40,16 @@ local student = teacher:quantize { preset = opt.quant, scales = opt.scales, free
 local data = cq.data.open(opt.data, { model = teacher, seq = opt.seq, batch = opt.batch, micro = opt.micro, seed = opt.seed,
   holdout = opt.holdout, mask = opt.mask, template = opt.template })
 
-local terms = { cq.loss.kl { top_k = opt.top_k, tail = opt.tail },
-  cq.loss.cka { blocks = opt.cka, tokens = opt.rows, estimator = opt.estimator } }
-local balance = cq.balance.ratio { max = opt.max_weight } -- or function(p) return { kl = 1, cka = p.kl } end
+local terms = { cq.loss.logits(opt.loss, { top_k = opt.top_k, tail = opt.tail }),
+  cq.loss.layer(opt.layer, { blocks = opt.cka, tokens = opt.rows, estimator = opt.estimator }) }
+local balance = cq.balance.get(opt.balance, { max = opt.max_weight }) -- or function(p) return { kl = 1, cka = p.kl } end
 local adam = cq.optim.adamw(student, { betas = { 0.9, 0.95 }, weight_decay = 0, clip = opt.clip })
 local rate = cq.schedule[opt.schedule] { peak = opt.lr, warmup = opt.warmup, steps = opt.steps }
 
 run:plan { teacher = teacher, student = student, adam = adam, terms = terms, data = data, eval = true }
 run:calibrate(student, data, opt.calibrate)
 local before = run:result("PTQ", cq.eval.compare(teacher, student, data:holdout()))
-run:track { student = student, adam = adam, data = data } -- saved together, restored together
+run:track { teacher = teacher, student = student, adam = adam, data = data } -- saved together, restored together
 
 for step, batch in run:steps(opt.steps, data) do
   for part in batch:split() do

@@ -49,4 +49,31 @@ function balance.gradnorm(options)
   end
 end
 
+local rules = {}
+
+--- Gives a rule a name that `--balance` knows; it must be defined before the recipe that uses it runs.
+function balance.define(name, rule)
+  if type(name) ~= "string" or type(rule) ~= "function" then
+    errors.usage("balance.define: got %s and %s, wanted a name and a function", type(name), type(rule))
+  end
+  rules[name] = rule
+end
+
+--- A balance by its name: "ratio", "gradnorm", "fixed:0.5" (weight of the layerwise term), "none", or a defined rule.
+--- Options: `max`, the largest weight of ratio and gradnorm.
+function balance.get(name, options)
+  local o = errors.fill("balance.get", options, { max = 100 })
+  local fixed = name:match("^fixed:(.+)$")
+  if fixed then
+    if not tonumber(fixed) then errors.usage("option --balance: got %s, wanted fixed:NUMBER", name) end
+    return balance.fixed { cka = tonumber(fixed) }
+  end
+  if rules[name] then return rules[name] end
+  if name == "none" then return balance.fixed { cka = 0 } end
+  if name == "ratio" or name == "gradnorm" then return balance[name] { max = o.max } end
+  local names = { "ratio", "gradnorm", "fixed:1", "none" }
+  for key in pairs(rules) do names[#names + 1] = key end
+  errors.choose("option --balance", name, names)
+end
+
 return errors.strict(balance, "balance")

@@ -50,6 +50,29 @@ function loss.mse(options) return layer("mse", options) end
 --- Relative squared error of the centred Gram matrices, in CKA's place.
 function loss.gram(options) return layer("gram", options) end
 
+-- The options that a constructor knows; a recipe gives every form the same table.
+local function only(options, names)
+  local out = {}
+  for _, name in ipairs(names) do out[name] = options[name] end
+  return out
+end
+
+--- The loss on the logits by name: "kl" (options `top_k`, `tail`) or "ce" (which needs none of them).
+function loss.logits(name, options)
+  errors.choose("option --loss", name, { "kl", "ce" })
+  local o = errors.fill("loss.logits", options, { top_k = 1024, tail = "bucket", chunk = 0 })
+  return name == "kl" and loss.kl(o) or loss.ce(only(o, { "chunk" }))
+end
+
+--- The loss between block outputs by name: "cka", "cosine", "mse", "gram"; nil for "none". Options: `blocks`, `tokens`,
+--- and for cka `estimator`.
+function loss.layer(name, options)
+  errors.choose("option --layer", name, { "cka", "cosine", "mse", "gram", "none" })
+  local o = errors.fill("loss.layer", options, { blocks = "all", tokens = 512, estimator = "unbiased" })
+  if name == "none" then return nil end
+  return name == "cka" and loss.cka(o) or loss[name](only(o, { "blocks", "tokens" }))
+end
+
 -- Splits a list of terms into its logit and its layer term.
 function loss.split(terms)
   local logits, layers
