@@ -6,6 +6,7 @@
 /// 10). A third signal that nobody answered ends the process. CKAQAD_LUA=DIR takes modules from
 /// DIR/ckaqad/ instead.
 #include "core/ckaqad.h"
+#include "lua/edit.h"
 #include "lua/embedded.h"
 #include <lauxlib.h>
 #include <lua.h>
@@ -15,9 +16,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#ifdef CQ_EDIT
-#include <editline/readline.h>
-#endif
 
 /* A signal handler reaches nothing but globals. */
 static volatile int stop_signal;
@@ -81,43 +79,6 @@ static int load_module(lua_State *L) {
     return 1;
 }
 
-#ifdef CQ_EDIT
-static int edit_history(lua_State *L) {
-    const char *path = luaL_checkstring(L, 1);
-    using_history();
-    stifle_history(2000);
-    read_history(path);
-    lua_pushstring(L, path);
-    lua_setfield(L, LUA_REGISTRYINDEX, "ckaqad.history");
-    return 0;
-}
-
-/* readline(prompt) -> line or nil; after Ctrl-C an empty line and true. */
-static int edit_readline(lua_State *L) {
-    char *line = readline(luaL_checkstring(L, 1));
-    if (stop_signal) {
-        stop_signal = 0;
-        lua_sethook(L, NULL, 0, 0);
-        free(line);
-        fputc('\n', stdout);
-        lua_pushliteral(L, "");
-        lua_pushboolean(L, 1);
-        return 2;
-    }
-    if (!line)
-        return 0;
-    if (*line) {
-        add_history(line);
-        lua_getfield(L, LUA_REGISTRYINDEX, "ckaqad.history");
-        if (lua_tostring(L, -1))
-            write_history(lua_tostring(L, -1));
-    }
-    lua_pushstring(L, line);
-    free(line);
-    return 1;
-}
-#endif
-
 /* ckaqad.host: what only the program knows. */
 static int open_host(lua_State *L) {
     char exe[4096];
@@ -132,12 +93,7 @@ static int open_host(lua_State *L) {
         lua_pushstring(L, exe);
         lua_setfield(L, -2, "exe");
     }
-#ifdef CQ_EDIT
-    lua_pushcfunction(L, edit_readline);
-    lua_setfield(L, -2, "readline");
-    lua_pushcfunction(L, edit_history);
-    lua_setfield(L, -2, "history");
-#endif
+    edit_open(L, &stop_signal);
     return 1;
 }
 
