@@ -2,9 +2,10 @@
 /// lua/ckaqad/command.lua.
 ///
 /// A stop signal sets a number that every checked call looks at (ffi.lua) and a debug hook that
-/// interpreted code runs into; compiled code calls no hooks, so recipes are interpreted (users.md
-/// 10). A third signal that nobody answered ends the process. CKAQAD_LUA=DIR takes modules from
-/// DIR/ckaqad/ instead.
+/// interpreted code runs into; compiled code calls no hooks, so recipes are interpreted. While a
+/// run takes its steps the first signal only asks for the end after this step. A third signal that
+/// nobody answered ends the process. SIGUSR1 asks for a checkpoint. CKAQAD_LUA=DIR takes modules
+/// from DIR/ckaqad/ instead.
 #include "core/ckaqad.h"
 #include "lua/edit.h"
 #include "lua/embedded.h"
@@ -18,7 +19,7 @@
 #include <unistd.h>
 
 /* A signal handler reaches nothing but globals. */
-static volatile int stop_signal;
+static volatile int stop_signal, defer_stop, stop_later, save_now;
 static volatile sig_atomic_t unanswered;
 static lua_State *interpreter;
 
@@ -47,8 +48,20 @@ static void on_hook(lua_State *L, lua_Debug *ar) {
     lua_error(L);
 }
 
+static void on_save(int signal) {
+    (void)signal;
+    save_now = 1;
+}
+
 static void on_signal(int signal) {
+    static const char wait[] = "ckaqad: stopping after this step; again stops at once\n";
     static const char note[] = "ckaqad: stopping after this operation; a third Ctrl-C kills\n";
+    if (defer_stop && !stop_later) {
+        stop_later = signal;
+        if (write(STDERR_FILENO, wait, sizeof wait - 1) < 0)
+            _exit(128 + signal);
+        return;
+    }
     unanswered = stop_signal ? unanswered + 1 : 1;
     if (unanswered == 2 && write(STDERR_FILENO, note, sizeof note - 1) < 0)
         _exit(128 + signal);
@@ -84,8 +97,17 @@ static int open_host(lua_State *L) {
     char exe[4096];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
     lua_newtable(L);
-    lua_pushlightuserdata(L, (void *)&stop_signal);
-    lua_setfield(L, -2, "stop");
+    static const struct {
+        const char *name;
+        volatile int *flag;
+    } flags[] = {{"stop", &stop_signal},
+                 {"defer", &defer_stop},
+                 {"later", &stop_later},
+                 {"save", &save_now}};
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        lua_pushlightuserdata(L, (void *)(size_t)flags[i].flag);
+        lua_setfield(L, -2, flags[i].name);
+    }
     lua_pushstring(L, cq_version());
     lua_setfield(L, -2, "version");
     if (n > 0) {
@@ -206,6 +228,8 @@ int main(int argc, char **argv) {
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    action = (struct sigaction){.sa_handler = on_save, .sa_flags = SA_RESTART};
+    sigaction(SIGUSR1, &action, NULL);
     luaL_openlibs(L);
     preload(L);
     int code = run(L, argc, argv);

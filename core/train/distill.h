@@ -72,12 +72,16 @@ CQ_API int cq_distill_norms(cq_distill *d, cq_stream *s, const cq_batch *b, doub
 
 /// Held-out comparison, accumulated over batches: KL, negative log-likelihood, top-1 agreement, and
 /// minibatch-unbiased CKA of every block over all valid rows in Grams of at most 512 rows (Nguyen
-/// et al. 2021, arXiv 2010.15327 eq. 3).
+/// et al. 2021, arXiv 2010.15327 eq. 3). Also KL by position in the document, in octaves of the
+/// context: octave k holds the tokens at positions 2^k - 1 to 2^(k + 1) - 2.
 typedef struct cq_eval cq_eval;
 CQ_API int cq_eval_open(cq_eval **out, cq_model *teacher, cq_model *student);
 CQ_API void cq_eval_close(cq_eval *e);
 CQ_API int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk);
 CQ_API void cq_eval_reset(cq_eval *e);
+/// Whether the batches that follow also make the map of all teacher blocks against all student
+/// blocks (default: no), over 128 evenly spaced rows of each batch. Its Grams are always planned.
+CQ_API void cq_eval_want_map(cq_eval *e, bool on);
 CQ_API int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b);
 typedef struct cq_eval_result {
     double kl, top1; ///< nats per token; fraction
@@ -86,5 +90,10 @@ typedef struct cq_eval_result {
     double cka_mean, cka_min;
     int64_t cka_min_block;
     const double *cka; ///< [n_blocks]
+    int64_t n_octaves;
+    const double *octave_kl;      ///< [n_octaves] sums in nats
+    const int64_t *octave_tokens; ///< [n_octaves]
+    const double *map; ///< [n_blocks of the teacher, n_blocks of the student] unbiased CKA; NULL
+                       ///< when it was not wanted
 } cq_eval_result;
 CQ_API int cq_eval_result_get(cq_eval *e, cq_eval_result *out);

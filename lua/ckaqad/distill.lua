@@ -34,6 +34,7 @@ function distill.open(teacher, student, terms, seed, many)
   for _, block in ipairs(blocks) do taps[block] = true end
   o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE
   o.rows, o.taps, o.seed, o.many = layers and layers.tokens or 0, taps, seed, many
+  if logits and logits.logits == "ce" and o.layer_loss == C.CQ_LAYER_NONE then teacher = nil end
   local c = native.open("cq_distill", "cq_distill_open", teacher and teacher.c, student.c, o)
   student.distillers = student.distillers or {}
   student.distillers[terms] = { c = c, teacher = teacher, logits = logits, layers = layers, blocks = blocks, taps = taps }
@@ -46,7 +47,11 @@ end
 function distill.distill(teacher, student, part, terms)
   local d = student.distillers and student.distillers[terms]
   if not d then errors.usage("distill: these terms are not in the plan, wanted run:plan { terms = terms, ... }") end
-  if d.teacher ~= teacher then errors.usage("distill: the plan was made with another teacher") end
+  if d.teacher and d.teacher ~= teacher then errors.usage("distill: the plan was made with another teacher") end
+  if native.broken then -- an interrupted step left gradients behind
+    native.broken = nil
+    call.cq_model_zero_grad(student.c)
+  end
   local out = native.new "cq_distill_result"
   call.cq_distill_forward(d.c, student:stream(), part.c, part.step, part.index, part.valid, out)
   local pass = setmetatable({

@@ -33,17 +33,38 @@ end
 
 local native = { C = C, new = ffi.new, cast = ffi.cast, copy = ffi.copy, sizeof = ffi.sizeof, version = version }
 
--- The program leaves a pointer to the number of the last stop signal; a plain luajit has none.
+-- The program leaves pointers to what its signal handler writes; a plain luajit has none. `stop`: stop now, the number of the
+-- signal. While `defer` is set the first signal goes to `later` instead. `save`: SIGUSR1 came.
 local has_host, host = pcall(require, "ckaqad.host")
-local stop = has_host and ffi.cast("volatile int *", host.stop)
+local function shared(name) return has_host and ffi.cast("volatile int *", host[name]) or ffi.new "int[1]" end
+local stop, defer, later, save = shared "stop", shared "defer", shared "later", shared "save"
+C.cq_stop_watch(stop)
+
 function native.poll()
-  if stop and stop[0] ~= 0 then
+  if stop[0] ~= 0 then
     local signal = stop[0]
     stop[0] = 0
+    native.broken = true -- a step may have ended halfway
     local e = errors.new(0, signal == 15 and "terminated" or "interrupted")
     e.exit = 128 + signal
     error(e, 0)
   end
+end
+
+-- From now on the first stop signal waits until somebody asks with stop_wanted; not at the prompt.
+function native.defer(on)
+  defer[0] = on and not native.interactive and 1 or 0
+  if not on then later[0] = 0 end
+end
+
+-- The signal that waits, or nil.
+function native.stop_wanted() return later[0] ~= 0 and later[0] or nil end
+
+-- True once after each SIGUSR1.
+function native.save_wanted()
+  local wanted = save[0] ~= 0
+  save[0] = 0
+  return wanted
 end
 
 function native.check(status)

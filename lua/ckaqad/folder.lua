@@ -1,21 +1,23 @@
 -- folder.lua - the run folder: whose it is, and its files.
 --
--- run.json, metrics.jsonl, summary.json, log.txt, report.html, checkpoints/step-N, nvfp4/. A folder belongs to the run whose
--- options its run.json holds; another run gets it only with --fresh, which removes these names and nothing else.
+-- run.json, metrics.jsonl, evals.jsonl, summary.json, log.txt, report.html, checkpoints/step-N, tensorboard/, nvfp4/. A folder
+-- belongs to the run whose options its run.json holds; another run gets it only with --fresh, which removes these names and
+-- nothing else. The file `lock` is held while a process writes here.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local json = require "ckaqad.json"
 local hf = require "ckaqad.hf"
-local call = native.call
+local passing = require "ckaqad.options".passing
+local C, call = native.C, native.call
 
 local folder = {}
 local Folder = {}
 Folder.__index = Folder
 
-local files = { "run.json", "metrics.jsonl", "summary.json", "log.txt", "report.html" }
-local folders = { "checkpoints", "nvfp4" }
--- How a run is shown and how much memory it may use do not make it another run.
-local passing = { fresh = true, every = true, memory = true, save = true, threads = true, out = true }
+folder.format = 1 -- of run.json; a newer one is another program's
+
+local files = { "run.json", "metrics.jsonl", "evals.jsonl", "summary.json", "log.txt", "report.html" }
+local folders = { "checkpoints", "nvfp4", "tensorboard" }
 
 local function read(path)
   local f = io.open(path, "rb")
@@ -41,11 +43,30 @@ function folder.options(opt)
   return json.object(list)
 end
 
--- The first option in which two runs differ, or nil.
-local function difference(old, new)
-  for _, key in ipairs(json.keys(new)) do
-    if not passing[key] and old[key] ~= new[key] then return key end
+local function show(value) return value == nil and "absent" or value == "" and "none" or tostring(value) end
+
+-- "lr 0.0001 -> 0.0003" for every option in which two runs differ.
+local function differences(old, new)
+  local list, seen = {}, {}
+  for _, options in ipairs { new, old } do
+    for _, key in ipairs(json.keys(options)) do
+      if not passing[key] and not seen[key] and old[key] ~= new[key] then
+        list[#list + 1] = ("%s %s -> %s"):format(key, show(old[key]), show(new[key]))
+      end
+      seen[key] = true
+    end
   end
+  return list
+end
+
+-- run.json of a folder, or nil; a format that this program does not know is an error.
+function folder.read_run(path)
+  local run = folder.read_json(path .. "/run.json")
+  if run and type(run.format) == "number" and run.format > folder.format then
+    errors.raise(errors.DATA, "%s/run.json: format %d, made by version %s, wanted at most format %d", path, run.format,
+      tostring(run.version), folder.format)
+  end
+  return run
 end
 
 -- True when a folder exists and holds something; an empty one is removed by the question.
@@ -57,12 +78,14 @@ end
 -- Opens a run folder without writing anything yet. Returns it; `same` when it holds this very run.
 function folder.open(path, opt)
   local self = setmetatable({ path = path, options = folder.options(opt) }, Folder)
-  local old = folder.read_json(path .. "/run.json")
+  self:refuse_held()
   if opt.fresh then return self end
+  local old = folder.read_run(path)
   if old then
-    local key = difference(type(old.options) == "table" and old.options or {}, self.options)
-    if key then
-      errors.usage("output folder %s: belongs to another run (--%s differs), wanted a new folder or --fresh", path, key)
+    local list = differences(type(old.options) == "table" and old.options or {}, self.options)
+    if #list > 0 then
+      errors.usage("output folder %s: belongs to another run (%s), wanted its options, a new folder or --fresh", path,
+        table.concat(list, ", "))
     end
     self.same = true
   elseif occupied(path) then
@@ -71,18 +94,42 @@ function folder.open(path, opt)
   return self
 end
 
+-- An error when another process writes here. A sweep's point waits: an orphan of a killed sweep may still be saving.
+function Folder:refuse_held()
+  local patience = os.getenv("CKAQAD_POINT") and native.clock() + 30
+  while true do
+    local holder = tonumber(C.cq_lock_holder(self.path .. "/lock"))
+    if holder == 0 then return end
+    if not patience or native.clock() > patience then
+      errors.usage("output folder %s: process %d is writing there, wanted a folder of its own", self.path, holder)
+    end
+    native.poll()
+    C.cq_process_sleep(0.1)
+  end
+end
+
+-- Gives the lock back.
+function Folder:unlock()
+  if self.lock then native.close(self.lock, "cq_lock") end
+  self.lock = nil
+end
+
 -- Removes what a run writes, and the folder when nothing else is in it.
 function Folder:remove()
   self:close()
+  self:unlock()
   for _, name in ipairs(files) do os.remove(self.path .. "/" .. name) end
   for _, name in ipairs(folders) do call.cq_folder_remove(self.path .. "/" .. name) end
   os.remove(self.path)
 end
 
--- Makes the folder; what an older run left in it goes first, unless this run resumes it.
+-- Makes the folder and locks it; what an older run left in it goes first, unless this run resumes it.
 function Folder:make(resumes)
-  if not resumes then self:remove() end
   call.cq_folder_make(self.path)
+  self.lock = native.open("cq_lock", "cq_lock_take", self.path .. "/lock")
+  if resumes then return end
+  for _, name in ipairs(files) do os.remove(self.path .. "/" .. name) end
+  for _, name in ipairs(folders) do call.cq_folder_remove(self.path .. "/" .. name) end
 end
 
 -- Writes a whole file, all of it or nothing.
@@ -111,15 +158,31 @@ function Folder:close()
   self.streams = nil
 end
 
--- Saves a checkpoint and removes all but the two newest.
-function Folder:save(student, adam, state)
+-- Steps of the checkpoints that are whole, in order.
+function Folder:saved()
+  local root, steps = self.path .. "/checkpoints", {}
+  if not hf.exists(root .. "/latest.json") then return steps end
+  local names = native.take_text(function(out) return C.cq_folder_list(out, root) end)
+  for name in names:gmatch("[^\n]+") do
+    local step = tonumber(name:match("^step%-(%d+)$"))
+    if step then steps[#steps + 1] = step end
+  end
+  table.sort(steps)
+  return steps
+end
+
+-- Saves a checkpoint; removes all but the `keep` newest, the best, and those of every `keep_every`-th step.
+function Folder:save(student, adam, state, options)
   local root = self.path .. "/checkpoints"
   call.cq_folder_make(root)
   call.cq_checkpoint_save(("%s/step-%d"):format(root, state.step), student.c, adam and adam.c, json.encode(state))
-  self.saved = self.saved or {}
-  if self.saved[#self.saved] ~= state.step then self.saved[#self.saved + 1] = state.step end
-  self:write_json("checkpoints/latest.json", json.object { "step", state.step })
-  if #self.saved > 2 then call.cq_folder_remove(("%s/step-%d"):format(root, table.remove(self.saved, 1))) end
+  self:write_json("checkpoints/latest.json", json.object { "step", state.step, "best", options.best })
+  local steps = self:saved()
+  for i = 1, #steps - math.max(1, options.keep) do
+    local step = steps[i]
+    local kept = step == options.best or (options.keep_every > 0 and step % options.keep_every == 0)
+    if not kept then call.cq_folder_remove(("%s/step-%d"):format(root, step)) end
+  end
 end
 
 -- The step of the newest checkpoint, or nil.
@@ -135,21 +198,22 @@ function Folder:restore(student, adam)
   call.cq_checkpoint_load(("%s/checkpoints/step-%d"):format(self.path, step), student.c, adam and adam.c, student:stream(), out)
   local state = json.decode(native.string(out[0]), "state.json")
   native.free(out[0])
-  self.saved = { step }
   return state
 end
 
--- The metrics of steps up to `last`; the file keeps only those.
-function Folder:rewind(last)
+-- The objects of a file of lines whose step is at most `last`; the file keeps only those.
+function Folder:rewind(name, last)
   local lines, history = {}, {}
-  for line in (read(self.path .. "/metrics.jsonl") or ""):gmatch("[^\n]+") do
-    local ok, value = pcall(json.decode, line, "metrics.jsonl")
+  for line in (read(self.path .. "/" .. name) or ""):gmatch("[^\n]+") do
+    local ok, value = pcall(json.decode, line, name)
     if ok and value.step and value.step <= last then
       lines[#lines + 1] = line
       history[#history + 1] = value
     end
   end
-  self:write("metrics.jsonl", table.concat(lines, "\n") .. (#lines > 0 and "\n" or ""))
+  if #lines > 0 or hf.exists(self.path .. "/" .. name) then
+    self:write(name, table.concat(lines, "\n") .. (#lines > 0 and "\n" or ""))
+  end
   return history
 end
 

@@ -1,6 +1,8 @@
 -- options.lua - what a recipe can be told: names and types come from the defaults, help from the comments beside them.
 --
 -- Command line: --key=value, --key value for non-flags, key=value, --flag, --no-flag. Numbers take units: 4GiB, 2k, 10m (600 s).
+-- --options=FILE reads them from a file (lines `key = value`, or the run.json of an older run); what is typed wins.
+-- --sweep key=a,b,c (or key=1..5; repeatable) runs the recipe once for every combination (sweep.lua).
 -- Options that every recipe has (threads, memory ...) are added below; a recipe may give them other defaults.
 -- `given[key]` is true for what the user typed: a preset fills only the rest.
 local errors = require "ckaqad.errors"
@@ -14,7 +16,26 @@ local common = {
   { "template", "auto", "chat template: nano3, qwen3-thinking, or auto (by its hash)" },
   { "every", 10, "steps between lines when the output is no terminal" },
   { "save", 0, "steps between checkpoints (0: one at the end)" },
-  { "fresh", false, "overwrite a run folder that holds another run" },
+  { "keep", 2, "newest checkpoints that stay" },
+  { "keep_every", 0, "checkpoints of steps divisible by this stay too (0: none)" },
+  { "eval_every", 0, "steps between evaluations on the held-out documents; the best one's checkpoint stays (0: only before and after)" },
+  { "max_time", 0, "stop after this long, for example 10m, save and leave with exit code 75 (0: no limit)" },
+  { "stop_at", 0, "stop after this step, save and leave; the same command without it goes on (0: run to the end)" },
+  { "tensorboard", true, "event files for TensorBoard in OUT/tensorboard" },
+  { "resume", false, "refuse to start over: the folder must hold a stopped run of these options" },
+  { "fresh", false, "overwrite a run folder that holds another run, or run a finished one again" },
+  { "dry_run", false, "print options, memory, FLOPs and time, and leave without reading weights" },
+  { "validate_only", false, "calibrate, measure what PTQ costs, and leave" },
+}
+local special = {
+  { "options", "FILE", "options from a file: lines `key = value`, or an older run's run.json; what is typed wins" },
+  { "sweep", "KEY=A,B", "run once for each value, KEY=1..5 too; several --sweep make a grid" },
+}
+
+-- How a run is shown, kept and stopped, and how much memory it may use, do not make it another run.
+options.passing = {
+  fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
+  eval_every = true, tensorboard = true, threads = true, out = true, dry_run = true, validate_only = true,
 }
 
 local units = {
@@ -107,41 +128,98 @@ function options.help(parsed, defaults, name)
   for _, item in ipairs(common) do
     if not seen[item[1]] then add(item[1], item[3]) end
   end
+  for _, item in ipairs(special) do lines[#lines + 1] = ("  --%s %s  %s"):format(item[1], item[2], item[3]) end
   return table.concat(lines, "\n")
 end
 
--- Takes command line arguments into `values`; `given` notes what was typed. Returns true when help was asked for.
-function options.parse(arguments, values, given)
-  local names, i, ended = {}, 1, false
-  for key in pairs(values) do names[#names + 1] = key end
+-- Sets one option from text; `where` says where it stands.
+local function set(values, given, key, value, where)
+  if values[key] == nil then
+    local names = { "options", "sweep" }
+    for name in pairs(values) do names[#names + 1] = name end
+    errors.usage("%soption --%s is unknown, nearest is --%s", where or "", key, errors.nearest(key, names))
+  end
+  values[key] = convert(key, value, values[key])
+  given[key] = true
+end
+
+-- Options of an older run, or of lines `key = value`; "#" starts a comment line. An older run's folder is not taken over.
+local function read_file(path, values, given)
+  local f, why = io.open(path, "rb")
+  if not f then errors.raise(errors.IO, "option --options: %s", why) end
+  local content = f:read("*a")
+  f:close()
+  if content:match("^%s*{") then
+    local json = require "ckaqad.json"
+    local object = json.decode(content, path)
+    object = type(object.options) == "table" and object.options or object
+    for _, key in ipairs(json.keys(object)) do
+      if key ~= "out" and not options.passing[key] then
+        local value = object[key]
+        set(values, given, key, type(value) == "number" and ("%.17g"):format(value) or tostring(value), path .. ": ")
+      end
+    end
+    return
+  end
+  local number = 0
+  for line in (content .. "\n"):gmatch("(.-)\r?\n") do
+    number = number + 1
+    local key, value = line:match("^%s*%-?%-?([%a_][%w_%-]*)%s*=%s*(.-)%s*$")
+    if key then
+      set(values, given, key:gsub("-", "_"), value:match('^"(.*)"$') or value, ("%s:%d: "):format(path, number))
+    elseif line:match("%S") and not line:match("^%s*#") then
+      errors.usage("%s:%d: got %q, wanted key = value", path, number, line)
+    end
+  end
+end
+
+-- Splits the command line into { key, value } pairs; `values` says which options are flags. True: help was asked for.
+local function split(arguments, values)
+  local pairs_, i, ended = {}, 1, false
   while arguments[i] do
     local argument = arguments[i]
-    if not ended and (argument == "--help" or argument == "-h") then return true end
+    if not ended and (argument == "--help" or argument == "-h") then return pairs_, true end
     if not ended and argument == "--" then
       ended = true
     else
       local key, value = argument:match("^%-?%-?([%a_][%w_%-]*)=(.*)$")
       local flag = not key and argument:match("^%-%-([%a_][%w_%-]*)$")
       key = (key or flag or ""):gsub("-", "_")
+      if key == "" then errors.usage("argument %q: wanted --option=value; --help lists the options", argument) end
       local off = flag and values[key] == nil and key:match("^no_(.+)$")
       if off and type(values[off]) == "boolean" then
         key, value = off, "false"
       elseif flag and type(values[key]) == "boolean" then
         value = "true"
-      elseif flag and values[key] ~= nil then
+      elseif flag and (values[key] ~= nil or key == "options" or key == "sweep") then
         i = i + 1
         value = arguments[i]
         if not value then errors.usage("option --%s: the value is missing, wanted --%s=VALUE", key, key) end
       end
-      if key == "" then errors.usage("argument %q: wanted --option=value; --help lists the options", argument) end
-      if values[key] == nil then
-        errors.usage("option --%s is unknown, nearest is --%s", key, errors.nearest(key, names))
-      end
-      values[key] = convert(key, value, values[key])
-      given[key] = true
+      pairs_[#pairs_ + 1] = { key, value }
     end
     i = i + 1
   end
+  return pairs_
+end
+
+-- Takes command line arguments into `values`; `given` notes what was typed. Returns true when help was asked for, else
+-- nil and the list of --sweep texts.
+function options.parse(arguments, values, given)
+  local list, help = split(arguments, values)
+  if help then return true end
+  local sweeps = {}
+  for _, item in ipairs(list) do
+    if values[item[1]] == nil and item[1] == "options" then read_file(item[2], values, given) end
+  end
+  for _, item in ipairs(list) do
+    if values[item[1]] == nil and item[1] == "sweep" then
+      sweeps[#sweeps + 1] = item[2]
+    elseif values[item[1]] ~= nil or item[1] ~= "options" then
+      set(values, given, item[1], item[2])
+    end
+  end
+  return nil, sweeps
 end
 
 -- Where the caller of cq.options keeps its source, and the options it declares.
@@ -165,7 +243,8 @@ function options.options(defaults)
   for key, value in pairs(defaults) do values[key] = value end
   local copy = {}
   for key, value in pairs(values) do copy[key] = value end
-  if options.parse(rawget(_G, "arg") or {}, values, given) then
+  local help, sweeps = options.parse(rawget(_G, "arg") or {}, values, given)
+  if help then
     print(options.help(parsed, copy, path))
     errors.exit(0)
   end
@@ -180,12 +259,14 @@ function options.options(defaults)
   table.sort(rest)
   for _, key in ipairs(rest) do order[#order + 1] = key end
   local hidden = { given = given, order = order, recipe = path, defaults = copy }
-  return setmetatable(values, {
+  local opt = setmetatable(values, {
     __index = function(_, key)
       if hidden[key] ~= nil then return hidden[key] end
       errors.usage("options: the recipe has no option %s, nearest is %s", tostring(key), errors.nearest(tostring(key), order))
     end,
   })
+  if #sweeps > 0 then require "ckaqad.sweep".from_options(opt, sweeps) end
+  return opt
 end
 
 return options

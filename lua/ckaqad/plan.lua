@@ -81,13 +81,13 @@ end
 --- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
 --- list of lists), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the pair can be compared), `seed`
 --- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`), `trained` (gradients
---- without `adam`).
+--- without `adam`), `dry` (true: nothing is allocated or loaded).
 --- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
 function plan.plan(options)
   local o = errors.fill("plan", options, {
     teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,
     longest = 0, eval = false, seed = 1, limit = 0, load = true, trained = false,
-    show = errors.NONE,
+    show = errors.NONE, dry = false,
   })
   o.trained = o.trained or o.adam ~= nil
   if not o.student then errors.usage("plan: student is missing") end
@@ -111,6 +111,7 @@ function plan.plan(options)
   }
   self.lines = lines_of(self)
   if o.show then o.show(self) end
+  if o.dry then return self end
   call.cq_plan_commit(p, limit)
   o.student.plan, o.student.adam = self, o.adam
   if o.teacher then

@@ -4,6 +4,8 @@
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local device = require "ckaqad.device"
+local dry = require "ckaqad.dry"
+local eval = require "ckaqad.eval"
 local folder = require "ckaqad.folder"
 local hf = require "ckaqad.hf"
 local json = require "ckaqad.json"
@@ -12,8 +14,10 @@ local plan = require "ckaqad.plan"
 local preset = require "ckaqad.preset"
 local report = require "ckaqad.report"
 local screen = require "ckaqad.screen"
+local tensorboard = require "ckaqad.tensorboard"
 local text = require "ckaqad.text"
 
+local call = native.call
 local run = {}
 local current -- the run that an error ends
 local Run = {}
@@ -59,7 +63,7 @@ end
 --- `cq.run(opt, { named = "org/name" })`
 function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
-  local self = setmetatable({ opt = opt, early = {}, history = {}, facts = {} }, Run)
+  local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock() }, Run)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
   self.device = device.device { threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
@@ -115,7 +119,8 @@ end
 local function record(self)
   local p, f = self.plan_made, self.facts
   self.folder:write_json("run.json", json.object {
-    "program", "ckaqad", "version", native.version, "recipe", self.opt.recipe, "started", os.date("!%Y-%m-%dT%H:%M:%SZ"),
+    "format", folder.format, "program", "ckaqad", "version", native.version, "recipe", self.opt.recipe,
+    "point", os.getenv "CKAQAD_POINT", "started", os.date("!%Y-%m-%dT%H:%M:%SZ"),
     "options", folder.options(self.opt),
     "seeds", json.object { "data", rawget(self.opt, "seed"), "rows", rawget(self.opt, "seed") },
     "device", json.object { "kernels", self.device.kernels, "instructions", self.device.isa, "threads", self.device.threads,
@@ -132,6 +137,9 @@ local function begin(self)
   if not self.folder or self.made then return end
   local unfinished = self.folder.same and self.folder:latest() and not hf.exists(self.folder.path .. "/summary.json")
   self.resumable = unfinished and self.facts.adam ~= nil
+  if self.opt.resume and not self.resumable then
+    errors.usage("option --resume: %s holds no stopped run of these options, wanted one (or leave --resume out)", self.folder.path)
+  end
   self.folder:make(self.resumable)
   self.made = true
   record(self)
@@ -140,7 +148,9 @@ end
 
 -- Removes the folder of a run that failed before its first step or result: nothing half-written stays.
 function run.abandon()
-  if current and current.made and #current.history == 0 then current.folder:remove() end
+  if not current or not current.made then return end
+  if #current.history == 0 then return current.folder:remove() end
+  current.folder:unlock()
 end
 
 --- Plans, prints the planned bytes by purpose, allocates and loads; then makes the run folder.
@@ -163,7 +173,12 @@ function Run:plan(options)
     for _, line in ipairs(o.data:describe()) do self:say(line) end
   end
   self.facts = { model = o.teacher or o.student, data = o.data, adam = o.adam }
+  o.dry = self.opt.dry_run
   self.plan_made = plan.plan(o)
+  if o.dry then
+    for _, line in ipairs(dry.lines(self.opt, o)) do self:say(line) end
+    errors.exit(0)
+  end
   begin(self)
   return self.plan_made
 end
@@ -175,21 +190,57 @@ function Run:calibrate(student, data, n)
     unreached > 0 and (", %d expert projections saw no token and take their layer's largest maximum"):format(unreached) or "")
 end
 
---- Says how a compared pair stands, in one line.
+-- Keeps an evaluation in evals.jsonl; a resumed run has it there already.
+local function keep(self, step, r)
+  for _, known in ipairs(self.evals) do
+    if known.step == step then return end
+  end
+  self.evals[#self.evals + 1] = { step = step, kl = r.kl }
+  if not self.made then return end
+  self.folder:append("evals.jsonl", json.encode(json.object {
+    "step", step, "kl", r.kl, "perplexity", r.perplexity, "top1", r.top1, "cka", r.cka, "cka_min", r.cka_min, "cka_min_block",
+    r.cka_min_block, "cka_blocks", json.array(r.cka_blocks),
+  }))
+end
+
+-- The step of the lowest KL among the evaluations after step 0.
+local function best(self)
+  local found
+  for _, e in ipairs(self.evals) do
+    if e.step > 0 and (not found or e.kl < found.kl) then found = e end
+  end
+  return found and found.step
+end
+
+--- Says how a compared pair stands, in one line, and keeps it in evals.jsonl: as step 0 before the loop, as the last step after.
 function Run:result(name, r)
   self:say("%s: KL %.4f, perplexity %.4f (BF16 %.4f), top-1 %.4f, CKA %.4f, lowest %.4f at block %d, %d held-out tokens", name,
     r.kl, r.perplexity, r.perplexity_teacher, r.top1, r.cka, r.cka_min, r.cka_min_block, r.tokens)
+  if self.resumable and #self.evals == 0 then self.evals = self.folder:rewind("evals.jsonl", math.huge) end
+  keep(self, self.total or 0, r)
+  self.first_result = self.first_result or r
   return r
 end
 
---- What is saved and restored together: `student`, `adam`, `data`. A run that was stopped goes on from its last checkpoint.
+--- What is saved and restored together: `student`, `adam`, `data`; with `teacher` too, --eval_every can compare. A run that was
+--- stopped goes on from its last checkpoint.
 function Run:track(what)
-  self.tracked = errors.fill("track", what, { student = errors.NONE, adam = errors.NONE, data = errors.NONE })
+  local none = errors.NONE
+  self.tracked = errors.fill("track", what, { teacher = none, student = none, adam = none, data = none })
+  if self.opt.validate_only then
+    self:finish { before = self.first_result }
+    errors.exit(0)
+  end
+  if self.made and self.opt.tensorboard then
+    call.cq_folder_make(self.folder.path .. "/tensorboard")
+    self.board = tensorboard.open(self.folder.path .. "/tensorboard", {})
+  end
   if not self.resumable then return end
   local state = self.folder:restore(self.tracked.student, self.tracked.adam)
   self.tracked.adam.count = state.step
   self.tracked.data:seek(state.position)
-  self.history, self.at = self.folder:rewind(state.step), state.step
+  self.history, self.at = self.folder:rewind("metrics.jsonl", state.step), state.step
+  self.evals = self.folder:rewind("evals.jsonl", state.step)
   self:say("resumed after step %d", state.step)
 end
 
@@ -198,8 +249,39 @@ local function save(self, step)
   if not t or not self.made or self.last_saved == step then return end
   self.folder:save(t.student, t.adam, json.object {
     "step", step, "position", t.data and t.data:position(), "seed", rawget(self.opt, "seed"), "version", native.version,
-  })
+  }, { keep = self.opt.keep, keep_every = self.opt.keep_every, best = best(self) })
   self.last_saved = step
+end
+
+-- Saves, says why the run stops here, and leaves with `code`.
+local function leave(self, step, code, why)
+  save(self, step)
+  if self.board then self.board:close() end
+  local saved = self.last_saved == step and ", saved: the same command goes on from there" or ""
+  self:say("%s after step %d of %d%s", why, step, self.total, saved)
+  if self.folder then self.folder:close() end
+  if self.folder then self.folder:unlock() end
+  errors.exit(code)
+end
+
+-- What is due between two steps: evaluation, checkpoint, and the reasons to stop.
+local function between(self, step)
+  local opt, t = self.opt, self.tracked
+  local due = opt.save > 0 and step % opt.save == 0
+  if opt.eval_every > 0 and step % opt.eval_every == 0 and step < self.total and t and t.teacher then
+    local r = eval.compare(t.teacher, t.student, t.data:holdout())
+    self:say("step %d held out: KL %.4f, top-1 %.4f, CKA %.4f, lowest %.4f at block %d", step, r.kl, r.top1, r.cka, r.cka_min,
+      r.cka_min_block)
+    t.student:saturated()
+    keep(self, step, r)
+    due = due or best(self) == step
+  end
+  if due or native.save_wanted() then save(self, step) end
+  local signal = native.stop_wanted()
+  if signal then leave(self, step, 128 + signal, signal == 15 and "terminated" or "interrupted") end
+  if step >= self.total then return end
+  if opt.stop_at > 0 and step >= opt.stop_at then leave(self, step, 0, "stopped by --stop_at") end
+  if opt.max_time > 0 and native.clock() - self.started_at >= opt.max_time then leave(self, step, 75, "time is up") end
 end
 
 local Batch = {}
@@ -227,19 +309,22 @@ function run.batch(data, step)
   return self
 end
 
---- `for step, batch in run:steps(n, data) do`: counts, watches the clock, saves checkpoints.
+--- `for step, batch in run:steps(n, data) do`: counts, watches the clock, evaluates, saves checkpoints. One Ctrl-C ends the run
+--- after the step, saved (exit code 130; 143 for SIGTERM), a second one at once; SIGUSR1 saves.
 function Run:steps(n, data)
   local step = self.at or 0
   self.total = n
   self.begun = native.clock()
   self.first = step
   if self.tracked then self.tracked.student:saturated() end -- what calibration and evaluation counted is no step's
+  native.defer(true)
   return function()
-    if self.batch and self.opt.save > 0 and step % self.opt.save == 0 then save(self, step) end
+    if self.batch then between(self, step) end
     native.poll()
     if step >= n then
       if self.batch then save(self, step) end
       self.batch = nil
+      native.defer(false)
       return nil
     end
     step = step + 1
@@ -304,10 +389,25 @@ function Run:log(step, values)
   local record_ = json.object(list)
   self.history[#self.history + 1] = record_
   if self.made then self.folder:append("metrics.jsonl", json.encode(record_)) end
+  if self.board then self:draw(step, record_) end
   local spent = native.clock() - self.begun
   local eta = spent / math.max(1, step - self.first) * (self.total - step)
   self.screen:step(screen.status(m, self.total, eta), step, self.total, math.max(1, self.opt.every))
   return m
+end
+
+-- Scalars of a step for TensorBoard, and every tenth step the blocks' CKA as a histogram.
+function Run:draw(step, m)
+  local now = os.time()
+  for _, key in ipairs { "kl", "ce", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
+    if type(m[key]) == "number" then self.board:scalar("train/" .. key, step, m[key], now) end
+  end
+  if step % 10 ~= 1 and step ~= self.total then return end
+  local values = {}
+  for _, value in ipairs(m.cka_blocks or {}) do
+    if type(value) == "number" then values[#values + 1] = value end
+  end
+  if #values > 0 then self.board:histogram("train/cka_blocks", step, values, now) end
 end
 
 --- Exports a student to `out/nvfp4`, reads the folder back and says whether every bit is what was trained. Returns that.
@@ -369,7 +469,9 @@ function Run:finish(results)
     after = o.after, version = native.version, peak = self.peak, planned = self.plan_made.bytes, export_equal = self.export_equal,
   })
   self:say("report %s/report.html", self.folder.path)
+  if self.board then self.board:close() end
   self.folder:close()
+  self.folder:unlock()
   current = nil
   if self.export_equal == false or (self.export_failed or 0) > 0 then
     errors.raise(errors.MISMATCH, "export: %s/nvfp4 is not what was trained", self.folder.path)
