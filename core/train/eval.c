@@ -181,7 +181,7 @@ static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, i
         if (!(found & 1u << k))
             continue;
         for (int64_t i = 0; i < n; i++)
-            masked[i] = octave(b->positions[at + i]) <= k ? b->labels[at + i] : -100;
+            masked[i] = octave(b->positions[at + i]) == k ? b->labels[at + i] : -100;
         CQ_TRY(CQ_RUN(s, kl, .dtype = e->dtype, .rows = n, .vocab = e->vocab, .form = CQ_KL_FULL,
                       .teacher = e->zt.data, .student = e->zs.data, .labels = masked, .scale = 1,
                       .sum = &e->kl[k], .nll_teacher = &e->nll_teacher,

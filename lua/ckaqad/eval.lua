@@ -1,6 +1,9 @@
--- eval.lua - how far a student is from its teacher on documents it was not trained on.
+-- eval.lua - how far a student is from its teacher on documents it was not trained on, and what 4 bits cost its weights.
+--
+-- C sums, this file divides. The weights' statistics come from the master weights of the moment, not from the last forward.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
+local json = require "ckaqad.json"
 local C, call = native.C, native.call
 
 local eval = {}
@@ -12,21 +15,153 @@ function eval.open(teacher, student)
   return student.evaluators[teacher]
 end
 
+-- Sums of KL by octaves of the position as { first, last, kl, tokens }, positions from 0.
+local function positions(r)
+  local list = {}
+  for k = 0, tonumber(r.n_octaves) - 1 do
+    local tokens = tonumber(r.octave_tokens[k])
+    if tokens > 0 then
+      list[#list + 1] = { first = 2 ^ k - 1, last = 2 ^ (k + 1) - 2, kl = r.octave_kl[k] / tokens, tokens = tokens }
+    end
+  end
+  return list
+end
+
+local function map_of(r, n)
+  if r.map == nil then return nil end
+  local map = {}
+  for teacher = 0, n - 1 do
+    local row = {}
+    for student = 0, n - 1 do row[student + 1] = r.map[teacher * n + student] end
+    map[teacher + 1] = row
+  end
+  return map
+end
+
 --- Compares two models of a plan on batches (`data:holdout()`): { kl (nats a token), perplexity, perplexity_teacher, top1
 --- (fraction), cka (mean), cka_min, cka_min_block, cka_blocks = list over blocks, tokens }.
-function eval.compare(teacher, student, batches)
+--- Unless `extras = false`, also { kl_positions = list of { first, last, kl, tokens } over octaves of the position in the
+--- document, cka_map[teacher block + 1][student block + 1] = unbiased CKA over 128 rows of each batch, sqnr and scales = what
+--- `student:quantization_error()` and `student:scale_histogram()` give (absent when the student has no master weights) }.
+--- `local r = cq.eval.compare(teacher, student, data:holdout(), { extras = false })`
+function eval.compare(teacher, student, batches, options)
+  local o = errors.fill("eval.compare", options, { extras = true })
   local e = student.evaluators and student.evaluators[teacher]
   if not e then errors.usage("eval: this pair is not in the plan, wanted run:plan { eval = true, ... }") end
+  C.cq_eval_want_map(e, o.extras)
   C.cq_eval_reset(e)
   for _, batch in ipairs(batches) do call.cq_eval_add(e, student:stream(), batch) end
   local r = native.new "cq_eval_result"
   call.cq_eval_result_get(e, r)
   local blocks = {}
   for i = 0, student.n_blocks - 1 do blocks[i + 1] = r.cka[i] end
+  local masters = o.extras and student.quant ~= nil
   return {
     kl = r.kl, top1 = r.top1, perplexity = r.perplexity_student, perplexity_teacher = r.perplexity_teacher,
     tokens = tonumber(r.tokens), cka = r.cka_mean, cka_min = r.cka_min, cka_min_block = tonumber(r.cka_min_block),
-    cka_blocks = blocks,
+    cka_blocks = blocks, kl_positions = o.extras and positions(r) or nil, cka_map = map_of(r, student.n_blocks),
+    sqnr = masters and student:quantization_error() or nil, scales = masters and student:scale_histogram() or nil,
+  }
+end
+
+-- backbone.layers.3.mixer.experts.7.up_proj.weight -> experts.*.up_proj
+local function module_kind(name)
+  local s = name:gsub("%.weight$", ""):gsub("^.*layers%.%d+%.", ""):gsub("^mixer%.", "")
+  return (s:gsub("%.%d+%.", ".*."))
+end
+
+-- Statistics of the quantized weights as { [block] = { total, kinds = { [kind] = stats }, order = kinds in checkpoint order } }.
+local function weights(student)
+  local blocks = {}
+  for p in student:params() do
+    if p.quantized then
+      local block, kind = tonumber(p.block), module_kind(native.string(p.name))
+      local b = blocks[block] or { total = native.new "cq_quant_stats", kinds = {}, order = {} }
+      blocks[block] = b
+      if not b.kinds[kind] then
+        b.kinds[kind], b.order[#b.order + 1] = { stats = native.new "cq_quant_stats", n = 0 }, kind
+      end
+      call.cq_quant_stats_add(b.total, p)
+      call.cq_quant_stats_add(b.kinds[kind].stats, p)
+      b.kinds[kind].n = b.kinds[kind].n + 1
+    end
+  end
+  return blocks
+end
+
+-- Signal to noise in dB; infinite for weights that lose nothing.
+local function decibel(s) return s.noise > 0 and 10 * math.log10(s.signal / s.noise) or math.huge end
+
+-- `student:quantization_error()`; model.lua says what it is.
+function eval.quantization_error(student)
+  local list, blocks = {}, weights(student)
+  for block = 0, student.n_blocks - 1 do
+    local b = blocks[block]
+    if b then
+      local linears = {}
+      for i, kind in ipairs(b.order) do
+        linears[i] = { name = kind, n = b.kinds[kind].n, db = decibel(b.kinds[kind].stats) }
+      end
+      list[#list + 1] = { block = block, db = decibel(b.total), linears = linears }
+    end
+  end
+  return list
+end
+
+-- `student:scale_histogram()`; model.lua says what it is. A bin is half an octave: E4M3 has eight values in an octave, and the
+-- fifth, 1.5, is the first above the octave's middle.
+function eval.scale_histogram(student)
+  local low, n_bins, list, blocks = -9, 36, {}, weights(student)
+  for block = 0, student.n_blocks - 1 do
+    local b = blocks[block]
+    if b then
+      local counts = {}
+      for bin = 1, n_bins do counts[bin] = 0 end
+      for code = 1, 126 do
+        local bin = math.floor(2 * (C.cq_quant_scale_log2(code) - low)) + 1
+        counts[bin] = counts[bin] + tonumber(b.total.scales[code])
+      end
+      list[#list + 1] = { block = block, counts = counts }
+    end
+  end
+  return { low = low, width = 0.5, blocks = list }
+end
+
+-- Six digits are more than a picture shows, and a map of 52 blocks has 2704 numbers.
+local function short(x)
+  if x ~= x or math.abs(x) == math.huge then return json.null end
+  return tonumber(("%.6g"):format(x))
+end
+
+local function extras(r)
+  local places, map, sqnr, scales = {}, {}, {}, {}
+  for i, p in ipairs(r.kl_positions or {}) do
+    places[i] = json.object { "first", p.first, "last", p.last, "kl", p.kl, "tokens", p.tokens }
+  end
+  for i, row in ipairs(r.cka_map or {}) do
+    map[i] = json.array {}
+    for j = 1, #row do map[i][j] = short(row[j]) end
+  end
+  for i, b in ipairs(r.sqnr or {}) do
+    local linears = json.array {}
+    for j, l in ipairs(b.linears) do linears[j] = json.object { "name", l.name, "n", l.n, "db", short(l.db) } end
+    sqnr[i] = json.object { "block", b.block, "db", short(b.db), "linears", linears }
+  end
+  for i, b in ipairs(r.scales and r.scales.blocks or {}) do
+    scales[i] = json.object { "block", b.block, "counts", json.array(b.counts) }
+  end
+  return r.kl_positions and json.array(places), r.cka_map and json.array(map), r.sqnr and json.array(sqnr),
+    r.scales and json.object { "low", r.scales.low, "width", r.scales.width, "blocks", json.array(scales) }
+end
+
+--- A result of `cq.eval.compare` as the JSON object that summary.json holds, keys in a fixed order; nil for nil.
+function eval.record(r)
+  if not r then return nil end
+  local places, map, sqnr, scales = extras(r)
+  return json.object {
+    "kl", r.kl, "perplexity", r.perplexity, "top1", r.top1, "cka", r.cka, "cka_min", r.cka_min, "cka_min_block", r.cka_min_block,
+    "cka_blocks", json.array(r.cka_blocks), "tokens", r.tokens, "perplexity_teacher", r.perplexity_teacher,
+    "kl_positions", places, "cka_map", map, "sqnr", sqnr, "scales", scales,
   }
 end
 

@@ -95,6 +95,17 @@ end
 --- Blocks of 16 whose scale was clamped since the last call.
 function Model:saturated() return tonumber(C.cq_model_saturated(self.c)) end
 
+--- Signal to quantization noise of the fake-quantized weights against the master weights, block by block: list of { block, db,
+--- linears = list of { name, n, db } }, experts of a kind pooled (`n` of them). Blocks without a quantized linear are left out; dB is
+--- infinite where nothing is lost. Reads every weight once.
+--- `for _, b in ipairs(student:quantization_error()) do print(b.block, b.db) end`
+function Model:quantization_error() return require("ckaqad.eval").quantization_error(self) end
+
+--- How the E4M3 block scales of the weights are spread, block by block: { low = -9, width = 0.5, blocks = list of { block, counts } };
+--- counts[i] blocks of 16 have log2(scale) in [low + (i - 1) width, low + i width). 448, the largest scale, is in bin 36.
+--- `local h = student:scale_histogram()`
+function Model:scale_histogram() return require("ckaqad.eval").scale_histogram(self) end
+
 --- Multiplies the learning rate of the parameters that match `globs`; 0 freezes them. Returns how many matched.
 function Model:lr_scale(globs, factor)
   return native.check(tonumber(C.cq_model_lr_scale(self.c, globs, factor)))
