@@ -10,7 +10,6 @@
 #include "core/model/export.h"
 #include "core/model/model.h"
 #include "core/model/quant_stats.h"
-#include "core/model/quant_stats.h"
 #include "core/quant/rules.h"
 #include "core/quant/scales.h"
 #include "core/tensor/plan.h"
