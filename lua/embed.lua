@@ -1,11 +1,11 @@
 -- embed.lua - run by the build: puts the Lua modules into a C file and the preprocessed headers into the module ckaqad.cdef.
 --
---   luajit embed.lua VERSION CDEF.i OUT.c OUT_CDEF.lua MODULE.lua...
+--   luajit embed.lua VERSION CDEF.i OUT.c OUT_CDEF.lua API.md OUT_API.lua MODULE.lua...
 --
--- The cdef is parsed here, so a header that LuaJIT cannot read fails the build. OUT.c also asserts that every struct has
+-- API.md becomes the module ckaqad.api_text, which the prompt's help reads. The cdef is parsed here, so a header that LuaJIT cannot read fails the build. OUT.c also asserts that every struct has
 -- the size in C that the FFI will give it.
 local ffi = require "ffi"
-local version, cdef_path, out_c, out_cdef = arg[1], arg[2], arg[3], arg[4]
+local version, cdef_path, out_c, out_cdef, api_path, out_api = unpack(arg, 1, 6)
 
 local function read(path)
   local f = assert(io.open(path, "rb"))
@@ -25,6 +25,7 @@ ffi.cdef(cdef)
 local module = ("-- Made from the headers by the build.\nreturn { version = %q, text = [==[\n%s]==] }\n"):format(version, cdef)
 assert(loadstring(module))
 write(out_cdef, module)
+write(out_api, ("-- Made from API.md by the build.\nreturn [====[\n%s]====]\n"):format(read(api_path)))
 
 local escapes = { ["\n"] = "\\n", ['"'] = '\\"', ["\\"] = "\\\\", ["?"] = "\\?" }
 local function literal(text)
@@ -48,8 +49,8 @@ out[#out + 1] = "\nvoid (*const cq_embedded_api[])(void) = {"
 for name in cdef:gmatch("[%s%*](cq_[%w_]+)%([^;{}]*%)%s*;") do out[#out + 1] = ("    (void (*)(void))%s,"):format(name) end
 out[#out + 1] = "    0};"
 out[#out + 1] = "\nconst cq_embedded cq_embedded_modules[] = {"
-local paths = { out_cdef }
-for i = 5, #arg do paths[#paths + 1] = arg[i] end
+local paths = { out_cdef, out_api }
+for i = 7, #arg do paths[#paths + 1] = arg[i] end
 for _, path in ipairs(paths) do
   local file = path:match("([^/]+)%.lua$")
   local name = file == "init" and "ckaqad" or "ckaqad." .. file
