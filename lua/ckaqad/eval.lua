@@ -8,7 +8,7 @@ local C, call = native.C, native.call
 
 local eval = {}
 
--- The C object of a pair, made by the plan.
+--- The comparison of a pair as C sees it; `cq.plan { eval = true }` calls it.
 function eval.open(teacher, student)
   student.evaluators = student.evaluators or {}
   student.evaluators[teacher] = native.open("cq_eval", "cq_eval_open", teacher.c, student.c)
@@ -92,7 +92,7 @@ end
 -- Signal to noise in dB; infinite for weights that lose nothing.
 local function decibel(s) return s.noise > 0 and 10 * math.log10(s.signal / s.noise) or math.huge end
 
--- `student:quantization_error()`; model.lua says what it is.
+--- The same as `student:quantization_error()`.
 function eval.quantization_error(student)
   local list, blocks = {}, weights(student)
   for block = 0, student.n_blocks - 1 do
@@ -108,8 +108,8 @@ function eval.quantization_error(student)
   return list
 end
 
--- `student:scale_histogram()`; model.lua says what it is. A bin is half an octave: E4M3 has eight values in an octave, and the
--- fifth, 1.5, is the first above the octave's middle.
+-- A bin is half an octave: E4M3 has eight values in an octave, and the fifth, 1.5, is the first above the octave's middle.
+--- The same as `student:scale_histogram()`.
 function eval.scale_histogram(student)
   local low, n_bins, list, blocks = -9, 36, {}, weights(student)
   for block = 0, student.n_blocks - 1 do

@@ -9,6 +9,7 @@ local options = require "ckaqad.options"
 local plan = require "ckaqad.plan"
 local run = require "ckaqad.run"
 local select_ = require "ckaqad.select"
+local tensorboard = require "ckaqad.tensorboard"
 local verify = require "ckaqad.verify"
 
 return errors.strict({
@@ -29,6 +30,7 @@ return errors.strict({
   eval = require "ckaqad.eval",
   quant = errors.strict({ presets = { "nemotron_nano", "qwen3", "all", "experts", "mlp", "weights_only", "none" } }, "quant"),
   verify = verify.verify,
+  tensorboard = errors.strict({ open = tensorboard.open, markdown = tensorboard.markdown }, "tensorboard"),
   json = require "ckaqad.json",
   text = require "ckaqad.text",
   clock = native.clock,

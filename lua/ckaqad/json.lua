@@ -9,7 +9,10 @@ local json = { null = setmetatable({}, { __tostring = function() return "null" e
 local Array = {}
 local order = setmetatable({}, { __mode = "k" }) -- object -> list of its keys
 
--- An object with ordered keys from a list key, value, key, value ...; a nil value is left out with its key.
+--- An object with ordered keys from a list key, value, key, value ...; a nil value is left out with its key.
+---
+--- Example:
+---     print(cq.json.encode(cq.json.object { "step", 1, "cka", 0.5 })) --> {"step":1,"cka":0.5}
 function json.object(list)
   local t, keys = {}, {}
   for i = 1, table.maxn(list), 2 do
@@ -23,9 +26,10 @@ function json.object(list)
   return t
 end
 
--- Marks a table as an array, needed only for empty ones.
+--- Marks a table as an array, needed only for empty ones.
 function json.array(t) return setmetatable(t or {}, Array) end
 
+--- The keys of an object: in the order they were written or read, sorted for a plain table.
 function json.keys(t)
   if order[t] then return order[t] end
   local keys = {}
@@ -78,7 +82,7 @@ function encode(x, indent, here)
   errors.usage("json: cannot write a %s", kind)
 end
 
--- JSON text of a value on one line; with `pretty` objects go over several lines.
+--- JSON text of a value on one line; with `pretty` objects go over several lines. NaN and infinity become null.
 function json.encode(x, pretty) return encode(x, pretty and "  " or nil, "") end
 
 local function utf8(code)
@@ -175,7 +179,10 @@ function read(text, at, what)
   return value, at + #digits
 end
 
--- The value of a JSON text; `what` names the source in the error.
+--- The value of a JSON text; null is `cq.json.null`. `what` names the source in the error, which says the line.
+---
+--- Example:
+---     print(cq.json.decode('{ "lr": [1e-4, null] }').lr[1]) --> 0.0001
 function json.decode(text, what)
   what = what or "json"
   local value, at = read(text, skip(text, 1), what)
@@ -184,7 +191,7 @@ function json.decode(text, what)
   return value
 end
 
--- The elements of a JSON array as pieces of the text itself, unchanged to the byte.
+--- The elements of a JSON array as pieces of the text itself, unchanged to the byte.
 function json.elements(text, what)
   what = what or "json"
   local out, i = {}, skip(text, 1)

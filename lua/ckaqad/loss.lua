@@ -73,7 +73,7 @@ function loss.layer(name, options)
   return name == "cka" and loss.cka(o) or loss[name](only(o, { "blocks", "tokens" }))
 end
 
--- Splits a list of terms into its logit and its layer term.
+--- The term on the logits and the term between blocks of a list of terms; an error when it has two of a kind or none.
 function loss.split(terms)
   local logits, layers
   for _, term in ipairs(terms) do

@@ -153,8 +153,10 @@ end
 ---
 --- Returns a writer; it keeps up to 64 KiB or 10 s of events in memory. Fails when the file cannot be made or written.
 ---
----     local writer = tensorboard.open("runs/try", { append = 20 })
+--- Example:
+---     local writer = cq.tensorboard.open(".", { append = 20 })
 ---     writer:scalar("loss/kl", 21, 0.03)
+---     writer:histogram("cka", 21, { 0.97, 0.99, 0.98 })
 ---     writer:close()
 function tensorboard.open(folder, options)
   local o = errors.fill("tensorboard.open", options, { append = errors.NONE, clock = os.time, host = errors.NONE })
@@ -217,7 +219,7 @@ function Writer:histogram(tag, step, values, time)
     .. double_field(4, h.sum) .. double_field(5, h.squares) .. bytes_field(6, doubles(h.limits)) .. bytes_field(7, doubles(h.counts))))
 end
 
---- Markdown text of a step, for example `tensorboard.markdown(options)`.
+--- Markdown text of a step, for example `cq.tensorboard.markdown(options)`.
 function Writer:text(tag, step, markdown, time)
   local tensor = number_field(1, 7) .. bytes_field(2, "") .. bytes_field(8, markdown) -- a string without dimensions
   local metadata = bytes_field(1, bytes_field(1, "text")) .. number_field(4, 2)       -- the text plugin; data class: tensor

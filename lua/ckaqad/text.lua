@@ -1,7 +1,10 @@
 -- text.lua - numbers and tables as people read them.
 local text = {}
 
--- 3.28e6 -> "3.3 M"
+--- A count with three digits and a unit.
+---
+--- Example:
+---     print(cq.text.count(3280000)) --> 3.28 M
 function text.count(n)
   for _, unit in ipairs { { 1e12, "T" }, { 1e9, "B" }, { 1e6, "M" }, { 1e3, "k" } } do
     if n >= unit[1] then return ("%.4g %s"):format(tonumber(("%.3g"):format(n / unit[1])), unit[2]) end
@@ -9,7 +12,10 @@ function text.count(n)
   return ("%d"):format(n)
 end
 
--- 1536 -> "1.5 KiB"
+--- Bytes in binary units.
+---
+--- Example:
+---     print(cq.text.bytes(1536)) --> 1.5 KiB
 function text.bytes(n)
   local units, i = { "B", "KiB", "MiB", "GiB", "TiB" }, 1
   while math.abs(n) >= 1024 and i < #units do
@@ -18,7 +24,10 @@ function text.bytes(n)
   return (i == 1 and "%d %s" or "%.1f %s"):format(n, units[i])
 end
 
--- 125 -> "2:05", 3725 -> "1:02:05"
+--- Seconds as minutes and hours.
+---
+--- Example:
+---     print(cq.text.duration(125), cq.text.duration(3725)) --> 2:05	1:02:05
 function text.duration(seconds)
   local s = math.max(0, math.floor(seconds + 0.5))
   if s < 3600 then return ("%d:%02d"):format(math.floor(s / 60), s % 60) end
@@ -28,7 +37,12 @@ end
 -- Width on the screen of UTF-8 text without wide characters.
 local function width(s) return select(2, s:gsub("[^\128-\191]", "")) end
 
--- Rows of strings as lines: the first column left, the others right aligned, two spaces between.
+--- Rows of strings as a list of lines: the first column left, the others right aligned, two spaces between.
+---
+--- Example:
+---     for _, line in ipairs(cq.text.table { { "block", "cka" }, { "0", "0.99" } }) do print(line) end
+---     --> block   cka
+---     --> 0      0.99
 function text.table(rows, indent)
   local widths, lines = {}, {}
   for _, row in ipairs(rows) do
@@ -45,7 +59,10 @@ function text.table(rows, indent)
   return lines
 end
 
--- { 0, 1, 2, 5 } -> "0-2,5"
+--- Ascending whole numbers as ranges.
+---
+--- Example:
+---     print(cq.text.ranges { 0, 1, 2, 5 }) --> 0-2,5
 function text.ranges(list)
   local parts, i = {}, 1
   while i <= #list do
