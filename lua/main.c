@@ -137,8 +137,28 @@ static bool wants_traceback(void) {
     return value && strcmp(value, "1") == 0;
 }
 
+/* Puts what errors.explain makes of a message of Lua's own in its place. */
+static void explain(lua_State *L) {
+    if (lua_type(L, -1) != LUA_TSTRING)
+        return;
+    lua_getfield(L, LUA_REGISTRYINDEX, "_LOADED");
+    lua_getfield(L, -1, "ckaqad.errors");
+    if (lua_istable(L, -1)) {
+        lua_getfield(L, -1, "explain");
+        lua_pushvalue(L, -4);
+        if (lua_pcall(L, 1, 1, 0) == 0) {
+            lua_replace(L, -4);
+            lua_pop(L, 2);
+            return;
+        }
+        lua_pop(L, 1);
+    }
+    lua_pop(L, 2);
+}
+
 /* Message handler: prints where it happened when that was asked for. */
 static int on_error(lua_State *L) {
+    explain(L);
     if (wants_traceback()) {
         luaL_traceback(L, L, NULL, 1);
         fprintf(stderr, "%s\n", lua_tostring(L, -1));

@@ -14,13 +14,24 @@ ckaqad: wins back what NVFP4 costs a language model, by distilling it into its o
 
 Recipes: recipes/nemotron_nano.lua, qwen3.lua (distil), ptq.lua (calibrate and export), compare.lua, bench.lua
 Exit: 0 success, 1 failure, 2 usage or recipe, 3 invalid data or model, 4 memory, 5 not finite, 6 mismatch, 130 Ctrl-C
-Environment: HF_HOME, HF_HUB_CACHE, NO_COLOR, CKAQAD_TRACEBACK=1 (where an error came from), CKAQAD_LUA=DIR (other modules)]]
+Environment: HF_HOME, HF_HUB_CACHE, NO_COLOR, CKAQAD_TRACEBACK=1 (where an error came from), CKAQAD_LUA=DIR (other modules),
+  CKAQAD_PROFILE=1 (time the driver takes beside the C library)]]
+
+-- "recipes/x.lua:12: " of the line that is running, two calls up.
+local function here()
+  local info = debug.getinfo(3, "Sl")
+  return info and info.currentline > 0 and ("%s:%d: "):format(info.short_src, info.currentline) or ""
+end
 
 -- Reading or making a global by accident is an error in a recipe.
 local function strict_globals()
   setmetatable(_G, {
-    __newindex = function(_, key) errors.usage("global %s: not declared, wanted local", tostring(key)) end,
-    __index = function(_, key) errors.usage("global %s: does not exist", tostring(key)) end,
+    __newindex = function(_, key) errors.usage("%sglobal %s: not declared, wanted local", here(), tostring(key)) end,
+    __index = function(_, key)
+      local names = { "cq" }
+      for name in next, _G do names[#names + 1] = tostring(name) end
+      errors.usage("%sglobal %s: does not exist, nearest is %s", here(), tostring(key), errors.nearest(tostring(key), names))
+    end,
   })
 end
 

@@ -7,8 +7,7 @@ local errors = require "ckaqad.errors"
 local C, call = native.C, native.call
 
 local data = {}
-local Data = {}
-Data.__index = Data
+local Data = errors.class("data", {})
 
 local masks = { all = "CQ_MASK_ALL", assistant = "CQ_MASK_ASSISTANT" }
 
@@ -180,7 +179,7 @@ local function facts(corpus)
   }
 end
 
--- { train = facts, holdout = facts or nil }
+--- { train = { documents, tokens, truncated, sha256 }, holdout = the same, or nil when nothing is held out }.
 function Data:facts() return { train = facts(self.corpus), holdout = self.held and facts(self.held) } end
 
 --- Lines that say what was read: documents, tokens, how many were cut to `seq`.

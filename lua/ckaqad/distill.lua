@@ -6,8 +6,7 @@ local select_ = require "ckaqad.select"
 local C, call = native.C, native.call
 
 local distill = {}
-local Pass = {}
-Pass.__index = Pass
+local Pass = errors.class("pass", {})
 
 local forms = {
   full = "CQ_KL_FULL", renormalized = "CQ_KL_RENORMALIZED", truncated = "CQ_KL_TRUNCATED", bucket = "CQ_KL_TAIL_BUCKET",

@@ -59,6 +59,34 @@ function errors.nearest(name, names)
   return best
 end
 
+local classes = {}
+
+-- Makes the methods of a class known by the name a reader has for its objects. Returns the class.
+function errors.class(name, class)
+  classes[name] = class
+  class.__index = class
+  return class
+end
+
+-- Lua's own message about a method that does not exist, with the nearest one that does.
+function errors.explain(message)
+  local where, name = tostring(message):match("^(.-)attempt to call method '([%w_]+)' %(a nil value%)")
+  if not where then return message end
+  local names = {}
+  for object, class in pairs(classes) do
+    for key, value in pairs(class) do
+      if type(value) == "function" and not key:match("^__") then names[#names + 1] = object .. ":" .. key end
+    end
+  end
+  local best, least
+  table.sort(names)
+  for _, full in ipairs(names) do
+    local d = errors.distance(name:lower(), full:match(":(.*)"):lower())
+    if not least or d < least then best, least = full, d end
+  end
+  return ("%smethod %s does not exist%s"):format(where, name, best and ", nearest is " .. best or "")
+end
+
 -- `name` when the list has it, else an error that names the nearest one and all of them.
 function errors.choose(what, name, names)
   for _, n in ipairs(names) do

@@ -73,10 +73,22 @@ function native.check(status)
   return tonumber(status)
 end
 
+-- With CKAQAD_PROFILE=1 the seconds spent in checked calls are summed in native.in_c; else `f` itself.
+native.in_c = os.getenv "CKAQAD_PROFILE" == "1" and 0 or nil
+function native.timed(f)
+  if not native.in_c then return f end
+  return function(...)
+    local begun = native.clock()
+    local status = f(...)
+    native.in_c = native.in_c + (native.clock() - begun)
+    return status
+  end
+end
+
 -- native.call.cq_x(...) calls a function that returns a status and throws when it failed.
 native.call = setmetatable({}, {
   __index = function(t, name)
-    local f = C[name]
+    local f = native.timed(C[name])
     local function checked(...) return native.check(f(...)) end
     t[name] = checked
     return checked
@@ -88,7 +100,7 @@ local closers = { cq_batch = "cq_batch_free" }
 -- Calls `opener(&object, ...)` and returns the object, closed when it is collected.
 function native.open(kind, opener, ...)
   local out = ffi.new(kind .. " *[1]")
-  native.check(C[opener](out, ...))
+  native.check(native.timed(C[opener])(out, ...))
   return ffi.gc(out[0], C[closers[kind] or kind .. "_close"])
 end
 

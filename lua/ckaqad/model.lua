@@ -9,8 +9,7 @@ local text = require "ckaqad.text"
 local C, call = native.C, native.call
 
 local model = {}
-local Model = {}
-Model.__index = Model
+local Model = errors.class("model", {})
 
 local kind_names = { M = "mamba", E = "moe", ["*"] = "attention", ["-"] = "mlp", Q = "attention + mlp" }
 local kind_order = { "M", "E", "*", "-", "Q" }
@@ -75,7 +74,7 @@ function Model:quantize(options)
   return wrap(c, { dtype = self.dtype, teacher = self, quant = o })
 end
 
--- Points the stream at this model's scratch and returns it.
+--- The C stream that operations on this model take, with its scratch; for code that calls C by itself.
 function Model:stream()
   local stream = self.device.stream
   C.cq_model_bind_stream(self.c, stream)
@@ -141,7 +140,7 @@ function Model:save(dir, options)
   return dir
 end
 
--- "5 mamba, 5 moe, 2 attention"
+--- Blocks by kind, for example "5 mamba, 5 moe, 2 attention".
 function Model:kinds()
   local parts = {}
   for _, letter in ipairs(kind_order) do

@@ -4,8 +4,7 @@ local errors = require "ckaqad.errors"
 local call = native.call
 
 local optim = {}
-local Adam = {}
-Adam.__index = Adam
+local Adam = errors.class("adam", {})
 
 --- AdamW (arXiv 1711.05101). Options: `betas` { 0.9, 0.95 }, `eps`, `weight_decay` (not of vectors), `clip` (global gradient
 --- norm; 0: none), `rates` = { { "globs", factor }, ... } multiplies the learning rate of parameters by name; 0 freezes.

@@ -20,8 +20,7 @@ local text = require "ckaqad.text"
 local call = native.call
 local run = {}
 local current -- the run that an error ends
-local Run = {}
-Run.__index = Run
+local Run = errors.class("run", {})
 
 -- The folder that holds the embedded teacher: beside the recipe, or where the program was installed or built.
 local function embedded(recipe)
@@ -93,7 +92,7 @@ function Run:say(format, ...)
   self.screen:say(select("#", ...) > 0 and tostring(format):format(...) or tostring(format))
 end
 
--- Log lines wait until the folder exists.
+--- Puts a line into log.txt without printing it; lines wait until the folder exists.
 function Run:note(line)
   if self.made then return self.folder:append("log.txt", line) end
   self.early[#self.early + 1] = line
@@ -284,8 +283,7 @@ local function between(self, step)
   if opt.max_time > 0 and native.clock() - self.started_at >= opt.max_time then leave(self, step, 75, "time is up") end
 end
 
-local Batch = {}
-Batch.__index = Batch
+local Batch = errors.class("batch", {})
 
 --- The micro-batches of a step, one after another.
 function Batch:split()
@@ -317,6 +315,7 @@ function Run:steps(n, data)
   self.begun = native.clock()
   self.first = step
   if self.tracked then self.tracked.student:saturated() end -- what calibration and evaluation counted is no step's
+  self.c_before = native.in_c
   native.defer(true)
   return function()
     if self.batch then between(self, step) end
@@ -325,6 +324,11 @@ function Run:steps(n, data)
       if self.batch then save(self, step) end
       self.batch = nil
       native.defer(false)
+      if native.in_c then -- CKAQAD_PROFILE=1
+        local spent = native.clock() - self.begun
+        self:say("driver: %.3f s before the first step, %.2f %% of the steps' time", self.begun - self.started_at - self.c_before,
+          100 * (1 - (native.in_c - self.c_before) / spent))
+      end
       return nil
     end
     step = step + 1
@@ -396,7 +400,7 @@ function Run:log(step, values)
   return m
 end
 
--- Scalars of a step for TensorBoard, and every tenth step the blocks' CKA as a histogram.
+--- Scalars of a step for TensorBoard, and every tenth step the blocks' CKA as a histogram. `run:log` calls it.
 function Run:draw(step, m)
   local now = os.time()
   for _, key in ipairs { "kl", "ce", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
