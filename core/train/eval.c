@@ -147,19 +147,31 @@ static int keep_grams(cq_eval *e, cq_stream *s, int64_t block, int64_t found, in
     return CQ_OK;
 }
 
-static int add_map(cq_eval *e, cq_stream *s, int64_t n) {
-    double pairs = (double)n * (double)(n - 3), out[4];
+/* <K, L> of two symmetric matrices with zero diagonals: twice the upper triangle, four sums to let
+ * the processor overlap them. */
+#define INNER(NAME, T)                                                                             \
+    static double NAME(const T *k, const T *l, int64_t n) {                                        \
+        double sum[4] = {0};                                                                       \
+        for (int64_t i = 0; i < n; i++)                                                            \
+            for (int64_t j = i + 1; j < n; j++)                                                    \
+                sum[j & 3] += (double)k[i * n + j] * (double)l[i * n + j];                         \
+        return 2 * (sum[0] + sum[1] + sum[2] + sum[3]);                                            \
+    }
+INNER(inner_f32, float)
+INNER(inner_f64, double)
+
+static double inner(const cq_eval *e, int64_t a, int64_t b, int64_t n) {
+    const void *k = map_gram(e, a, n), *l = map_gram(e, b, n);
+    return (e->dtype == CQ_F64 ? inner_f64(k, l, n) : inner_f32(k, l, n)) /
+           ((double)n * (double)(n - 3));
+}
+
+static void add_map(cq_eval *e, int64_t n) {
+    for (int64_t i = 0; i < 2 * e->n_blocks; i++)
+        e->self[i] += inner(e, i, i, n);
     for (int64_t t = 0; t < e->n_blocks; t++)
-        for (int64_t l = 0; l < e->n_blocks; l++) {
-            CQ_TRY(CQ_RUN(s, cka, .dtype = e->dtype, .n = n, .k = map_gram(e, e->n_blocks + l, n),
-                          .l = map_gram(e, t, n), .out = out));
-            e->cross[t * e->n_blocks + l] += out[0] / pairs;
-            if (t == l) {
-                e->self[t] += out[2] / pairs;
-                e->self[e->n_blocks + l] += out[1] / pairs;
-            }
-        }
-    return CQ_OK;
+        for (int64_t l = 0; l < e->n_blocks; l++)
+            e->cross[t * e->n_blocks + l] += inner(e, t, e->n_blocks + l, n);
 }
 
 /* Context of 1, 2-3, 4-7 ... tokens: octave k holds positions from 2^k - 1 to 2^(k + 1) - 2. */
@@ -214,7 +226,7 @@ int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b) {
             CQ_TRY(keep_grams(e, s, l, found, few));
     }
     if (map)
-        CQ_TRY(add_map(e, s, few));
+        add_map(e, few);
     CQ_TRY(cq_model_norm_forward(e->teacher, s, b));
     CQ_TRY(cq_model_norm_forward(e->student, s, b));
     return add_head(e, s, b);
