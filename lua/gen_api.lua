@@ -3,7 +3,7 @@
 --   luajit lua/gen_api.lua > lua/API.md        run in the project's root; a test checks that the file is fresh
 --
 -- What is public is not listed anywhere: `require "ckaqad"` is loaded over a stand-in for the C library and walked. Every function it
--- reaches, and every method of a class (Class.__index) in a module that gave such a function, needs a comment directly above it.
+-- reaches, and every method of a class (errors.class, Class.__index) in a module that gave one, needs a comment directly above it.
 -- A comment may end in `Example:` and indented code; tests/recipes/docs.sh runs it. `--> text` in it says what is printed.
 local api = {}
 
@@ -95,7 +95,8 @@ end
 -- "(a, b)" of a function that begins on a line; its list of arguments may go over several.
 local function arguments(lines, at)
   local list = table.concat(lines, " ", at, math.min(#lines, at + 4)):match "function[^(]*(%b())"
-  return list and list:gsub("%s+", " ") or "()"
+  if not list then return "()" end
+  return (list:gsub("%s+", " "):gsub("%(self, ", "(data, "):gsub("%(self%)", "(data)")) -- cq.data.show takes what cq.data.open gave
 end
 
 -- Public functions of the modules in `folder`: { [module] = { { name, file, line, comment }, ... in the file's order } }.
@@ -130,11 +131,13 @@ function api.functions(folder)
   for module in pairs(found) do
     local classes = {}
     for i, line in ipairs(lines_of(module)) do
-      local class = line:match "^([%w_]+)%.__index%s*="
-      if class then classes[class] = true end
+      local plain = line:match "^([%w_]+)%.__index%s*="
+      local class, object = line:match '^local ([%w_]+) = errors%.class%("([%w_]+)"'
+      if plain then classes[plain] = plain:lower() end
+      if class then classes[class] = object end
       local owner, separator, method = line:match "^function ([%w_]+)([.:])([%w_]+)"
       if owner and classes[owner] and not method:match "^__" then
-        add(module, i, owner:lower() .. separator .. method .. arguments(sources[module], i))
+        add(module, i, classes[owner] .. separator .. method .. arguments(sources[module], i))
       end
     end
   end
@@ -172,7 +175,7 @@ function api.undocumented(folder)
   return list
 end
 
--- The examples of all comments in the order of API.md: { name, file, line, code }.
+-- The examples of all comments in the order of API.md: { name, file, line of the code's beginning, code }.
 function api.examples(folder)
   local list, functions = {}, api.functions(folder)
   for _, section in ipairs(sections(functions)) do
@@ -210,7 +213,7 @@ function api.text(folder)
       out[#out + 1] = "**`" .. e.name .. "`**  "
       for _, line in ipairs(e.comment) do
         if line:match "^Example:%s*$" then
-          out[#out + 1] = ""
+          if out[#out] ~= "" then out[#out + 1] = "" end
           line = "Example:\n"
         end
         out[#out + 1] = line
