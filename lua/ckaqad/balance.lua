@@ -51,12 +51,102 @@ end
 
 local rules = {}
 
+-- "recipes/x.lua:12" of a function.
+local function place(rule)
+  local info = debug.getinfo(rule, "S")
+  return ("%s:%d"):format(info.source:gsub("^[@=]", ""), info.linedefined)
+end
+
+local function finite(x) return type(x) == "number" and x == x and math.abs(x) ~= math.huge end
+
+local function kind(x)
+  if type(x) == "number" then return ("%g"):format(x) end
+  return type(x) == "string" and ("%q"):format(x) or x == nil and "nil" or "a " .. type(x)
+end
+
+-- The weights of a table must be those of the tapped blocks, each and no other.
+local function check_blocks(pass, weights, fail)
+  local missing, n, given = {}, 0, 0
+  for block in pairs(pass.cka) do
+    n = n + 1
+    if weights[block] == nil then missing[#missing + 1] = block end
+  end
+  for block, w in pairs(weights) do
+    given = given + 1
+    if pass.cka[block] == nil then
+      fail(errors.USAGE, ("cka has a weight for block %s, which CKA does not look at (blocks count from 0)"):format(tostring(block)))
+    end
+    if not finite(w) then
+      fail(type(w) == "number" and errors.NUMERIC or errors.USAGE, ("cka[%s] is %s, wanted a finite number"):format(block, kind(w)))
+    end
+  end
+  if #missing > 0 then
+    table.sort(missing)
+    fail(errors.USAGE, ("cka has %d weights for %d blocks, block %d has none"):format(given, n, missing[1]))
+  end
+end
+
+--- Checks what a rule returned for a pass and gives it back; an error names the rule, its line in the recipe and the step.
+--- `weights = cq.balance.check(pass, weights, "mine", "recipes/x.lua:12")`
+function balance.check(pass, weights, name, where)
+  local function fail(status, what)
+    errors.raise(status, "%s: balance rule %s, step %d: %s", where, name, pass.step, what)
+  end
+  if type(weights) ~= "table" then
+    fail(errors.USAGE, ("returned %s, wanted { kl = number, cka = number or { [block] = number } }"):format(kind(weights)))
+  end
+  for key in pairs(weights) do
+    if key ~= "kl" and key ~= "cka" then fail(errors.USAGE, ("returned a weight %s, wanted kl and cka"):format(tostring(key))) end
+  end
+  for _, key in ipairs { "kl", "cka" } do
+    local w = weights[key]
+    if key == "cka" and type(w) == "table" then
+      check_blocks(pass, w, fail)
+    elseif w ~= nil and not finite(w) then
+      fail(type(w) == "number" and errors.NUMERIC or errors.USAGE, ("%s is %s, wanted a finite number"):format(key, kind(w)))
+    end
+  end
+  return weights
+end
+
+-- A rule whose errors and results are answered with its name and line.
+local function checked(name, rule)
+  local where = place(rule)
+  return function(pass)
+    local ok, weights = pcall(rule, pass)
+    if not ok then
+      if type(weights) ~= "string" then error(weights, 0) end
+      errors.usage("%s: balance rule %s, step %d: %s", where, name, pass.step, weights)
+    end
+    return balance.check(pass, weights, name, where)
+  end
+end
+
 --- Gives a rule a name that `--balance` knows; it must be defined before the recipe that uses it runs.
+--- `cq.balance.define("gentle", function(pass) return { kl = 1, cka = 0.1 * pass.kl } end)`
 function balance.define(name, rule)
   if type(name) ~= "string" or type(rule) ~= "function" then
     errors.usage("balance.define: got %s and %s, wanted a name and a function", type(name), type(rule))
   end
+  if name == "ratio" or name == "gradnorm" or name == "none" or name:find("^fixed:") then
+    errors.usage("balance.define: %s is a rule of ckaqad, wanted another name", name)
+  end
   rules[name] = rule
+end
+
+-- The lines of a defined rule's source, nil for other names: what a sweep's hash needs to know of it.
+function balance.source(name)
+  local rule = rules[name]
+  if not rule then return nil end
+  local info, lines, n = debug.getinfo(rule, "S"), {}, 0
+  local f = io.open((info.source:gsub("^@", "")), "rb")
+  if not f then return string.dump(rule, true) end
+  for line in f:lines() do
+    n = n + 1
+    if n >= info.linedefined and n <= info.lastlinedefined then lines[#lines + 1] = line end
+  end
+  f:close()
+  return table.concat(lines, "\n")
 end
 
 --- A balance by its name: "ratio", "gradnorm", "fixed:0.5" (weight of the layerwise term), "none", or a defined rule.
@@ -68,7 +158,7 @@ function balance.get(name, options)
     if not tonumber(fixed) then errors.usage("option --balance: got %s, wanted fixed:NUMBER", name) end
     return balance.fixed { cka = tonumber(fixed) }
   end
-  if rules[name] then return rules[name] end
+  if rules[name] then return checked(name, rules[name]) end
   if name == "none" then return balance.fixed { cka = 0 } end
   if name == "ratio" or name == "gradnorm" then return balance[name] { max = o.max } end
   local names = { "ratio", "gradnorm", "fixed:1", "none" }

@@ -29,6 +29,7 @@ return errors.strict({
   schedule = require "ckaqad.schedule",
   eval = require "ckaqad.eval",
   quant = errors.strict({ presets = { "nemotron_nano", "qwen3", "all", "experts", "mlp", "weights_only", "none" } }, "quant"),
+  sweep = require "ckaqad.sweep".sweep,
   verify = verify.verify,
   tensorboard = errors.strict({ open = tensorboard.open, markdown = tensorboard.markdown }, "tensorboard"),
   json = require "ckaqad.json",

@@ -1,0 +1,437 @@
+-- sweep.lua - many runs of one recipe that differ in what is swept, and the one table that compares them.
+--
+-- A sweep folder holds sweep.json (what is compared), attempts.jsonl (every process that ended), points/HASH/ (a run folder each),
+-- table.md, table.csv, table.tex and report.html. A point is known by the hash of its resolved options: the same command again runs
+-- only what is missing, and values added to a sweep find the finished ones there.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local balance = require "ckaqad.balance"
+local driver = require "ckaqad.sweep_driver"
+local folder = require "ckaqad.folder"
+local hf = require "ckaqad.hf"
+local json = require "ckaqad.json"
+local options = require "ckaqad.options"
+local points = require "ckaqad.sweep_points"
+local text = require "ckaqad.text"
+local call = native.call
+
+local sweep = { format = 1 }
+
+-- Options of the driver itself; a point gets its own.
+local own = {
+  out = true, fresh = true, resume = true, dry_run = true, validate_only = true, stop_at = true, threads = true, max_time = true,
+  seeds = true, jobs = true, retry = true,
+}
+
+-- The program itself, which a sweep starts again for every point.
+local function program()
+  local ok, host = pcall(require, "ckaqad.host")
+  if not ok or not host.exe then errors.usage("sweep: wanted the program ckaqad, which starts itself for every point") end
+  return host.exe
+end
+
+-- Options that a recipe would have after these arguments, with model, documents and preset chosen. The recipe runs up to its
+-- cq.run; nothing is loaded or written.
+local function resolve(recipe, arguments)
+  local api, screen, run = require "ckaqad", require "ckaqad.screen", require "ckaqad.run"
+  local chunk, why = loadfile(recipe, "t")
+  if not chunk then
+    errors.usage("%s", why:find("^cannot open") and ("recipe %s: no such file"):format(recipe) or why)
+  end
+  jit.off(chunk, true)
+  local before, caught = rawget(_G, "arg"), nil
+  local typed = { [0] = recipe }
+  for i, argument in ipairs(arguments) do typed[i] = argument end
+  rawset(_G, "arg", typed)
+  api.run = function(opt, given)
+    caught = { opt = opt, given = given }
+    error(caught, 0)
+  end
+  local ok, e = pcall(chunk)
+  api.run = run.run
+  rawset(_G, "arg", before)
+  if not ok and e ~= caught then error(e, 0) end
+  if not caught then errors.usage("recipe %s: does not call cq.run, so it cannot be swept", recipe) end
+  local quiet, open = { say = function() end }, screen.open
+  screen.open = function() return quiet end
+  rawset(caught.opt, "out", nil) -- no folder is looked at
+  ok, e = pcall(run.run, caught.opt, caught.given)
+  screen.open = open
+  if not ok then error(e, 0) end
+  return caught.opt
+end
+
+local function typed_list(tables)
+  local set, keys, list = {}, {}, {}
+  for _, t in ipairs(tables) do
+    for key, value in pairs(t) do
+      if set[key] == nil then keys[#keys + 1] = key end
+      set[key] = value
+    end
+  end
+  table.sort(keys)
+  for i, key in ipairs(keys) do list[i] = ("--%s=%s"):format(key, points.typed(set[key])) end
+  return list
+end
+
+-- Resolves a setting with a seed into a point: its options, hash, steps.
+local function resolved(plan, setting, seed)
+  local arguments = typed_list { plan.base, setting.set, { seed = seed } }
+  local opt = resolve(plan.recipe, arguments)
+  local values, set = {}, {}
+  for _, key in ipairs(opt.order) do values[key] = rawget(opt, key) end
+  for _, key in ipairs(setting.keys) do set[key] = values[key] end
+  local more = { "recipe " .. plan.recipe:match("[^/]*$") }
+  local rule = values.balance and balance.source(values.balance)
+  if rule then more[2] = "rule " .. rule end
+  local canonical = points.canonical(values, options.passing, more)
+  return {
+    hash = native.sha256_text(canonical):sub(1, 16), name = setting.name, options = set, keys = setting.keys, seed = values.seed,
+    steps = values.steps, arguments = arguments, resolved = values,
+  }
+end
+
+-- Every point of a plan, seed by seed, so that all settings have their first seed before any has its second.
+local function resolve_all(plan)
+  local list = {}
+  for _, axis in ipairs(plan.axes) do
+    if own[axis.name] or options.passing[axis.name] then
+      errors.usage("sweep over %s: this option does not change what a run computes", axis.name)
+    end
+    if plan.base[axis.name] ~= nil then
+      errors.usage("sweep over %s: it is given as --%s=%s too, wanted one of both", axis.name, axis.name,
+        points.typed(plan.base[axis.name]))
+    end
+  end
+  for _, seed in ipairs(plan.seeds or { false }) do
+    for _, setting in ipairs(plan.settings) do
+      list[#list + 1] = resolved(plan, setting, seed or nil)
+    end
+  end
+  return points.unique(list)
+end
+
+-- Puts the place in the recipe before an error that the plan raised.
+local function at(where, f, ...)
+  local result = { pcall(f, ...) }
+  if result[1] then return unpack(result, 2, table.maxn(result)) end
+  local e = result[2]
+  if errors.is(e) and not e.quiet and where ~= "" then errors.raise(e.status, "%s%s", where, (e.message:gsub("^sweep: ", ""))) end
+  error(e, 0)
+end
+
+-- Opens the sweep folder and locks it. Other points in it stay where they are.
+local function open_folder(plan)
+  local path = plan.path
+  local old = folder.read_json(path .. "/sweep.json")
+  if old and type(old.format) == "number" and old.format > sweep.format then
+    errors.raise(errors.DATA, "%s/sweep.json: format %d, made by a newer version, wanted at most format %d", path, old.format, sweep.format)
+  end
+  if hf.exists(path .. "/run.json") then
+    errors.usage("sweep folder %s: holds a run, wanted a folder of its own: --out=FOLDER", path)
+  end
+  if old and not plan.fresh and old.recipe ~= plan.recipe:match("[^/]*$") then
+    errors.usage("sweep folder %s: belongs to a sweep of %s, wanted a new folder or --fresh", path, tostring(old.recipe))
+  end
+  if plan.dry then return end
+  call.cq_folder_make(path)
+  plan.lock = native.open("cq_lock", "cq_lock_take", path .. "/lock")
+  if plan.fresh then
+    call.cq_folder_remove(path .. "/points")
+    for _, name in ipairs { "sweep.json", "attempts.jsonl", "table.md", "table.csv", "table.tex", "report.html" } do
+      os.remove(path .. "/" .. name)
+    end
+  end
+  call.cq_folder_make(path .. "/points")
+end
+
+local function write(path, content) call.cq_file_write(path, content, #content) end
+
+local function describe(plan)
+  local axes, list = {}, {}
+  for i, axis in ipairs(plan.axes) do axes[i] = json.object { "name", axis.name, "values", json.array(axis.values) } end
+  for i, p in ipairs(plan.points) do
+    list[i] = json.object { "hash", p.hash, "name", p.name, "options", p.options, "seed", p.seed }
+  end
+  local base = {}
+  for key, value in pairs(plan.base) do base[key] = value end
+  write(plan.path .. "/sweep.json", json.encode(json.object {
+    "format", sweep.format, "program", "ckaqad", "version", native.version, "recipe", plan.recipe:match("[^/]*$"), "base", base, "axes",
+    json.array(axes), "seeds", plan.seeds and json.array(plan.seeds) or nil, "points", json.array(list),
+  }, true) .. "\n")
+end
+
+-- Seconds that --dry_run of a point estimates for its steps; nil and why when it does not say. A rule of the ablation costs what
+-- "ratio" does.
+local function dry_seconds(plan, point)
+  local log, begun = os.tmpname(), native.clock()
+  local argv = { program(), plan.recipe }
+  for _, argument in ipairs(point.arguments) do argv[#argv + 1] = argument end
+  if balance.source(point.resolved.balance) then argv[#argv + 1] = "--balance=ratio" end
+  argv[#argv + 1] = "--dry_run"
+  argv[#argv + 1] = "--out=" .. plan.path .. "/points/" .. point.hash
+  local pid = driver.start(argv, {}, log)
+  while not driver.poll(pid) do
+    if native.clock() - begun > 60 then native.C.cq_process_signal(pid, 15) end
+    native.poll()
+    native.C.cq_process_sleep(0.02)
+  end
+  local f = io.open(log, "rb")
+  local said = f and f:read("*a") or ""
+  if f then f:close() end
+  os.remove(log)
+  local clock = said:match("time: about ([%d:]+)")
+  if not clock then return nil, said:match("ckaqad: ([^\n]*)") end
+  local seconds = 0
+  for part in clock:gmatch("%d+") do seconds = seconds * 60 + tonumber(part) end
+  return seconds
+end
+
+local function say_cost(plan, d, left)
+  if left == 0 then return end
+  local each, jobs = d:seconds_of_a_point(), math.min(plan.jobs, left)
+  if each then
+    print(("cost: %d points to run, about %s with %d at a time (%s a point, as those that ran)"):format(left,
+      text.duration(each * left / jobs), jobs, text.duration(each)))
+    return
+  end
+  for _, point in ipairs(plan.points) do
+    if not d:finished(point) then
+      local seconds, why = dry_seconds(plan, point)
+      if not seconds then
+        print(("cost: %d points to run, %s"):format(left, why and "and the first says: " .. why or "known when the first has ended"))
+      else
+        print(("cost: %d points to run, about %s of training steps in all, by the operations of the first"):format(left,
+          text.duration(math.max(1, seconds) * left)))
+      end
+      return
+    end
+  end
+end
+
+local function say_plan(plan, d, dropped)
+  local what = {}
+  for _, axis in ipairs(plan.axes) do what[#what + 1] = axis.name end
+  print(("sweep %s over %s: %d settings%s%s, %s"):format(plan.recipe, #what > 0 and table.concat(what, ", ") or "seed",
+    #plan.settings, plan.seeds and (" x %d seeds"):format(#plan.seeds) or "",
+    dropped > 0 and (", %d equal points run once"):format(dropped) or "", plan.path))
+  local finished, started = 0, 0
+  for _, point in ipairs(plan.points) do
+    if d:finished(point) then
+      finished = finished + 1
+    elseif d:progress(point) > 0 then
+      started = started + 1
+    end
+  end
+  if finished + started > 0 then
+    print(("resume: %d of %d points are finished, %d were stopped on the way"):format(finished, #plan.points, started))
+  end
+  return finished
+end
+
+local function list_points(plan, d)
+  local rows = { { "point", "hash", "status" } }
+  for _, p in ipairs(plan.points) do
+    rows[#rows + 1] = { (require "ckaqad.sweep_screen".label)(p), p.hash,
+      d:finished(p) and "finished" or d:progress(p) > 0 and "stopped" or "to run" }
+  end
+  for _, line in ipairs(text.table(rows, "  ")) do print(line) end
+end
+
+-- Ends the driver: the table, what failed, and the exit code.
+local function conclude(plan, d, code, word)
+  local result = require "ckaqad.sweep_table".make(plan, d)
+  if code then
+    print(("%s: %d of %d points are finished; the same command goes on"):format(word, result.finished, #plan.points))
+    native.close(plan.lock, "cq_lock")
+    errors.exit(code)
+  end
+  print("")
+  io.stdout:write(result.table:text())
+  print(("table %s/table.md, .csv, .tex%s"):format(plan.path, result.report and "; report " .. result.report or ""))
+  native.close(plan.lock, "cq_lock")
+  local failed = {}
+  for _, p in ipairs(plan.points) do
+    if d.failed[p.hash] then failed[#failed + 1] = p end
+  end
+  if #failed > 0 then
+    errors.raise(errors.IO, "sweep: %d of %d points failed, first %s: %s (%s.log)", #failed, #plan.points,
+      require "ckaqad.sweep_screen".label(failed[1]), d.failed[failed[1].hash], d:folder(failed[1]))
+  end
+  return result
+end
+
+local function check_halving(stop)
+  if not stop then return nil end
+  local o = errors.fill("sweep: stop", stop, { rungs = errors.NONE, keep = 0.5 })
+  if type(o.rungs) ~= "table" or #o.rungs == 0 then errors.usage("sweep: stop.rungs is missing, wanted steps like { 10, 30 }") end
+  for i, rung in ipairs(o.rungs) do
+    if type(rung) ~= "number" or rung < 1 or rung ~= math.floor(rung) or (i > 1 and rung <= o.rungs[i - 1]) then
+      errors.usage("sweep: stop.rungs[%d] is %s, wanted whole numbers that grow", i, tostring(rung))
+    end
+  end
+  if type(o.keep) ~= "number" or o.keep <= 0 or o.keep >= 1 then
+    errors.usage("sweep: stop.keep is %s, wanted a share between 0 and 1", tostring(o.keep))
+  end
+  return o
+end
+
+local function whole(name, value, least)
+  if type(value) ~= "number" or value < least or value ~= math.floor(value) then
+    errors.usage("sweep: %s is %s, wanted a whole number, %d or more", name, tostring(value), least)
+  end
+  return value
+end
+
+-- Runs a plan: { recipe, base, settings, axes, seeds, path, jobs, retry, halving, threads, argv, where, fresh, dry, max_time }.
+local function execute(plan)
+  local dropped
+  plan.points, dropped = at(plan.where, resolve_all, plan)
+  for i, rung in ipairs(plan.halving and plan.halving.rungs or {}) do
+    if plan.points[1].steps and rung >= plan.points[1].steps then
+      errors.usage("%sstop.rungs[%d] is step %d of %d, wanted one before the end", plan.where, i, rung, plan.points[1].steps)
+    end
+  end
+  open_folder(plan)
+  local total = plan.threads > 0 and plan.threads or require "ckaqad.device".current().threads
+  plan.jobs = math.min(plan.jobs, #plan.points)
+  local d = driver.open {
+    path = plan.path, points = plan.points, jobs = plan.jobs, retry = plan.retry, argv = plan.argv, halving = plan.halving,
+    threads = math.max(1, math.floor(total / plan.jobs)), max_time = plan.max_time,
+  }
+  local finished = say_plan(plan, d, dropped)
+  if plan.dry then
+    list_points(plan, d)
+    say_cost(plan, d, #plan.points - finished)
+    errors.exit(0)
+  end
+  describe(plan)
+  say_cost(plan, d, #plan.points - finished)
+  if plan.jobs > 1 then print(("jobs: %d at a time, %d threads each"):format(plan.jobs, d.threads)) end
+  return conclude(plan, d, d:run())
+end
+
+-- In the process of a point of an ablation: runs the base recipe here, where the rules above cq.sweep are known.
+local function run_point(opt, recipe, hash)
+  local home = opt.out:match("^(.*)/points/[^/]+$")
+  local plan = home and folder.read_json(home .. "/sweep.json")
+  local found
+  for _, point in ipairs(plan and plan.points or {}) do
+    if point.hash == hash then found = point end
+  end
+  if not found then errors.raise(errors.DATA, "sweep: %s/sweep.json has no point %s", tostring(home), hash) end
+  local typed = typed_list { plan.base, found.options, { seed = plan.seeds and found.seed } }
+  typed[0] = recipe
+  for _, key in ipairs { "threads", "stop_at", "out" } do
+    if opt.given[key] then typed[#typed + 1] = ("--%s=%s"):format(key, points.typed(opt[key])) end
+  end
+  local chunk, why = loadfile(recipe, "t")
+  if not chunk then errors.usage("%s", why) end
+  rawset(_G, "arg", typed)
+  jit.off(chunk, true)
+  chunk()
+  errors.exit(0)
+end
+
+-- The file of the recipe that an ablation names: beside the ablation, or as it stands.
+local function find_recipe(name, beside)
+  local near = (beside:match("^(.*/)[^/]*$") or "") .. name
+  return name:sub(1, 1) ~= "/" and hf.exists(near) and near or name
+end
+
+-- What an ablation passes on to the base recipe: the options of its own block, and common ones that were typed.
+local function passed_on(opt)
+  local f = io.open(opt.recipe, "rb")
+  local declared = {}
+  for _, key in ipairs(options.read_help(f and f:read("*a") or "").order) do declared[key] = true end
+  if f then f:close() end
+  local base = {}
+  for _, key in ipairs(opt.order) do
+    if not own[key] and (declared[key] or opt.given[key]) and opt[key] ~= "" then base[key] = opt[key] end
+  end
+  return base
+end
+
+--- Runs a recipe once for every setting and seed, each in a process of its own, and compares them in one table.
+--- `cq.sweep(opt, { recipe = "nemotron_nano.lua", grid = { lr = { 1e-5, 1e-4 } }, seeds = 3, jobs = 2 })`
+--- What is tried, exactly one of: `grid` (all combinations), `paired` (lists walked together), `list` ({ { name = "...", option =
+--- value }, ... }), `random` ({ count, seed, space = { lr = { min, max, log = true }, cka = { "all", "none" } } }).
+--- `seeds`: how many (from 1) or a list; every setting gets the same ones. `set`: options of every point. `jobs`: processes at a time
+--- (they share the threads); `retry`: further tries of a crashed point; `stop = { rungs = { 10, 30 }, keep = 0.5 }`: successive
+--- halving, at each rung only the better share goes on.
+--- The options of `opt`'s own block go to the recipe (those that are "" stay the recipe's); `opt.out` is the sweep's folder. Gives
+--- { table, points, finished }. Errors carry the recipe's line; exit code 1 when points failed, 130 and 143 when stopped, 75 at
+--- --max_time.
+function sweep.sweep(opt, given)
+  local info = debug.getinfo(2, "Sl")
+  local where = info and info.currentline > 0 and ("%s:%d: sweep: "):format((info.source:gsub("^@", "")), info.currentline) or "sweep: "
+  local none = errors.NONE
+  local o = at(where, errors.fill, "sweep", given, {
+    recipe = none, grid = none, random = none, paired = none, list = none, seeds = rawget(opt, "seeds") or none, jobs = rawget(opt, "jobs") or 1,
+    retry = rawget(opt, "retry") or 1, stop = none, set = none,
+  })
+  if type(o.recipe) ~= "string" then errors.usage("%srecipe is missing, wanted the file of a recipe", where) end
+  local recipe = find_recipe(o.recipe, opt.recipe)
+  local hash = os.getenv "CKAQAD_POINT"
+  if hash then return run_point(opt, recipe, hash) end
+  local exe, again = program(), {}
+  for key in pairs(opt.given) do
+    if not own[key] then again[#again + 1] = ("--%s=%s"):format(key, points.typed(opt[key])) end
+  end
+  table.sort(again)
+  local plan = {
+    recipe = recipe, where = where, path = (opt.out:gsub("(.)/+$", "%1")), jobs = at(where, whole, "jobs", o.jobs, 1),
+    retry = at(where, whole, "retry", o.retry, 0), halving = at(where, check_halving, o.stop), threads = opt.threads,
+    fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = passed_on(opt),
+  }
+  for key, value in pairs(o.set or {}) do plan.base[key] = value end
+  plan.settings, plan.axes, plan.seeds = at(where, points.expand, o, plan.base.seed)
+  if plan.seeds then plan.base.seed = nil end
+  plan.argv = function(_, extra)
+    local argv = { exe, opt.recipe }
+    for _, list in ipairs { again, extra } do
+      for _, argument in ipairs(list) do argv[#argv + 1] = argument end
+    end
+    return argv
+  end
+  return execute(plan)
+end
+
+-- `--sweep` on a recipe's command line: runs the whole sweep and leaves the program. Called by cq.options before it returns.
+function sweep.from_options(opt, specs)
+  local f = io.open(opt.recipe, "rb")
+  local source = f and f:read("*a") or ""
+  if f then f:close() end
+  if source:find("%f[%w]cq%.sweep") then
+    errors.usage("--sweep: %s is a sweep itself, wanted the values in its own list or a recipe that runs once", opt.recipe)
+  end
+  local axes = points.parse(specs)
+  for _, axis in ipairs(axes) do
+    if rawget(opt, axis.name) == nil then
+      errors.usage("sweep over %s: the recipe has no such option, nearest is %s", axis.name, errors.nearest(axis.name, opt.order))
+    end
+  end
+  if opt.validate_only then errors.usage("--validate_only: not with --sweep, wanted one of both") end
+  local exe, base = program(), {}
+  for key in pairs(opt.given) do
+    if not own[key] then base[key] = opt[key] end
+  end
+  local plan = {
+    recipe = opt.recipe, where = "", path = (opt.given.out and opt.out or rawget(opt, "out") .. "-sweep"):gsub("(.)/+$", "%1"),
+    jobs = whole("jobs", rawget(opt, "jobs") or 1, 1), retry = whole("retry", rawget(opt, "retry") or 1, 0), threads = opt.threads,
+    fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = base,
+  }
+  plan.settings, plan.axes, plan.seeds = points.expand { grid = axes }
+  if plan.seeds and base.seed then errors.usage("sweep over seed: it is given as --seed=%d too, wanted one of both", base.seed) end
+  plan.argv = function(point, extra)
+    local argv = { exe, opt.recipe }
+    for _, list in ipairs { point.arguments, extra } do
+      for _, argument in ipairs(list) do argv[#argv + 1] = argument end
+    end
+    return argv
+  end
+  execute(plan)
+  errors.exit(0)
+end
+
+return sweep

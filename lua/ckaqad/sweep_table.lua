@@ -1,0 +1,202 @@
+-- sweep_table.lua - the table at the end of a sweep: settings down, measures across, and what a comparison does not show by itself.
+--
+-- Settings are compared in pairs of the same seed. A row that differs from the first in more than one option has no single cause;
+-- runs that differ in an option nobody named (by a preset, another build, other files) make the whole table confounded. Both are
+-- said below the table, and a confounded table marks nothing as best.
+local native = require "ckaqad.ffi"
+local folder = require "ckaqad.folder"
+local json = require "ckaqad.json"
+local options = require "ckaqad.options"
+local points = require "ckaqad.sweep_points"
+local stats = require "ckaqad.stats"
+local table_ = require "ckaqad.table"
+
+local sweep_table = {}
+
+-- What a run did, as options and further facts that must agree for a fair comparison. `run` is the content of its run.json.
+function sweep_table.facts(run)
+  local facts = {}
+  for key, value in pairs(type(run.options) == "table" and run.options or {}) do facts[key] = value end
+  facts["program version"] = run.version
+  local device = type(run.device) == "table" and run.device or {}
+  facts["kernels in use"], facts["instructions"] = device.kernels, device.instructions
+  local model = type(run.model) == "table" and run.model or {}
+  facts["model files"] = model.sha256 and json.encode(model.sha256)
+  return facts
+end
+
+--- Options and facts in which runs differ besides `factors` (a list of names), the seed, and how a run is shown:
+--- { { key, values } }. `runs`: contents of run.json files.
+function sweep_table.compare(runs, factors)
+  local allowed, list = { seed = true }, {}
+  for key in pairs(options.passing) do allowed[key] = true end
+  for _, name in ipairs(factors) do
+    allowed[name] = true
+    if name == "model" then allowed["model files"] = true end
+    if name == "kernels" then allowed["kernels in use"], allowed["instructions"] = true, true end
+  end
+  for i, run in ipairs(runs) do list[i] = sweep_table.facts(run) end
+  return points.differences(list, allowed)
+end
+
+-- The finished points by setting: { name, options, keys, runs = { [seed] = { summary, run } } }, in the plan's order.
+local function gather(plan, d)
+  local groups, order, finished = {}, {}, 0
+  for _, p in ipairs(plan.points) do
+    local g = groups[p.name]
+    if not g then
+      g = { name = p.name, options = p.options, keys = p.keys, runs = {}, resolved = p.resolved }
+      groups[p.name] = g
+      order[#order + 1] = g
+    end
+    local dir = d:folder(p)
+    local ok, summary = pcall(folder.read_json, dir .. "/summary.json")
+    if ok and summary then
+      local known, run = pcall(folder.read_json, dir .. "/run.json")
+      g.runs[p.seed or 0] = { summary = summary, run = known and run or {} }
+      finished = finished + 1
+    elseif d.failed[p.hash] then
+      g.failed = (g.failed or 0) + 1
+    elseif d.dropped[p.hash] then
+      g.dropped = d.dropped[p.hash]
+    end
+  end
+  return order, finished
+end
+
+local function values_of(group, part, key)
+  local values = {}
+  for seed, r in pairs(group.runs) do
+    local section = r.summary[part]
+    local value = type(section) == "table" and section[key]
+    if type(value) == "number" then values[seed] = value end
+  end
+  return values
+end
+
+local function recovery(group)
+  local values = {}
+  for seed, r in pairs(group.runs) do
+    local before, after = r.summary.before, r.summary.after
+    if type(before) == "table" and type(after) == "table" then values[seed] = stats.recovery(before.kl, after.kl, 0) end
+  end
+  return values
+end
+
+local function cell(values) return next(values) and table_.cell(values) or nil end
+
+-- The PTQ row, when quantization is the same in every setting.
+local function ptq_row(groups)
+  local first
+  for _, g in ipairs(groups) do
+    for seed, kl in pairs(values_of(g, "before", "kl")) do
+      first = first or {}
+      if first[seed] and first[seed] ~= kl then return nil end
+      first[seed] = kl
+    end
+  end
+  if not first then return nil end
+  local row = { setting = "PTQ", reference = true }
+  for _, key in ipairs { "kl", "perplexity", "top1", "cka" } do
+    local all = {}
+    for _, g in ipairs(groups) do
+      for seed, value in pairs(values_of(g, "before", key)) do all[seed] = value end
+    end
+    row[key] = cell(all)
+  end
+  return row
+end
+
+local function interval(p)
+  if p.n == 0 then return nil end
+  if not p.low then return ("%+.2g"):format(p.difference) end
+  return ("%+.2g [%+.2g, %+.2g]%s"):format(p.difference, p.low, p.high, p.clear and "" or " unclear")
+end
+
+-- Names of the options in which two settings differ.
+local function changed(a, b)
+  local list = {}
+  for _, d in ipairs(points.differences({ a.resolved, b.resolved }, (function()
+    local allowed = { seed = true }
+    for key in pairs(options.passing) do allowed[key] = true end
+    return allowed
+  end)())) do list[#list + 1] = d.key end
+  return list
+end
+
+local function rows_of(groups)
+  local rows, first, several, few = {}, groups[1], false, false
+  for i, g in ipairs(groups) do
+    local row = {
+      setting = g.name, kl = cell(values_of(g, "after", "kl")), perplexity = cell(values_of(g, "after", "perplexity")),
+      top1 = cell(values_of(g, "after", "top1")), cka = cell(values_of(g, "after", "cka")), recovery = cell(recovery(g)),
+    }
+    if i > 1 then
+      local keys = changed(first, g)
+      row.changed = table.concat(keys, ", ") .. (#keys > 1 and " (!)" or "")
+      several = several or #keys > 1
+      local p = stats.paired(values_of(g, "after", "kl"), values_of(first, "after", "kl"))
+      row.difference = interval(p)
+      few = few or (p.n > 1 and p.few)
+    end
+    if g.dropped then row.setting = ("%s (dropped at step %d)"):format(g.name, g.dropped) end
+    if g.failed then row.setting = ("%s (%d failed)"):format(g.name, g.failed) end
+    rows[#rows + 1] = row
+  end
+  return rows, several, few
+end
+
+local function notes_of(plan, groups, several, few)
+  local notes, runs, factors = {}, {}, {}
+  for _, g in ipairs(groups) do
+    for _, r in pairs(g.runs) do runs[#runs + 1] = r.run end
+  end
+  for i, axis in ipairs(plan.axes) do factors[i] = axis.name end
+  local differing = sweep_table.compare(runs, factors)
+  for _, item in ipairs(differing) do
+    local values = table.concat(item.values, " / ")
+    if #values > 60 then values = #item.values .. " values" end
+    notes[#notes + 1] = ("CONFOUNDED: the runs differ in %s too (%s)"):format(item.key, values)
+  end
+  if several then notes[#notes + 1] = "(!) differs from the first row in more than one option: the difference has no single cause" end
+  if few then notes[#notes + 1] = ("fewer than %d seeds: an interval is a hint, not a proof"):format(stats.FEW) end
+  return notes, #differing > 0
+end
+
+--- Builds the table of a sweep and writes table.md, table.csv, table.tex and report.html. Gives { table, finished, confounded }.
+function sweep_table.make(plan, d)
+  local groups, finished = gather(plan, d)
+  local rows, several, few = rows_of(groups)
+  local notes, confounded = notes_of(plan, groups, several, few)
+  local ptq = ptq_row(groups)
+  if ptq then table.insert(rows, 1, ptq) end
+  local columns = {
+    { key = "setting", title = "setting" },
+    { key = "kl", title = "KL", format = "%.5f", better = "low" },
+    { key = "perplexity", title = "perplexity", format = "%.4f", better = "low" },
+    { key = "top1", title = "top-1", format = "%.4f", better = "high" },
+    { key = "cka", title = "CKA", format = "%.4f", better = "high" },
+    { key = "recovery", title = "recovery %", format = "%.1f", better = "high" },
+  }
+  if #groups > 1 then
+    columns[#columns + 1] = { key = "difference", title = "KL - first row" }
+    columns[#columns + 1] = { key = "changed", title = "changed" }
+  end
+  local t = table_.new { title = ("%s: %d settings, %d of %d points"):format(plan.recipe:match("[^/]*$"), #groups, finished, #plan.points),
+    columns = columns, rows = rows, notes = notes }
+  if not confounded then t:mark() end
+  local result = { table = t, finished = finished, confounded = confounded, points = plan.points }
+  for name, content in pairs { ["table.md"] = t:markdown(), ["table.csv"] = t:csv(), ["table.tex"] = t:latex() } do
+    native.call.cq_file_write(plan.path .. "/" .. name, content, #content)
+  end
+  local ok, report = pcall(require, "ckaqad.report")
+  local make = ok and rawget(report, "sweep")
+  if make and finished > 0 then
+    local html = make(plan.path)
+    native.call.cq_file_write(plan.path .. "/report.html", html, #html)
+    result.report = plan.path .. "/report.html"
+  end
+  return result
+end
+
+return sweep_table
