@@ -425,9 +425,9 @@ local function rebuild(self, path, reason)
   if not ok then error(e, 0) end
 end
 
---- Opens the index of the run folders below `root` and brings it up to date. Where the index cannot be kept (no right to write, a full
---- disk), the folders are read into memory, and a line on standard error says so. `timeout`: seconds to wait for another process (10).
---- `for _, r in ipairs(cq.index("runs"):runs { status = "stopped" }) do print(r.name, r.step) end`
+-- Opens the index of the run folders below `root` and brings it up to date. Where the index cannot be kept (no right to write, a full
+-- disk), the folders are read into memory, and a line on standard error says so. `timeout`: seconds to wait for another process (10).
+-- `for _, r in ipairs(index.open("runs"):runs { status = "stopped" }) do print(r.name, r.step) end`
 function index.open(root, given)
   local o = errors.fill("index", given, { timeout = 10, files = errors.NONE, say = function(line) io.stderr:write(line, "\n") end })
   root = root:gsub("(.)/+$", "%1")
@@ -472,9 +472,9 @@ function Record.__tostring(r)
   return ("%s  %s%s%s"):format(r.name, r.status, steps, kl)
 end
 
---- Records of the runs, the newest first. A filter names columns and the values they must have; `under = "name"`: a run, or all below
---- a folder; `last = n`: only the n newest; `brief`: without options and curve. A record has the columns of the index, `options` and
---- `curve` as tables, and `path`.
+-- Records of the runs, the newest first. A filter names columns and the values they must have; `under = "name"`: a run, or all below
+-- a folder; `last = n`: only the n newest; `brief`: without options and curve. A record has the columns of the index, `options` and
+-- `curve` as tables, and `path`.
 function Index:runs(filter)
   local known, wanted, where, values, limit = {}, {}, {}, {}, ""
   local under, brief = filter and filter.under, filter and filter.brief
@@ -514,7 +514,7 @@ function Index:sweeps()
   return list
 end
 
---- Rows of a query that changes nothing, and the names of its columns in order.
+-- Rows of a query that changes nothing, and the names of its columns in order.
 function Index:query(sql)
   local s = self.db:prepare(sql)
   if s.more then errors.usage("query: more than one statement, wanted one") end

@@ -1,6 +1,7 @@
 -- table.lua - one table, five ways to print it: text, Markdown, CSV, LaTeX, HTML.
 --
--- A cell is a value, or { mean, sd, n, values = { [seed] = x } } of several runs; its spread and n are printed in every form.
+-- A cell is a value, or { mean, sd, n, values = { [seed] = x } } of several runs, or { mean, low, high, n } with an interval instead of
+-- a deviation; spread and n are printed in every form.
 -- `mark` decides what is best, and marks nothing unless the paired interval against every other row excludes zero.
 local errors = require "ckaqad.errors"
 local stats = require "ckaqad.stats"
@@ -11,9 +12,9 @@ Table.__index = Table
 
 --- A table from `{ title, columns, rows, notes }`. A column is `{ key, title, format, better }`: `format` a printf format or a
 --- function from value to text, `better` "low" or "high" where a best row can be marked. A row maps keys to values or to cells
---- `{ mean, sd, n, values, mark }` (or `{ value, mark }`); `reference = true` in a row keeps it out of the marking. `notes` are
---- lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`, `latex()`, `html()`, `render(format)`.
---- `print(cq.table { columns = { { key = "lr" }, { key = "kl", better = "low" } }, rows = { { lr = 1e-4, kl = 0.2 } } }:text())`
+--- `{ mean, sd, n, values, mark }` (or `{ mean, low, high, n }`, `{ value, mark }`); `reference = true` in a row keeps it out of the
+--- marking. `notes` are lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`, `latex()`, `html()`, `render(format)`.
+--- `print(cq.table.new { columns = { { key = "lr" }, { key = "kl", better = "low" } }, rows = { { lr = 1e-4, kl = 0.2 } } }:text())`
 function table_.new(given)
   local o = errors.fill("table", given, { title = "", columns = errors.NONE, rows = errors.NONE, notes = errors.NONE })
   if type(o.columns) ~= "table" or #o.columns == 0 then errors.usage("table: no columns, wanted columns = { { key = NAME }, ... }") end
@@ -59,13 +60,15 @@ local function parts(column, cell)
   end
   return {
     value = cell.mean, text = shown(column, cell.mean), sd = cell.sd and shown(column, cell.sd), raw_sd = cell.sd, n = cell.n,
-    mark = cell.mark, spread = true,
+    mark = cell.mark, spread = true, low = cell.low, high = cell.high,
+    interval = cell.low and ("[%s, %s]"):format(shown(column, cell.low), shown(column, cell.high)),
   }
 end
 
--- "0.0053 ± 0.0002 (n=3)"
+-- "0.0053 ± 0.0002 (n=3)", "0.0053 [0.0051, 0.0055] (n=3)"
 local function line_of(p)
   if not p.spread or p.n == 0 then return p.text end
+  if p.interval then return ("%s %s (n=%d)"):format(p.text, p.interval, p.n) end
   if not p.sd then return ("%s (n=%d)"):format(p.text, p.n) end
   return ("%s ± %s (n=%d)"):format(p.text, p.sd, p.n)
 end
@@ -211,33 +214,31 @@ local function csv_field(x)
   return s:find('[",\r\n]') and '"' .. s:gsub('"', '""') .. '"' or s
 end
 
---- The table as CSV (RFC 4180: CRLF, quotes doubled), numbers with all their digits. A column of means is followed by KEY_sd and
---- KEY_n, one with a mark by KEY_best; title and notes are left out.
+-- Fields of the CSV: suffix of the key, and what of a cell's parts they hold; a field that no row has is left out.
+local csv_fields = {
+  { "", function(p) return p.value end }, { "_sd", function(p) return p.raw_sd end }, { "_low", function(p) return p.low end },
+  { "_high", function(p) return p.high end }, { "_n", function(p) return p.n end }, { "_best", function(p) return p.mark and 1 end },
+}
+
+--- The table as CSV (RFC 4180: CRLF, quotes doubled), numbers with all their digits. A column of means is followed by KEY_sd (or
+--- KEY_low, KEY_high) and KEY_n, one with a mark by KEY_best; title and notes are left out.
 function Table:csv()
-  local layout, lines = {}, {}
+  local grid, lines = {}, {}
+  for r = 0, #self.rows do grid[r] = {} end
   for _, column in ipairs(self.columns) do
-    local spread, mark = false, false
-    for _, row in ipairs(self.rows) do
-      local p = parts(column, row[column.key])
-      spread, mark = spread or p.spread, mark or p.mark
+    for _, field in ipairs(csv_fields) do
+      local list, any = {}, field[1] == ""
+      for r, row in ipairs(self.rows) do
+        list[r] = field[2](parts(column, row[column.key]))
+        any = any or list[r] ~= nil
+      end
+      if any then
+        grid[0][#grid[0] + 1] = csv_field(column.key .. field[1])
+        for r = 1, #self.rows do grid[r][#grid[0]] = csv_field(list[r]) end
+      end
     end
-    local key = column.key
-    layout[#layout + 1] = { key, function(p) return p.value end, column }
-    if spread then
-      layout[#layout + 1] = { key .. "_sd", function(p) return p.raw_sd end, column }
-      layout[#layout + 1] = { key .. "_n", function(p) return p.n end, column }
-    end
-    if mark then layout[#layout + 1] = { key .. "_best", function(p) return p.mark and 1 or 0 end, column } end
   end
-  local function add(cell)
-    local cells = {}
-    for i, field in ipairs(layout) do cells[i] = csv_field(cell(field)) end
-    lines[#lines + 1] = table.concat(cells, ",") .. "\r\n"
-  end
-  add(function(field) return field[1] end)
-  for _, row in ipairs(self.rows) do
-    add(function(field) return field[2](parts(field[3], row[field[3].key])) end)
-  end
+  for r = 0, #self.rows do lines[#lines + 1] = table.concat(grid[r], ",") .. "\r\n" end
   return table.concat(lines)
 end
 
