@@ -7,6 +7,9 @@ local errors = require "ckaqad.errors"
 local balance = {}
 
 --- The mean of 1 - cka over the tapped blocks of a pass; 0 when nothing is tapped.
+---
+--- Example:
+---     print(cq.balance.gap { cka = { [0] = 0.9, [1] = 0.7 } }) --> 0.2
 function balance.gap(pass)
   local sum, n = 0, 0
   for _, value in pairs(pass.cka) do
@@ -16,6 +19,10 @@ function balance.gap(pass)
 end
 
 --- Both terms get the same value: cka weight = min(kl / max(mean(1 - cka), 1e-8), max), per micro-batch.
+---
+--- Example:
+---     local balance = cq.balance.ratio { max = 100 }
+---     print(balance({ step = 1, kl = 0.3, cka = { [0] = 0.9 } }).cka) --> 3
 function balance.ratio(options)
   local o = errors.fill("balance.ratio", options, { max = 100 })
   return function(pass)
@@ -23,7 +30,10 @@ function balance.ratio(options)
   end
 end
 
---- Fixed weights. `cq.balance.fixed { kl = 1, cka = 0.5 }`
+--- Fixed weights.
+---
+--- Example:
+---     local balance = cq.balance.fixed { kl = 1, cka = 0.5 }
 function balance.fixed(options)
   local o = errors.fill("balance.fixed", options, { kl = 1, cka = 1 })
   return function() return { kl = o.kl, cka = o.cka } end
@@ -31,6 +41,10 @@ end
 
 --- Both terms pull equally hard on the hidden states: |dKL/dh| / |dCKA/dh| over all tapped block outputs, measured
 --- every `every` steps by an extra backward pass.
+---
+--- Example:
+---     local balance = cq.balance.gradnorm { every = 10, max = 100 }
+---     print(balance(pass).cka > 0) --> true
 function balance.gradnorm(options)
   local o = errors.fill("balance.gradnorm", options, { every = 10, max = 100 })
   if o.every < 1 then errors.usage("balance.gradnorm: every is %g, wanted at least 1", o.every) end

@@ -63,6 +63,10 @@ end
 --- Options: `model` (its tokenizer and template), `seq` (longest document and tokens per packed row), `batch` (rows per
 --- step), `micro` (rows per micro-batch; 0: as many as hold 4096 tokens), `seed`, `mask` ("all" or "assistant"), `holdout`
 --- (files; "": a seeded `fraction` of the documents), `template`, `shuffle`.
+---
+--- Example:
+---     local documents = cq.data.open(opt.data, { model = teacher, seq = 128, batch = 4, seed = 3, fraction = 0.1 })
+---     print(documents:facts().train.documents) --> 1800
 function data.open(paths, options)
   local o = errors.fill("data.open", options, {
     model = errors.NONE, seq = 256, batch = 8, micro = 0, seed = 1, mask = "all", holdout = "", fraction = 0.05,
@@ -156,6 +160,9 @@ local function pack(corpus, n, room)
 end
 
 --- The first `n` training documents in file order, packed into micro-batches: for calibration.
+---
+--- Example:
+---     student:calibrate(data:take(32))
 function Data:take(n)
   whole("calibrate", n, 1)
   return pack(self.corpus, math.min(n, tonumber(C.cq_corpus_count(self.corpus))), self.micro * self.seq)
@@ -165,6 +172,10 @@ end
 function Data:all() return pack(self.corpus, tonumber(C.cq_corpus_count(self.corpus)), self.micro * self.seq) end
 
 --- All held-out documents in file order, packed into micro-batches.
+---
+--- Example:
+---     local r = cq.eval.compare(teacher, student, data:holdout())
+---     print(r.tokens > 0) --> true
 function Data:holdout()
   if not self.held then errors.usage("data: nothing is held out, wanted holdout files or a fraction above 0") end
   self.held_batches = self.held_batches or pack(self.held, tonumber(C.cq_corpus_count(self.held)), self.micro * self.seq)
@@ -198,6 +209,9 @@ function Data:describe()
 end
 
 --- Prints the first `n` training documents; tokens that are targets are coloured on a terminal, [[bracketed]] elsewhere.
+---
+--- Example:
+---     cq.data.show(data, 2)
 function data.show(self, n)
   local colour = native.isatty(1) and not os.getenv("NO_COLOR")
   for i = 0, math.min(n or 3, tonumber(C.cq_corpus_count(self.corpus))) - 1 do

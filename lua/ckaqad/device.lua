@@ -7,6 +7,10 @@ local current
 
 --- Chooses kernels ("cpu", "ref"), threads (0: all cores) and compute ("f32", "bf16") for models opened from now on.
 --- A run does this from its options.
+---
+--- Example:
+---     local device = cq.device { threads = 1 }
+---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
   local o = errors.fill("device", given, { kernels = "cpu", threads = 0, compute = "f32" })
   errors.choose("option --kernels", o.kernels, { "cpu", "ref" })

@@ -43,6 +43,10 @@ end
 --- Both forwards of one micro-batch (`part` of a batch) with a list of terms that the plan knows. `teacher` is nil for
 --- cross-entropy. Returns a pass: `step`, `kl` (nats; the cross-entropy as `ce`), `top1` agreement or accuracy, `cka` = { [block] =
 --- value } with value = 1 - layer loss (blocks counted from 0, untapped ones absent), `tokens` that are targets, `rows`.
+---
+--- Example:
+---     local pass = cq.distill(teacher, student, part, terms)
+---     print(pass.kl > 0, pass.cka[0] <= 1) --> true	true
 function distill.distill(teacher, student, part, terms)
   local d = student.distillers and student.distillers[terms]
   if not d then errors.usage("distill: these terms are not in the plan, wanted run:plan { terms = terms, ... }") end
@@ -84,6 +88,10 @@ end
 
 --- Adds the gradient of kl * KL + cka * mean(1 - cka) to the student's parameters.
 --- `weights` is what a balance returns: `kl` (1), `cka` a number, or { [block] = weight of its 1 - cka }.
+---
+--- Example:
+---     pass:backward { kl = 1, cka = pass.kl }                   -- one weight for the mean over the tapped blocks
+---     pass:backward { kl = 1, cka = { [0] = 0.1, [11] = 0.3 } } -- or one for each block
 function Pass:backward(weights)
   local w = errors.fill("backward", weights, { kl = 1, cka = 0 })
   if w.kl ~= w.kl or w.cka ~= w.cka then
@@ -95,6 +103,10 @@ function Pass:backward(weights)
 end
 
 --- Norms of the gradients at the tapped block outputs at weight 1: { kl = { [block] = n }, cka = { [block] = n } }.
+---
+--- Example:
+---     local norms = pass:norms()
+---     print(norms.kl[3] > 0, norms.cka[3] > 0) --> true	true
 function Pass:norms()
   local n = self.student.n_blocks
   local kl, layer = native.new("double[?]", n), native.new("double[?]", n)

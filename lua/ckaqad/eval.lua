@@ -43,7 +43,10 @@ end
 --- Unless `extras = false`, also { kl_positions = list of { first, last, kl, tokens } over octaves of the position in the
 --- document, cka_map[teacher block + 1][student block + 1] = unbiased CKA over 128 rows of each batch, sqnr and scales = what
 --- `student:quantization_error()` and `student:scale_histogram()` give (absent when the student has no master weights) }.
---- `local r = cq.eval.compare(teacher, student, data:holdout(), { extras = false })`
+---
+--- Example:
+---     local r = cq.eval.compare(teacher, student, data:holdout(), { extras = false })
+---     print(("KL %.4f, CKA %.4f, lowest at block %d"):format(r.kl, r.cka, r.cka_min_block))
 function eval.compare(teacher, student, batches, options)
   local o = errors.fill("eval.compare", options, { extras = true })
   local e = student.evaluators and student.evaluators[teacher]

@@ -131,10 +131,17 @@ end
 function native.free(pointer) C.free(pointer) end
 
 --- The most memory this process has had resident, in bytes.
+---
+--- Example:
+---     print(cq.text.bytes(cq.peak_bytes()))
 function native.peak_bytes() return tonumber(C.cq_memory_peak()) end
 
 local now = ffi.new "struct cq_timespec"
 --- Seconds of a clock that only goes forward.
+---
+--- Example:
+---     local begun = cq.clock()
+---     print(cq.clock() >= begun) --> true
 function native.clock()
   C.clock_gettime(1, now)
   return tonumber(now.seconds) + tonumber(now.nanoseconds) * 1e-9

@@ -30,6 +30,8 @@ return errors.strict({
   eval = require "ckaqad.eval",
   quant = errors.strict({ presets = { "nemotron_nano", "qwen3", "all", "experts", "mlp", "weights_only", "none" } }, "quant"),
   sweep = require "ckaqad.sweep".sweep,
+  stats = require "ckaqad.stats",
+  table = require "ckaqad.table".new,
   verify = verify.verify,
   tensorboard = errors.strict({ open = tensorboard.open, markdown = tensorboard.markdown }, "tensorboard"),
   json = require "ckaqad.json",

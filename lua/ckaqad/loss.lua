@@ -7,6 +7,9 @@ local loss = {}
 --- KL(teacher || student) on the logits, nats per valid token.
 --- `top_k` entries of the teacher count; `tail` says what happens to the rest: "bucket" (one more class; default),
 --- "renormalized", "truncated", or "full" (the whole vocabulary, top_k ignored). `chunk` tokens of logits exist at a time.
+---
+--- Example:
+---     local kl = cq.loss.kl { top_k = 64, tail = "bucket" }
 function loss.kl(options)
   local o = errors.fill("loss.kl", options, { top_k = 1024, tail = "bucket", chunk = 0 })
   errors.choose("option --tail", o.tail, { "bucket", "renormalized", "truncated", "full" })
@@ -16,6 +19,9 @@ function loss.kl(options)
 end
 
 --- Cross-entropy with the labels; needs no teacher.
+---
+--- Example:
+---     local terms = { cq.loss.ce(), cq.loss.cka { blocks = "last:4", tokens = 64 } } -- quantization-aware training, tied to the teacher
 function loss.ce(options)
   local o = errors.fill("loss.ce", options, { chunk = 0 })
   o.logits = "ce"
@@ -34,6 +40,9 @@ end
 --- 1 - linear CKA between teacher and student block outputs at `tokens` sampled rows of each micro-batch.
 --- `blocks` is a selector (all, mamba, attention, moe, mlp, first:2, last:8, every:4, 3,7,11, none);
 --- `estimator` "unbiased" (default) or "biased".
+---
+--- Example:
+---     local terms = { cq.loss.kl(), cq.loss.cka { blocks = "attention,last:2", tokens = 128, estimator = "biased" } }
 function loss.cka(options)
   local o = layer("cka", options, { estimator = "unbiased" })
   errors.choose("option --estimator", o.estimator, { "unbiased", "biased" })
@@ -42,12 +51,21 @@ function loss.cka(options)
 end
 
 --- Mean over the sampled rows of 1 - cosine, in CKA's place.
+---
+--- Example:
+---     local terms = { cq.loss.kl(), cq.loss.cosine { blocks = "every:4" } }
 function loss.cosine(options) return layer("cosine", options) end
 
 --- Relative squared error |X - Y|^2 / |Y|^2 of the sampled rows, in CKA's place.
+---
+--- Example:
+---     local terms = { cq.loss.kl(), cq.loss.mse { tokens = 256 } }
 function loss.mse(options) return layer("mse", options) end
 
 --- Relative squared error of the centred Gram matrices, in CKA's place.
+---
+--- Example:
+---     local terms = { cq.loss.kl(), cq.loss.gram { blocks = "mamba" } }
 function loss.gram(options) return layer("gram", options) end
 
 -- The options that a constructor knows; a recipe gives every form the same table.
@@ -66,6 +84,11 @@ end
 
 --- The loss between block outputs by name: "cka", "cosine", "mse", "gram"; nil for "none". Options: `blocks`, `tokens`,
 --- and for cka `estimator`.
+---
+--- Example:
+---     local form = cq.loss.layer("cka", { blocks = "all", tokens = 64 })
+---     print(cq.loss.layer("none")) --> nil
+---     local terms = { cq.loss.logits("kl", { top_k = 64 }), form }
 function loss.layer(name, options)
   errors.choose("option --layer", name, { "cka", "cosine", "mse", "gram", "none" })
   local o = errors.fill("loss.layer", options, { blocks = "all", tokens = 512, estimator = "unbiased" })

@@ -31,6 +31,10 @@ local dtypes = { f32 = "CQ_F32", f64 = "CQ_F64" }
 
 --- Opens a checkpoint: a Hugging Face folder (BF16, F32, F16 or exported NVFP4), a run folder, or org/name in the cache.
 --- Options: `dtype` "f32" (default) or "f64" (checks; needs kernels = "ref").
+---
+--- Example:
+---     local model = cq.model.open(opt.model)
+---     print(model.family, model.n_blocks, model.pattern) --> nemotron_h	12	MEM*EMEM*EME
 function model.open(name, options)
   local o = errors.fill("model.open", options, { dtype = "f32" })
   errors.choose("model.open: dtype", o.dtype, { "f32", "f64" })
@@ -39,6 +43,11 @@ function model.open(name, options)
 end
 
 --- A model with the architecture of `dir/config.json` and no weights: `model:init(seed)` after the plan fills them.
+---
+--- Example:
+---     local model = cq.model.create(opt.model)
+---     cq.plan { student = model, tokens = 64 }
+---     model:init(7)
 function model.create(dir, options)
   local o = errors.fill("model.create", options, { dtype = "f32" })
   return wrap(native.open("cq_model", "cq_model_create", dir, C[dtypes[o.dtype]]), { dtype = o.dtype, random = true })
@@ -59,6 +68,10 @@ local scale_methods = { max = "CQ_SCALE_MAX", mse = "CQ_SCALE_MSE", four_over_si
 --- The 4-bit student of a teacher.
 --- Options: `preset` (nemotron_nano, qwen3, all, experts, mlp, none), `scales` (max, mse, four_over_six), `exclude`, `include` and
 --- `freeze` (comma-separated globs of module or parameter names), `weights_only` (W4A16).
+---
+--- Example:
+---     local w4a16 = teacher:quantize { preset = "experts", scales = "mse", freeze = "*.gate.weight", weights_only = true }
+---     for _, line in ipairs(w4a16:quantization()) do print(line) end
 function Model:quantize(options)
   local o = errors.fill("quantize", options, {
     preset = "all", scales = "max", exclude = "", include = "", freeze = "", weights_only = false,
@@ -83,6 +96,9 @@ end
 
 --- Runs batches unquantized, keeps the largest |input| of every quantized linear, freezes the scales and writes the
 --- fake-quantized weights. Returns the number of experts that no token reached (they take their layer's maximum).
+---
+--- Example:
+---     print(student:calibrate(data:take(16)) >= 0) --> true
 function Model:calibrate(batches)
   call.cq_model_calibrate_begin(self.c)
   for _, batch in ipairs(batches) do call.cq_model_forward(self.c, self:stream(), batch) end
@@ -97,20 +113,39 @@ function Model:saturated() return tonumber(C.cq_model_saturated(self.c)) end
 --- Signal to quantization noise of the fake-quantized weights against the master weights, block by block: list of { block, db,
 --- linears = list of { name, n, db } }, experts of a kind pooled (`n` of them). Blocks without a quantized linear are left out; dB is
 --- infinite where nothing is lost. Reads every weight once.
---- `for _, b in ipairs(student:quantization_error()) do print(b.block, b.db) end`
+---
+--- Example:
+---     local worst = student:quantization_error()[1]
+---     for _, b in ipairs(student:quantization_error()) do
+---       if b.db < worst.db then worst = b end
+---     end
+---     print(("block %d loses most: %.1f dB"):format(worst.block, worst.db))
 function Model:quantization_error() return require("ckaqad.eval").quantization_error(self) end
 
 --- How the E4M3 block scales of the weights are spread, block by block: { low = -9, width = 0.5, blocks = list of { block, counts } };
 --- counts[i] blocks of 16 have log2(scale) in [low + (i - 1) width, low + i width). 448, the largest scale, is in bin 36.
---- `local h = student:scale_histogram()`
+---
+--- Example:
+---     local h = student:scale_histogram()
+---     print(h.low, h.width, #h.blocks[1].counts) --> -9	0.5	36
 function Model:scale_histogram() return require("ckaqad.eval").scale_histogram(self) end
 
 --- Multiplies the learning rate of the parameters that match `globs`; 0 freezes them. Returns how many matched.
+---
+--- Example:
+---     print(student:lr_scale("*.gate.weight", 0) > 0) --> true
 function Model:lr_scale(globs, factor)
   return native.check(tonumber(C.cq_model_lr_scale(self.c, globs, factor)))
 end
 
 --- Parameters in checkpoint order, each with name, shape, value, grad, quantized, reason (a C struct).
+---
+--- Example:
+---     local quantized = 0
+---     for p in student:params() do
+---       if p.quantized then quantized = quantized + 1 end
+---     end
+---     print(quantized) --> 108
 function Model:params()
   local i, n = -1, tonumber(C.cq_model_n_params(self.c))
   return function()
@@ -120,6 +155,10 @@ function Model:params()
 end
 
 --- Writes the NVFP4 checkpoint that vLLM, TensorRT-LLM and SGLang load. `options.shard` is the largest file (4.5 GiB).
+---
+--- Example:
+---     student:export("served")
+---     print(student:differing "served") --> 0
 function Model:export(dir, options)
   local o = errors.fill("export", options, { shard = 4.5 * 2 ^ 30 })
   call.cq_export_nvfp4(self.c, dir, o.shard)
@@ -134,6 +173,10 @@ function Model:differing(dir)
 end
 
 --- Writes the master weights as an ordinary checkpoint folder.
+---
+--- Example:
+---     student:save("bf16")
+---     print(cq.model.open("bf16").n_params == student.n_params) --> true
 function Model:save(dir, options)
   local o = errors.fill("save", options, { shard = 4.5 * 2 ^ 30 })
   call.cq_export_weights(self.c, dir, o.shard)
@@ -151,6 +194,9 @@ function Model:kinds()
 end
 
 --- One line: family, parameters, blocks by kind.
+---
+--- Example:
+---     print(teacher:describe())
 function Model:describe()
   return ("%s, %s parameters, %d blocks: %s (%s)"):format(self.family, text.count(self.n_params), self.n_blocks,
     self:kinds(), self.pattern:sub(1, 60))

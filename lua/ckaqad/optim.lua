@@ -8,6 +8,9 @@ local Adam = errors.class("adam", {})
 
 --- AdamW (arXiv 1711.05101). Options: `betas` { 0.9, 0.95 }, `eps`, `weight_decay` (not of vectors), `clip` (global gradient
 --- norm; 0: none), `rates` = { { "globs", factor }, ... } multiplies the learning rate of parameters by name; 0 freezes.
+---
+--- Example:
+---     local adam = cq.optim.adamw(student, { betas = { 0.9, 0.95 }, clip = 1, rates = { { "*.gate.weight", 0 }, { "*norm*", 0.1 } } })
 function optim.adamw(student, options)
   local o = errors.fill("optim.adamw", options, { betas = { 0.9, 0.95 }, eps = 1e-8, weight_decay = 0, clip = 1, rates = {} })
   for _, rate in ipairs(o.rates) do student:lr_scale(rate[1], rate[2]) end
@@ -19,6 +22,9 @@ function optim.adamw(student, options)
 end
 
 --- One step at this learning rate. Returns the global gradient norm before clipping; the gradients are zero afterwards.
+---
+--- Example:
+---     print(("gradient norm %.3g"):format(adam:step(1e-4)))
 function Adam:step(lr)
   call.cq_adamw_step(self.c, self.student:stream(), lr, self.count + 1, self.norm)
   self.count = self.count + 1

@@ -236,6 +236,13 @@ end
 --- Options of a recipe: a table of defaults, overridden by the command line (the global `arg`).
 --- Each option's type is its default's; the comment beside it is its help; `--help` prints both and leaves. An unknown
 --- option is an error that names the nearest valid one. `opt.given[key]` is true for what the user typed.
+---
+--- Example:
+---     local opt = cq.options {
+---       lr = 1e-4,         -- peak learning rate
+---       cka = "all",       -- blocks CKA looks at
+---     }
+---     print(opt.lr, opt.cka, opt.given.lr) --> 0.0001	all	nil
 function options.options(defaults)
   local parsed, path = source_of(2)
   local values, given = {}, {}

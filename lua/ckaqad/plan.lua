@@ -83,6 +83,11 @@ end
 --- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`), `trained` (gradients
 --- without `adam`), `dry` (true: nothing is allocated or loaded).
 --- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
+---
+--- Example:
+---     local model = cq.model.open(opt.model)
+---     local p = cq.plan { student = model, tokens = 256, dry = true }
+---     for _, line in ipairs(p.lines) do print(line) end
 function plan.plan(options)
   local o = errors.fill("plan", options, {
     teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,

@@ -59,7 +59,11 @@ end
 
 --- Starts a run from a recipe's options. Chooses device, model (`auto`: `named` when the Hugging Face cache has it, else the
 --- embedded teacher), preset and documents, puts the choices into `opt`, prints them, and checks the output folder.
---- `cq.run(opt, { named = "org/name" })`
+---
+--- Example:
+---     local opt = cq.options { model = "auto", data = "auto", holdout = "", preset = "auto", out = "try", seq = 0, batch = 0 }
+---     local run = cq.run(opt)
+---     print(opt.preset, opt.seq, opt.batch) --> tiny	256	8
 function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
   local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock() }, Run)
@@ -88,6 +92,9 @@ function run.run(opt, given)
 end
 
 --- Prints a line (printf format) and puts it into log.txt.
+---
+--- Example:
+---     run:say("lowest CKA %.3f at block %d", 0.971, 4)
 function Run:say(format, ...)
   self.screen:say(select("#", ...) > 0 and tostring(format):format(...) or tostring(format))
 end
@@ -286,6 +293,13 @@ end
 local Batch = errors.class("batch", {})
 
 --- The micro-batches of a step, one after another.
+---
+--- Example:
+---     for part in batch:split() do
+---       local pass = cq.distill(teacher, student, part, terms)
+---       pass:backward { kl = 1, cka = 0.5 }
+---     end
+---     print(adam:step(1e-4) > 0) --> true
 function Batch:split()
   local i = -1
   return function()
@@ -297,6 +311,10 @@ function Batch:split()
 end
 
 --- The next step's batch of a data object: `tokens`, `valid` (targets), `split()`. `run:steps` calls it.
+---
+--- Example:
+---     local batch = cq.batch(data, 1)
+---     print(batch.tokens >= batch.valid) --> true
 function run.batch(data, step)
   local list, n = data:next()
   local self = setmetatable({ list = list, count = n, step = step, valid = 0, tokens = 0, passes = {} }, Batch)
@@ -309,6 +327,15 @@ end
 
 --- `for step, batch in run:steps(n, data) do`: counts, watches the clock, evaluates, saves checkpoints. One Ctrl-C ends the run
 --- after the step, saved (exit code 130; 143 for SIGTERM), a second one at once; SIGUSR1 saves.
+---
+--- Example:
+---     for step, batch in run:steps(2, data) do
+---       for part in batch:split() do
+---         local pass = cq.distill(teacher, student, part, terms)
+---         pass:backward(balance(pass))
+---       end
+---       run:log(step, { norm = adam:step(rate(step)), lr = rate(step), mine = 42 })
+---     end
 function Run:steps(n, data)
   local step = self.at or 0
   self.total = n
@@ -415,6 +442,9 @@ function Run:draw(step, m)
 end
 
 --- Exports a student to `out/nvfp4`, reads the folder back and says whether every bit is what was trained. Returns that.
+---
+--- Example:
+---     print(run:export(student)) --> true
 function Run:export(student)
   local dir = self.folder.path .. "/nvfp4"
   student:export(dir)
@@ -430,6 +460,9 @@ function Run:export(student)
 end
 
 --- Peak memory so far less what there was before the first planned allocation.
+---
+--- Example:
+---     print(cq.text.bytes(run:peak_bytes()))
 function Run:peak_bytes() return native.peak_bytes() - self.plan_made.before end
 
 local function memory_line(self)

@@ -16,18 +16,29 @@ local function make(name, given, shape)
   end
 end
 
---- The same rate after the warm-up. `cq.schedule.constant { peak = 5e-6 }`
+--- The same rate after the warm-up.
+---
+--- Example:
+---     local rate = cq.schedule.constant { peak = 5e-6, warmup = 10 }
+---     print(rate(5), rate(10), rate(400)) --> 2.5e-06	5e-06	5e-06
 function schedule.constant(options)
   return make("constant", options, function() return 1 end)
 end
 
 --- Falls in a straight line from `peak` to `floor` at `steps`.
+---
+--- Example:
+---     local rate = cq.schedule.linear { peak = 1, steps = 4 }
+---     print(rate(1), rate(3), rate(5)) --> 1	0.5	0
 function schedule.linear(options)
   return make("linear", options, function(progress) return 1 - progress end)
 end
 
 --- Falls along half a cosine from `peak` to `floor` at `steps`.
---- `cq.schedule.cosine { peak = 1e-4, warmup = 0.1, steps = 60, floor = 0 }`
+---
+--- Example:
+---     local rate = cq.schedule.cosine { peak = 1e-4, warmup = 0.1, steps = 60, floor = 0 }
+---     print(rate(6), rate(7)) --> 0.0001	0.0001
 function schedule.cosine(options)
   return make("cosine", options, function(progress) return 0.5 + 0.5 * math.cos(math.pi * progress) end)
 end

@@ -49,8 +49,12 @@ local function add(picked, pattern, part)
 end
 
 --- Blocks that a selector names, ascending, counted from 0.
---- `cq.blocks("last:2", "MEM*") --> { 2, 3 }`. `pattern` has one letter per block (M mamba, E moe, * attention, - mlp,
+--- `pattern` has one letter per block (M mamba, E moe, * attention, - mlp,
 --- Q attention and mlp).
+---
+--- Example:
+---     print(table.concat(cq.blocks("last:2", "MEM*"), " "))               --> 2 3
+---     print(table.concat(cq.blocks("attention,0", teacher.pattern), " ")) --> 0 3 8
 function select_.blocks(selector, pattern)
   local picked, list = {}, {}
   local empty = true

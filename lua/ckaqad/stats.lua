@@ -13,7 +13,10 @@ stats.FEW = 6
 local m1, m2 = 4294967087, 4294944443
 
 --- A generator of uniform numbers in (0, 1), the same ones on every machine for the same `seed` (a whole number).
---- `local next = cq.stats.generator(1)  print(next())`
+---
+--- Example:
+---     local draw = cq.stats.generator(1)
+---     print(draw() < 1) --> true
 function stats.generator(seed)
   local start = 12345 + math.floor(seed or 1) % 4294900000
   local a, b, c, d, e, f = start, 12345, 12345, start, 12345, 12345
@@ -41,7 +44,9 @@ end
 
 --- Summary of a list of numbers: `{ n, mean, sd, min, max, median, missing }`. `sd` is the sample's (n - 1), nil for one number.
 --- What is no finite number is left out and counted in `missing`; of no numbers at all only `n = 0` is known.
---- `cq.stats.summary { 1, 2, 4 }.median --> 2`
+---
+--- Example:
+---     print(cq.stats.summary({ 1, 2, 4 }).median) --> 2
 function stats.summary(list)
   local kept, missing, sum = {}, 0, 0
   for _, x in pairs(list) do
@@ -88,7 +93,11 @@ end
 --- Paired comparison of two settings: `a[key] - b[key]` over the keys (seeds, or places in two lists) that both have.
 --- Gives `{ n, difference, low, high, clear, few }`: the mean difference, its percentile bootstrap interval, whether that excludes
 --- zero (never with fewer than two pairs), and whether there are too few pairs to lean on it. Options: `seed` (1), `resamples`
---- (10000), `level` (0.95). `cq.stats.paired({ 1, 2, 3 }, { 2, 3.1, 4 }).clear --> true`
+--- (10000), `level` (0.95).
+---
+--- Example:
+---     local p = cq.stats.paired({ 1, 2, 3 }, { 2, 3.1, 4 }) -- three seeds of two settings
+---     print(p.n, p.clear, p.few) --> 3	true	true
 function stats.paired(a, b, given)
   local o = errors.fill("stats.paired", given, { seed = 1, resamples = 10000, level = 0.95 })
   if not (o.level > 0 and o.level < 1) then errors.usage("stats.paired: level %s, wanted a number between 0 and 1", tostring(o.level)) end
@@ -106,7 +115,9 @@ end
 
 --- How much of the loss between teacher and PTQ the student won back, in percent: 0 is PTQ, 100 the teacher; negative when it got
 --- worse. Any measure does, KL with 0 for the teacher too. nil when PTQ lost nothing.
---- `cq.stats.recovery(0.008, 0.005, 0) --> 37.5`
+---
+--- Example:
+---     print(cq.stats.recovery(0.008, 0.005, 0)) --> 37.5
 function stats.recovery(ptq, student, teacher)
   if not (finite(ptq) and finite(student) and finite(teacher)) or ptq == teacher then return nil end
   return 100 * (ptq - student) / (ptq - teacher)

@@ -19,6 +19,10 @@ end
 
 --- `ckaqad verify DIR [--against=DIR]`: prints every finding; true when all rules hold.
 --- A run folder stands for its nvfp4/.
+---
+--- Example:
+---     student:export("checked")
+---     print(cq.verify("checked"))
 function verify.verify(dir, against)
   local failed, lines = verify.check(hf.resolve(dir), against and hf.resolve(against))
   for _, line in ipairs(lines) do print(line) end
