@@ -10,7 +10,10 @@ local table_ = require "ckaqad.table"
 
 local compare = {}
 
--- An option's value as a person reads it.
+--- An option's value as a person reads it.
+---
+--- Example:
+---     print(cq.compare.show(1e-5)) --> 1e-05
 function compare.show(value)
   if value == nil then return "-" end
   if type(value) == "number" then return ("%.10g"):format(value) end
@@ -34,7 +37,12 @@ local function settings(record)
 end
 
 --- Options in which records of runs differ: a list of `{ name, values }`, values in the records' order. How a run is shown, kept and
---- stopped does not count. `cq.compare.differences(cq.runs())[1].name`
+--- stopped does not count.
+---
+--- Example:
+---     local a, b = { options = { lr = 1e-5, out = "a" } }, { options = { lr = 1e-4, out = "b" } }
+---     local list = cq.compare.differences { a, b }
+---     print(#list, list[1].name, list[1].values[2]) --> 1	lr	0.0001
 function compare.differences(records)
   local all, order, known = {}, {}, {}
   for i, record in ipairs(records) do
@@ -60,7 +68,11 @@ local facts = {
   { "version", "versions of the program" }, { "model_hash", "models (files' hashes)" }, { "data_hash", "sets of documents (hashes)" },
 }
 
---- What differs between records besides options: lines such as "the runs come from 2 versions of the program: 0.1.0, 0.2.0".
+--- What differs between records besides options, as lines.
+---
+--- Example:
+---     print(cq.compare.origins { { version = "0.1.0" }, { version = "0.2.0" } }[1])
+---     --> the runs come from 2 versions of the program: 0.1.0, 0.2.0
 function compare.origins(records)
   local lines = {}
   for _, fact in ipairs(facts) do
@@ -230,7 +242,14 @@ end
 --- The table of settings over seeds from records of finished runs: mean ± sd and n, paired KL difference to the first setting with its
 --- bootstrap interval, recovery of KL in percent, the best marked where it is clear, and flags where the runs differ in more than the
 --- named options. Options: `by` ("lr,cka": options that make the rows; else all that differ but the seed), `against` ("lr=1e-5": the
---- setting that differences are taken to), `title`. `print(cq.compare.table(cq.runs { status = "finished" }, { by = "lr" }):text())`
+--- setting that differences are taken to), `title`.
+---
+--- Example:
+---     local list = {}
+---     for i = 1, 4 do
+---       list[i] = { recipe = "x.lua", kl_before = 0.02, kl_after = 0.01 * i, options = { lr = i % 2, seed = i } }
+---     end
+---     print(cq.compare.table(list, { by = "lr" }):text())
 function compare.table(records, given)
   local o = errors.fill("compare.table", given, { by = errors.NONE, against = errors.NONE, title = "" })
   local usable = {}

@@ -183,7 +183,7 @@ function command.show(self, names, o)
   local memory = r.peak_bytes and (", peak %s (planned %s)"):format(text.bytes(r.peak_bytes), text.bytes(r.planned_bytes or 0)) or ""
   print(("step %s%s%s, version %s"):format(steps_of(r), r.seconds and " in " .. text.duration(r.seconds) or "", memory,
     (r.version or "-"):match("^%S+")))
-  if r.export_bit_equal then print(r.export_bit_equal == 1 and "export: what was trained, bit for bit" or "export: NOT what was trained") end
+  if r.export_bit_equal then print("export: " .. (r.export_bit_equal == 1 and "bit for bit what was trained" or "NOT what was trained")) end
   if r.curve and #r.curve > 0 then
     print(("KL of the steps: %s  %.4f → %.4f"):format(runs.sparkline(r.curve), r.curve[1], r.curve[#r.curve]))
   end
@@ -395,7 +395,9 @@ end
 
 --- Records of the runs below a folder, the newest first: columns of `ckaqad runs --help`, `options` and `curve` as tables. Options:
 --- `root` ("runs"), and filters: a column and its value, `under`, `last`. An absent folder holds no runs.
---- `for _, r in ipairs(cq.runs { status = "finished" }) do print(r.name, r.kl_before, r.kl_after, r.options.lr) end`
+---
+--- Example:
+---     for _, r in ipairs(cq.runs { status = "finished" }) do print(r.name, r.kl_before, r.kl_after, r.options.lr) end
 function runs.runs(given)
   local root, filter = given and given.root or "runs", {}
   for key, value in pairs(given or {}) do

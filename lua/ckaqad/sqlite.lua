@@ -37,7 +37,7 @@ local function find_library()
   if not ok then errors.raise(errors.IO, "SQLite: %s (Debian package libsqlite3-0)", tostring(library)) end
   return library
 end
-local C = find_library()
+local C -- found when the first database is opened
 
 local OK, ROW, DONE = 0, 100, 101
 local READONLY, READWRITE, CREATE = 1, 2, 4
@@ -61,6 +61,7 @@ end
 -- process (10).
 function sqlite.open(path, given)
   local o = errors.fill("sqlite.open", given, { readonly = false, timeout = 10 })
+  C = C or find_library()
   local out = ffi.new "sqlite3 *[1]"
   local code = C.sqlite3_open_v2(path, out, o.readonly and READONLY or READWRITE + CREATE, nil)
   local self = setmetatable({ c = ffi.gc(out[0], C.sqlite3_close_v2), path = path }, Database)
