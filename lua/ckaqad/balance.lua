@@ -148,7 +148,7 @@ function balance.define(name, rule)
   rules[name] = rule
 end
 
--- The lines of a defined rule's source, nil for other names: what a sweep's hash needs to know of it.
+--- The lines of a defined rule's source, nil for other names: what a sweep's hash needs to know of it.
 function balance.source(name)
   local rule = rules[name]
   if not rule then return nil end
