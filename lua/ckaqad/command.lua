@@ -8,6 +8,7 @@ ckaqad: wins back what NVFP4 costs a language model, by distilling it into its o
 
   ckaqad RECIPE.lua [--option=value ...]    run a recipe; RECIPE.lua --help lists its options
   ckaqad verify DIR [--against=DIR]         check an exported NVFP4 folder, and its tokenizer against the teacher's
+  ckaqad runs [COMMAND]                     list, show, compare, table, query, report or prune run folders; runs --help
   ckaqad                                    prompt with the same API as `cq`
   ckaqad -e CODE                            run Lua code
   ckaqad --help, --version
@@ -38,7 +39,7 @@ end
 local function run_recipe(path, rest)
   local chunk, why = loadfile(path, "t")
   if not chunk then
-    errors.usage("%s", why:find("^cannot open") and ("recipe %s: no such file (commands: verify, -e, --help)"):format(path) or why)
+    errors.usage("%s", why:find("^cannot open") and ("recipe %s: no such file (commands: verify, runs, -e, --help)"):format(path) or why)
   end
   rest[0] = path
   rawset(_G, "arg", rest)
@@ -123,6 +124,7 @@ function command.main(arguments)
   if first == "--help" or first == "-h" then return print(usage) end
   if first == "--version" or first == "-V" then return print("ckaqad " .. host.version) end
   if first == "verify" then return run_verify(rest) end
+  if first == "runs" then return require("ckaqad.runs").command(rest) end
   if first == "-e" then return run_code(table.remove(rest, 1), rest) end
   if first:match("^%-") then
     errors.usage("option %s is unknown, nearest is %s", first, errors.nearest(first, { "--help", "--version", "-e" }))

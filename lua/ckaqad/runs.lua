@@ -183,7 +183,8 @@ function command.show(self, names, o)
   local memory = r.peak_bytes and (", peak %s (planned %s)"):format(text.bytes(r.peak_bytes), text.bytes(r.planned_bytes or 0)) or ""
   print(("step %s%s%s, version %s"):format(steps_of(r), r.seconds and " in " .. text.duration(r.seconds) or "", memory,
     (r.version or "-"):match("^%S+")))
-  if r.export_bit_equal then print("export: " .. (r.export_bit_equal == 1 and "bit for bit what was trained" or "NOT what was trained")) end
+  local equal = r.export_bit_equal
+  if equal then print("export: " .. (equal == 1 and "bit for bit what was trained" or "NOT what was trained")) end
   if r.curve and #r.curve > 0 then
     print(("KL of the steps: %s  %.4f → %.4f"):format(runs.sparkline(r.curve), r.curve[1], r.curve[#r.curve]))
   end

@@ -14,7 +14,11 @@ Table.__index = Table
 --- function from value to text, `better` "low" or "high" where a best row can be marked. A row maps keys to values or to cells
 --- `{ mean, sd, n, values, mark }` (or `{ mean, low, high, n }`, `{ value, mark }`); `reference = true` in a row keeps it out of the
 --- marking. `notes` are lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`, `latex()`, `html()`, `render(format)`.
---- `print(cq.table.new { columns = { { key = "lr" }, { key = "kl", better = "low" } }, rows = { { lr = 1e-4, kl = 0.2 } } }:text())`
+---
+--- Example:
+---     local t = cq.table.new { columns = { { key = "lr" }, { key = "kl" } }, rows = { { lr = 1e-4, kl = cq.table.cell { 0.2, 0.4 } } } }
+---     io.write(t:csv())
+---     print(t:text())
 function table_.new(given)
   local o = errors.fill("table", given, { title = "", columns = errors.NONE, rows = errors.NONE, notes = errors.NONE })
   if type(o.columns) ~= "table" or #o.columns == 0 then errors.usage("table: no columns, wanted columns = { { key = NAME }, ... }") end
@@ -31,7 +35,10 @@ function table_.new(given)
   return self
 end
 
---- A cell of several runs: values by seed, summed up.
+--- A cell of several runs: values by seed, summed up as `{ mean, sd, n, values }`.
+---
+--- Example:
+---     print(cq.table.cell({ 1, 3 }).mean) --> 2
 function table_.cell(values)
   local s = stats.summary(values)
   return { mean = s.mean, sd = s.sd, n = s.n, values = values }
