@@ -179,14 +179,20 @@ local function common_ptq(groups)
   return next(all.runs) and all or nil
 end
 
+-- "lr=1e-05,cka=all"
+local function named(g, names)
+  local list = {}
+  for j, name in ipairs(names) do list[j] = name .. "=" .. g.shown[j] end
+  return table.concat(list, ",")
+end
+
 -- The group whose options are `wanted` ("lr=1e-5,cka=all"), the first one without a wish.
 local function baseline(groups, names, wanted)
   if not wanted or wanted == "" then return groups[1] end
   local said = {}
   for i, g in ipairs(groups) do
-    local all, list = true, {}
-    for j, name in ipairs(names) do list[j] = name .. "=" .. g.shown[j] end
-    said[i] = table.concat(list, ",")
+    local all = true
+    said[i] = named(g, names)
     for _, part in ipairs(split(wanted)) do
       local hit = false
       for j, name in ipairs(names) do
@@ -231,9 +237,7 @@ local function worse_than_ptq(groups, names)
   for _, g in ipairs(groups) do
     local after, before = cell(g, "kl_after"), cell(g, "kl_before")
     if after and before and after.mean > before.mean then
-      local said = {}
-      for j, name in ipairs(names) do said[j] = name .. "=" .. g.shown[j] end
-      list[#list + 1] = table.concat(said, " ")
+      list[#list + 1] = named(g, names)
     end
   end
   return #list > 0 and ("warning: KL is worse than PTQ's with " .. table.concat(list, "; ")) or nil
@@ -261,6 +265,7 @@ function compare.table(records, given)
   local groups, repeated = group(usable, names, differing)
   local columns, rows = {}, {}
   for _, name in ipairs(names) do columns[#columns + 1] = { key = "option_" .. name, title = name } end
+  columns[#columns + 1] = { key = "n" }
   for _, m in ipairs(measures) do columns[#columns + 1] = { key = m.key, title = m.title, format = m.format, better = m.better } end
   local ptq = common_ptq(groups)
   if not ptq then table.insert(columns, #names + 1, { key = "kl_ptq", title = "KL of PTQ", format = "%.5f" }) end
@@ -268,7 +273,7 @@ function compare.table(records, given)
   local base = #groups > 0 and baseline(groups, names, o.against)
   local few = false
   for _, g in ipairs(groups) do
-    local row = { kl_ptq = cell(g, "kl_before") }
+    local row = { n = g.count, kl_ptq = cell(g, "kl_before") }
     for j, name in ipairs(names) do row["option_" .. name] = g.shown[j] end
     for _, m in ipairs(measures) do row[m.key] = cell(g, m.field) end
     if g ~= base and row.kl and base then
@@ -283,14 +288,15 @@ function compare.table(records, given)
     for _, m in ipairs(measures) do bf16[m.key], row[m.key] = cell(ptq, m.teacher), cell(ptq, m.before) end
     row.recovery, bf16.recovery = row.recovery and row.recovery.mean, bf16.recovery and bf16.recovery.mean
     bf16.kl, bf16.top1, bf16.cka = 0, 1, 1
+    bf16.n, row.n = row.kl.n, row.kl.n
     table.insert(rows, 1, row)
     table.insert(rows, 1, bf16)
   end
   local t = table_.new { title = o.title, columns = columns, rows = rows, notes = notes_of(groups, names, differing, usable) }
   t:mark()
   if #groups > 1 then
-    table.insert(t.notes, 1, ("KL difference: of pairs, to the setting %s; mean [95 %% bootstrap interval] (n pairs)"):format(
-      table.concat(base.shown, ", ")))
+    table.insert(t.notes, 1, ("KL difference: mean over pairs of the same seed, less the setting %s [95 %% bootstrap interval]"):format(
+      named(base, names)))
     if few then t.notes[#t.notes + 1] = ("fewer than %d pairs: such an interval is a hint, no proof"):format(stats.FEW) end
   end
   if repeated > 0 then t.notes[#t.notes + 1] = ("%d runs repeat another one's options; the newest counts"):format(repeated) end

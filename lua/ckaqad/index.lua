@@ -402,6 +402,8 @@ local function attempt(self, path)
   end)
 end
 
+local function folders(n) return n == 1 and "1 run folder" or ("%d run folders"):format(n) end
+
 local function reason_of(e) return (tostring(e):gsub("^.-: ", "")) end
 
 -- One process at a time removes a broken index; who comes second finds it whole again.
@@ -419,7 +421,7 @@ local function rebuild(self, path, reason)
     os.remove(path .. "-journal")
     os.remove(path)
     ok, e, count = attempt(self, path)
-    if ok then self.say(("index %s: was broken (%s), made again from %d run folders"):format(path, reason, count)) end
+    if ok then self.say(("index %s: was broken (%s), made again from %s"):format(path, reason, folders(count))) end
   end
   if release then release() end
   if not ok then error(e, 0) end
@@ -441,7 +443,7 @@ function index.open(root, given)
   end
   local path = root .. "/" .. index.file
   local ok, e, count = attempt(self, path)
-  if ok and e and count > 0 then self.say(("index %s: made from %d run folders"):format(path, count)) end
+  if ok and e and count > 0 then self.say(("index %s: made from %s"):format(path, folders(count))) end
   if not ok and damaged(e) then ok, e = pcall(rebuild, self, path, reason_of(e)) end
   if ok then return self end
   if type(e) ~= "table" or not e.sqlite then error(e, 0) end

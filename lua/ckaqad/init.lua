@@ -32,8 +32,6 @@ return errors.strict({
   sweep = require "ckaqad.sweep".sweep,
   runs = require "ckaqad.runs".runs,
   compare = errors.strict(require "ckaqad.compare", "compare"),
-  stats = errors.strict(require "ckaqad.stats", "stats"),
-  table = errors.strict({ new = require "ckaqad.table".new, cell = require "ckaqad.table".cell }, "table"),
   stats = require "ckaqad.stats",
   table = require "ckaqad.table".new,
   verify = verify.verify,

@@ -179,7 +179,8 @@ function command.show(self, names, o)
   if o.json then return print(json.encode(plain(r))) end
   print(("%s: %s%s"):format(r.path, r.status, r.problem and " (" .. r.problem .. ")" or ""))
   if not r.options then return end
-  print(("recipe %s, started %s (%s ago)"):format(r.recipe or "-", r.started or "-", runs.age(r.started_at and os.time() - r.started_at)))
+  local age = runs.age(r.started_at and os.time() - r.started_at)
+  print(("recipe %s, started %s (%s ago)"):format(r.recipe or "-", r.started or "-", age))
   local memory = r.peak_bytes and (", peak %s (planned %s)"):format(text.bytes(r.peak_bytes), text.bytes(r.planned_bytes or 0)) or ""
   print(("step %s%s%s, version %s"):format(steps_of(r), r.seconds and " in " .. text.duration(r.seconds) or "", memory,
     (r.version or "-"):match("^%S+")))

@@ -13,7 +13,7 @@ Table.__index = Table
 --- A table from `{ title, columns, rows, notes }`. A column is `{ key, title, format, better }`: `format` a printf format or a
 --- function from value to text, `better` "low" or "high" where a best row can be marked. A row maps keys to values or to cells
 --- `{ mean, sd, n, values, mark }` (or `{ mean, low, high, n }`, `{ value, mark }`); `reference = true` in a row keeps it out of the
---- marking. `notes` are lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`, `latex()`, `html()`, `render(format)`.
+--- marking; a row's own `n` is not repeated in its cells. `notes` are lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`, `latex()`, `html()`, `render(format)`.
 ---
 --- Example:
 ---     local t = cq.table.new { columns = { { key = "lr" }, { key = "kl" } }, rows = { { lr = 1e-4, kl = cq.table.cell { 0.2, 0.4 } } } }
@@ -72,12 +72,13 @@ local function parts(column, cell)
   }
 end
 
--- "0.0053 ± 0.0002 (n=3)", "0.0053 [0.0051, 0.0055] (n=3)"
-local function line_of(p)
+-- "0.0053 ± 0.0002 (n=3)", "0.0053 [0.0051, 0.0055] (n=3)"; n is left to the row's own column n where that says the same.
+local function line_of(p, row)
   if not p.spread or p.n == 0 then return p.text end
-  if p.interval then return ("%s %s (n=%d)"):format(p.text, p.interval, p.n) end
-  if not p.sd then return ("%s (n=%d)"):format(p.text, p.n) end
-  return ("%s ± %s (n=%d)"):format(p.text, p.sd, p.n)
+  local n = row.n == p.n and "" or (" (n=%d)"):format(p.n)
+  if p.interval then return ("%s %s%s"):format(p.text, p.interval, n) end
+  if not p.sd then return p.text .. n end
+  return ("%s ± %s%s"):format(p.text, p.sd, n)
 end
 
 -- A column of numbers stands on the right; one with any text in it on the left.
@@ -161,7 +162,7 @@ function Table:text()
     grid[r] = {}
     for i, column in ipairs(self.columns) do
       local p = parts(column, row[column.key])
-      grid[r][i] = line_of(p) .. (p.mark and "*" or "")
+      grid[r][i] = line_of(p, row) .. (p.mark and "*" or "")
       widths[i] = math.max(widths[i], width(grid[r][i]))
     end
   end
@@ -200,7 +201,7 @@ function Table:markdown()
     local cells = {}
     for i, column in ipairs(self.columns) do
       local p = parts(column, row[column.key])
-      local text = markdown_escape(line_of(p))
+      local text = markdown_escape(line_of(p, row))
       cells[i] = p.mark and "**" .. text .. "**" or text
     end
     out[#out + 1] = "| " .. table.concat(cells, " | ") .. " |"
@@ -274,7 +275,7 @@ function Table:latex()
     local cells = {}
     for i, column in ipairs(self.columns) do
       local p = parts(column, row[column.key])
-      local text = latex_escape(line_of(p))
+      local text = latex_escape(line_of(p, row))
       cells[i] = p.mark and "\\textbf{" .. text .. "}" or text
     end
     out[#out + 1] = "    " .. table.concat(cells, " & ") .. " \\\\"
@@ -305,7 +306,7 @@ function Table:html()
     for i, column in ipairs(self.columns) do
       local p = parts(column, row[column.key])
       local main = html_escape(p.text)
-      local rest = html_escape(line_of(p):sub(#p.text + 1))
+      local rest = html_escape(line_of(p, row):sub(#p.text + 1))
       if p.mark then main = '<strong class="best" title="best">' .. main .. "</strong>" end
       if rest ~= "" then main = main .. '<span class="dim">' .. rest .. "</span>" end
       cells[i] = i == 1 and ('<th scope="row"%s>%s</th>'):format(right[i], main) or ("<td%s>%s</td>"):format(right[i], main)
