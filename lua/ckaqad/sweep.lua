@@ -13,7 +13,8 @@ local json = require "ckaqad.json"
 local options = require "ckaqad.options"
 local points = require "ckaqad.sweep_points"
 local text = require "ckaqad.text"
-local call = native.call
+local sweep_screen = require "ckaqad.sweep_screen"
+local call, show_time = native.call, sweep_screen.time
 
 local sweep = { format = 1 }
 
@@ -187,12 +188,25 @@ local function dry_seconds(plan, point)
   return seconds
 end
 
+-- What `left` points cost, counted in points that run to their end: successive halving drops most of them on the way.
+local function worth(plan, left)
+  local halving, steps = plan.halving, plan.points[1].steps
+  if not halving or not steps then return left end
+  local alive, before, sum = left, 0, 0
+  for _, rung in ipairs(halving.rungs) do
+    sum = sum + alive * (rung - before) / steps
+    alive, before = math.max(1, math.floor(alive * halving.keep)), rung
+  end
+  return sum + alive * (steps - before) / steps
+end
+
 local function say_cost(plan, d, left)
   if left == 0 then return end
   local each, jobs = d:seconds_of_a_point(), math.min(plan.jobs, left)
+  local full = worth(plan, left)
   if each then
-    print(("cost: %d points to run, about %s with %d at a time (%s a point, as those that ran)"):format(left,
-      text.duration(each * left / jobs), jobs, text.duration(each)))
+    print(("cost: %d points to run%s, about %s with %d at a time (%s a point, as those that ran)"):format(left,
+      full < left and " at most" or "", show_time(each * full / jobs), jobs, show_time(each)))
     return
   end
   for _, point in ipairs(plan.points) do
@@ -201,8 +215,8 @@ local function say_cost(plan, d, left)
       if not seconds then
         print(("cost: %d points to run, %s"):format(left, why and "and the first says: " .. why or "known when the first has ended"))
       else
-        print(("cost: %d points to run, about %s of training steps in all, by the operations of the first"):format(left,
-          text.duration(math.max(1, seconds) * left)))
+        print(("cost: %d points to run%s, about %s of training steps in all, by the operations of the first"):format(left,
+          full < left and (", as many steps as %.1f whole ones"):format(full) or "", show_time(math.max(1, seconds) * full)))
       end
       return
     end
@@ -232,7 +246,7 @@ end
 local function list_points(plan, d)
   local rows = { { "point", "hash", "status" } }
   for _, p in ipairs(plan.points) do
-    rows[#rows + 1] = { (require "ckaqad.sweep_screen".label)(p), p.hash,
+    rows[#rows + 1] = { sweep_screen.label(p), p.hash,
       d:finished(p) and "finished" or d:progress(p) > 0 and "stopped" or "to run" }
   end
   for _, line in ipairs(text.table(rows, "  ")) do print(line) end
@@ -256,7 +270,7 @@ local function conclude(plan, d, code, word)
   end
   if #failed > 0 then
     errors.raise(errors.IO, "sweep: %d of %d points failed, first %s: %s (%s.log)", #failed, #plan.points,
-      require "ckaqad.sweep_screen".label(failed[1]), d.failed[failed[1].hash], d:folder(failed[1]))
+      sweep_screen.label(failed[1]), d.failed[failed[1].hash], d:folder(failed[1]))
   end
   return result
 end
@@ -266,8 +280,9 @@ local function check_halving(stop)
   local o = errors.fill("sweep: stop", stop, { rungs = errors.NONE, keep = 0.5 })
   if type(o.rungs) ~= "table" or #o.rungs == 0 then errors.usage("sweep: stop.rungs is missing, wanted steps like { 10, 30 }") end
   for i, rung in ipairs(o.rungs) do
-    if type(rung) ~= "number" or rung < 1 or rung ~= math.floor(rung) or (i > 1 and rung <= o.rungs[i - 1]) then
-      errors.usage("sweep: stop.rungs[%d] is %s, wanted whole numbers that grow", i, tostring(rung))
+    -- the KL of a step is measured before its update, so the first step tells settings with the same start nothing apart
+    if type(rung) ~= "number" or rung < 2 or rung ~= math.floor(rung) or (i > 1 and rung <= o.rungs[i - 1]) then
+      errors.usage("sweep: stop.rungs[%d] is %s, wanted whole numbers from 2 on that grow", i, tostring(rung))
     end
   end
   if type(o.keep) ~= "number" or o.keep <= 0 or o.keep >= 1 then
@@ -339,17 +354,21 @@ local function find_recipe(name, beside)
   return name:sub(1, 1) ~= "/" and hf.exists(near) and near or name
 end
 
--- What an ablation passes on to the base recipe: the options of its own block, and common ones that were typed.
-local function passed_on(opt)
-  local f = io.open(opt.recipe, "rb")
-  local declared = {}
-  for _, key in ipairs(options.read_help(f and f:read("*a") or "").order) do declared[key] = true end
+local function declared(path)
+  local f, set = io.open(path, "rb"), {}
+  for _, key in ipairs(options.read_help(f and f:read("*a") or "").order) do set[key] = true end
   if f then f:close() end
-  local base = {}
+  return set
+end
+
+-- What an ablation passes on: the options of its own block that the base recipe has too, and common ones that were typed.
+local function passed_on(opt, recipe)
+  local mine, base, passed = declared(opt.recipe), declared(recipe), {}
   for _, key in ipairs(opt.order) do
-    if not own[key] and (declared[key] or opt.given[key]) and opt[key] ~= "" then base[key] = opt[key] end
+    local wanted = mine[key] and base[key] or not mine[key] and opt.given[key]
+    if wanted and not own[key] and opt[key] ~= "" then passed[key] = opt[key] end
   end
-  return base
+  return passed
 end
 
 --- Runs a recipe once for every setting and seed, each in a process of its own, and compares them in one table.
@@ -359,7 +378,7 @@ end
 --- `seeds`: how many (from 1) or a list; every setting gets the same ones. `set`: options of every point. `jobs`: processes at a time
 --- (they share the threads); `retry`: further tries of a crashed point; `stop = { rungs = { 10, 30 }, keep = 0.5 }`: successive
 --- halving, at each rung only the better share goes on.
---- The options of `opt`'s own block go to the recipe (those that are "" stay the recipe's); `opt.out` is the sweep's folder. Gives
+--- The options of `opt`'s block that the recipe has too go to it (those that are "" stay its own); `opt.out` is the sweep's folder. Gives
 --- { table, points, finished }. Errors carry the recipe's line; exit code 1 when points failed, 130 and 143 when stopped, 75 at
 --- --max_time.
 function sweep.sweep(opt, given)
@@ -367,8 +386,8 @@ function sweep.sweep(opt, given)
   local where = info and info.currentline > 0 and ("%s:%d: sweep: "):format((info.source:gsub("^@", "")), info.currentline) or "sweep: "
   local none = errors.NONE
   local o = at(where, errors.fill, "sweep", given, {
-    recipe = none, grid = none, random = none, paired = none, list = none, seeds = rawget(opt, "seeds") or none, jobs = rawget(opt, "jobs") or 1,
-    retry = rawget(opt, "retry") or 1, stop = none, set = none,
+    recipe = none, grid = none, random = none, paired = none, list = none, stop = none, set = none,
+    seeds = rawget(opt, "seeds") or none, jobs = rawget(opt, "jobs") or 1, retry = rawget(opt, "retry") or 1,
   })
   if type(o.recipe) ~= "string" then errors.usage("%srecipe is missing, wanted the file of a recipe", where) end
   local recipe = find_recipe(o.recipe, opt.recipe)
@@ -382,7 +401,7 @@ function sweep.sweep(opt, given)
   local plan = {
     recipe = recipe, where = where, path = (opt.out:gsub("(.)/+$", "%1")), jobs = at(where, whole, "jobs", o.jobs, 1),
     retry = at(where, whole, "retry", o.retry, 0), halving = at(where, check_halving, o.stop), threads = opt.threads,
-    fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = passed_on(opt),
+    fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = passed_on(opt, recipe),
   }
   for key, value in pairs(o.set or {}) do plan.base[key] = value end
   plan.settings, plan.axes, plan.seeds = at(where, points.expand, o, plan.base.seed)

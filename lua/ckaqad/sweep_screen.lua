@@ -26,6 +26,9 @@ function Screen:say(line)
   self.next_draw = 0
 end
 
+-- "3.2 s", then minutes.
+function screen.time(seconds) return seconds < 60 and ("%.1f s"):format(seconds) or text.duration(seconds) end
+
 local function seeded(point) return point.seed and ("%s seed=%d"):format(point.name, point.seed) or point.name end
 screen.label = seeded
 
@@ -100,18 +103,18 @@ function Screen:draw()
 end
 
 function Screen:started(task)
-  if not self.live then self:say(("start  %s%s"):format(seeded(task.point), task.stop_at and (" to step " .. task.stop_at) or "")) end
+  if not self.live then self:say(("start  %s%s"):format(seeded(task.point), task.stop_at and (" up to step " .. task.stop_at) or "")) end
 end
 
 function Screen:ended(task, seconds)
   local n, _ = tally(self)
   local known = self.said[task.point.hash]
   if task.stop_at and not known then
-    self:say(("step %d  %s  (%s)"):format(task.stop_at, seeded(task.point), text.duration(seconds)))
+    self:say(("step %d  %s  (%s)"):format(task.stop_at, seeded(task.point), screen.time(seconds)))
     return
   end
   self:say(("done   %s  %s  (%s, %d of %d)"):format(seeded(task.point),
-    known and ("KL %s  CKA %s"):format(fixed(known.kl), fixed(known.cka)) or "", text.duration(seconds), n, #self.driver.points))
+    known and ("KL %s  CKA %s"):format(fixed(known.kl), fixed(known.cka)) or "", screen.time(seconds), n, #self.driver.points))
 end
 
 function Screen:crashed(task, code, message, try)

@@ -124,14 +124,22 @@ local function changed(a, b)
   return list
 end
 
+-- The setting that the others are compared with: the first that has a finished point.
+local function reference(groups)
+  for _, g in ipairs(groups) do
+    if next(g.runs) then return g end
+  end
+  return groups[1]
+end
+
 local function rows_of(groups)
-  local rows, first, several, few = {}, groups[1], false, false
-  for i, g in ipairs(groups) do
+  local rows, first, several, few = {}, reference(groups), false, false
+  for _, g in ipairs(groups) do
     local row = {
       setting = g.name, kl = cell(values_of(g, "after", "kl")), perplexity = cell(values_of(g, "after", "perplexity")),
       top1 = cell(values_of(g, "after", "top1")), cka = cell(values_of(g, "after", "cka")), recovery = cell(recovery(g)),
     }
-    if i > 1 then
+    if g ~= first then
       local keys = changed(first, g)
       row.changed = table.concat(keys, ", ") .. (#keys > 1 and " (!)" or "")
       several = several or #keys > 1
@@ -158,7 +166,7 @@ local function notes_of(plan, groups, several, few)
     if #values > 60 then values = #item.values .. " values" end
     notes[#notes + 1] = ("CONFOUNDED: the runs differ in %s too (%s)"):format(item.key, values)
   end
-  if several then notes[#notes + 1] = "(!) differs from the first row in more than one option: the difference has no single cause" end
+  if several then notes[#notes + 1] = "(!) differs from the setting it is compared with in more than one option: the difference has no single cause" end
   if few then notes[#notes + 1] = ("fewer than %d seeds: an interval is a hint, not a proof"):format(stats.FEW) end
   return notes, #differing > 0
 end
@@ -179,7 +187,7 @@ function sweep_table.make(plan, d)
     { key = "recovery", title = "recovery %", format = "%.1f", better = "high" },
   }
   if #groups > 1 then
-    columns[#columns + 1] = { key = "difference", title = "KL - first row" }
+    columns[#columns + 1] = { key = "difference", title = "KL - " .. reference(groups).name }
     columns[#columns + 1] = { key = "changed", title = "changed" }
   end
   local t = table_.new { title = ("%s: %d settings, %d of %d points"):format(plan.recipe:match("[^/]*$"), #groups, finished, #plan.points),
