@@ -56,7 +56,6 @@ index.columns = {
 }
 -- Of the cache itself: times of folder and growing files when they were read, and whether the folder's time suffices.
 local private = { { "folder_time", "INTEGER" }, { "growth_time", "INTEGER" }, { "growth_bytes", "INTEGER" }, { "final", "INTEGER" } }
-local heavy = { options = true, curve = true }
 
 local function system_files()
   local native = require "ckaqad.ffi"
@@ -475,23 +474,17 @@ function Record.__tostring(r)
 end
 
 -- Records of the runs, the newest first. A filter names columns and the values they must have; `under = "name"`: a run, or all below
--- a folder; `last = n`: only the n newest; `brief`: without options and curve. A record has the columns of the index, `options` and
+-- a folder; `last = n`: only the n newest; `only = { columns }`: no others. A record has the columns of the index, `options` and
 -- `curve` as tables, and `path`.
 function Index:runs(filter)
   local known, wanted, where, values, limit = {}, {}, {}, {}, ""
-  local under, brief = filter and filter.under, filter and filter.brief
-  for _, column in ipairs(index.columns) do
-    known[#known + 1] = column[1]
-    if not heavy[column[1]] then
-      wanted[#wanted + 1] = column[1]
-    elseif not brief then
-      wanted[#wanted + 1] = column[1] .. " AS " .. decoded[column[1]]
-    end
-  end
+  local under, only = filter and filter.under, filter and filter.only
+  for i, column in ipairs(index.columns) do known[i] = column[1] end
+  for _, name in ipairs(only or known) do wanted[#wanted + 1] = decoded[name] and name .. " AS " .. decoded[name] or name end
   for key, value in pairs(filter or {}) do
     if key == "last" then
       limit = (" LIMIT %d"):format(value)
-    elseif key ~= "under" and key ~= "brief" then
+    elseif key ~= "under" and key ~= "only" then
       where[#where + 1] = errors.choose("runs filter", key, known) .. " = ?"
       values[#values + 1] = value
     end

@@ -110,7 +110,7 @@ local function find(self, given)
   if hit then return hit end
   if exists(given .. "/run.json") then return index.open(given):runs()[1] end
   local names, ends = {}, {}
-  for _, r in ipairs(self:runs { brief = true }) do
+  for _, r in ipairs(self:runs { only = { "name" } }) do
     names[#names + 1] = r.name
     if r.name:sub(-#name - 1) == "/" .. name then ends[#ends + 1] = r.name end
   end
@@ -128,7 +128,7 @@ local function below(self, names, filter)
     local f = { under = trim(self, given) }
     for key, value in pairs(filter or {}) do f[key] = value end
     local found = self:runs(f)
-    if #found == 0 and #self:runs { under = f.under, brief = true } == 0 then found = { find(self, given) } end
+    if #found == 0 and #self:runs { under = f.under, only = { "name" } } == 0 then found = { find(self, given) } end
     for _, r in ipairs(found) do
       if not seen[r.name] then seen[r.name], list[#list + 1] = true, r end
     end
@@ -143,9 +143,11 @@ end
 -- ---- the commands ---------------------------------------------------------------------------------------------------
 
 local command = {}
+local listed = { "name", "status", "recipe", "started_at", "step", "steps", "kl_before", "kl_after", "kl_eval", "eval_step", "cka_before",
+  "cka_after" }
 
 function command.list(self, names, o)
-  local filter = { brief = not o.json or nil, status = o.status ~= "" and o.status or nil, last = o.last > 0 and o.last or nil }
+  local filter = { only = not o.json and listed or nil, status = o.status ~= "" and o.status or nil, last = o.last > 0 and o.last or nil }
   local list = below(self, names, filter)
   if o.json then
     for _, r in ipairs(list) do print(json.encode(plain(r))) end
@@ -157,8 +159,9 @@ function command.list(self, names, o)
     rows[i] = { name = r.name, status = r.status, recipe = (r.recipe or "-"):match("([^/]*)$"):gsub("%.lua$", ""), steps = steps_of(r),
       kl = kl_of(r), cka = cka_of(r), age = runs.age(r.started_at and now - r.started_at) }
   end
-  io.write(table_.new({ columns = { { key = "name", title = "run" }, { key = "status" }, { key = "recipe" },
-    { key = "steps", title = "step" }, { key = "kl", title = "KL" }, { key = "cka", title = "CKA" }, { key = "age" } }, rows = rows }):text())
+  local columns = { { key = "name", title = "run" }, { key = "status" }, { key = "recipe" }, { key = "steps", title = "step" },
+    { key = "kl", title = "KL" }, { key = "cka", title = "CKA" }, { key = "age" } }
+  io.write(table_.new({ columns = columns, rows = rows }):text())
 end
 
 local function results(r)
@@ -269,7 +272,7 @@ end
 function command.table(self, names, o)
   local list = below(self, names, { status = "finished" })
   if #list == 0 then return note("no finished runs below %s", self.root) end
-  local all = #below(self, names, { brief = true })
+  local all = #below(self, names, { only = { "name", "started_at" } })
   local t = compare.table(list, { by = o.by, against = o.against })
   if all > #list then t.notes[#t.notes + 1] = ("%d runs that are not finished are left out"):format(all - #list) end
   if o.json then return print_rows(t) end
@@ -333,7 +336,7 @@ end
 
 function command.prune(self, names, o)
   local sum, count = 0, 0
-  for _, r in ipairs(below(self, names, { brief = true, status = o.stopped and "stopped" or "finished" })) do
+  for _, r in ipairs(below(self, names, { only = { "name", "sweep", "started_at" }, status = o.stopped and "stopped" or "finished" })) do
     local path = o.stopped and r.path or r.path .. "/checkpoints"
     if self.files.stat(path) then
       local bytes = bytes_of(self.files, path)

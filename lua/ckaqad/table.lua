@@ -13,12 +13,13 @@ Table.__index = Table
 --- A table from `{ title, columns, rows, notes }`. A column is `{ key, title, format, better }`: `format` a printf format or a
 --- function from value to text, `better` "low" or "high" where a best row can be marked. A row maps keys to values or to cells
 --- `{ mean, sd, n, values, mark }` (or `{ mean, low, high, n }`, `{ value, mark }`); `reference = true` in a row keeps it out of the
---- marking; a row's own `n` is not repeated in its cells. `notes` are lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`, `latex()`, `html()`, `render(format)`.
+--- marking; a row's own `n` is not repeated in its cells. `notes` are lines below. Methods: `mark()`, `text()`, `markdown()`, `csv()`,
+--- `latex()`, `html()`, `render(format)`.
 ---
 --- Example:
----     local t = cq.table.new { columns = { { key = "lr" }, { key = "kl" } }, rows = { { lr = 1e-4, kl = cq.table.cell { 0.2, 0.4 } } } }
----     io.write(t:csv())
----     print(t:text())
+---     local t = cq.table { columns = { { key = "lr" }, { key = "kl" } }, rows = { { lr = 0.25, kl = { mean = 3, sd = 1, n = 2 } } } }
+---     io.write(t:markdown())
+---     io.write(t:csv()) --> 0.25,3,1,2
 function table_.new(given)
   local o = errors.fill("table", given, { title = "", columns = errors.NONE, rows = errors.NONE, notes = errors.NONE })
   if type(o.columns) ~= "table" or #o.columns == 0 then errors.usage("table: no columns, wanted columns = { { key = NAME }, ... }") end
@@ -35,10 +36,7 @@ function table_.new(given)
   return self
 end
 
---- A cell of several runs: values by seed, summed up as `{ mean, sd, n, values }`.
----
---- Example:
----     print(cq.table.cell({ 1, 3 }).mean) --> 2
+-- A cell of several runs: values by seed, summed up.
 function table_.cell(values)
   local s = stats.summary(values)
   return { mean = s.mean, sd = s.sd, n = s.n, values = values }
