@@ -83,7 +83,8 @@ end
 local function numeric(self, column)
   local any = false
   for _, row in ipairs(self.rows) do
-    local value = parts(column, row[column.key]).value
+    local value = row[column.key]
+    if type(value) == "table" then value = parts(column, value).value end
     if value ~= nil and type(value) ~= "number" then return false end
     any = any or value ~= nil
   end
@@ -147,7 +148,10 @@ function Table:mark(given)
 end
 
 -- Width on the screen of UTF-8 text without wide characters.
-local function width(s) return select(2, s:gsub("[^\128-\191]", "")) end
+local function width(s)
+  if not s:find "[\128-\255]" then return #s end
+  return select(2, s:gsub("[^\128-\191]", ""))
+end
 
 --- The table as lines of text for a terminal; the best is marked by `*`.
 function Table:text()
@@ -159,8 +163,13 @@ function Table:text()
   for r, row in ipairs(self.rows) do
     grid[r] = {}
     for i, column in ipairs(self.columns) do
-      local p = parts(column, row[column.key])
-      grid[r][i] = line_of(p, row) .. (p.mark and "*" or "")
+      local cell = row[column.key]
+      if type(cell) == "table" then
+        local p = parts(column, cell)
+        grid[r][i] = line_of(p, row) .. (p.mark and "*" or "")
+      else
+        grid[r][i] = shown(column, cell) -- a list of 10,000 runs has only such cells
+      end
       widths[i] = math.max(widths[i], width(grid[r][i]))
     end
   end
