@@ -179,7 +179,7 @@ local function read_run(self, name, growth, held)
   if not text then return nil end
   local run = { name = name, sweep = name:match("^(.*)/points/[^/]+$"), final = false }
   local ok, doc = pcall(json.decode, text, dir .. "/run.json")
-  if ok and type(doc) ~= "table" then ok, doc = false, dir .. "/run.json: holds no object" end
+  if ok and not text:match "^%s*{" then ok, doc = false, dir .. "/run.json: holds no object" end
   if not ok then
     run.status, run.problem, run.final = "broken", tostring(doc), true
     return run

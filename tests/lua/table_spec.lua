@@ -11,7 +11,8 @@ local awkward = { { name = 'x,"y"\n<z>', kl = 0.5 }, { name = "50 %_#", kl = tab
 
 describe("a table", function()
   it("aligns text by what is seen, numbers on the right, with spread and n", function()
-    local t = sample({ { name = "a", kl = table_.cell { 1 } }, { name = "bb", kl = table_.cell { 0.25, 0.75 } }, { name = "c" } }, { "note" })
+    local rows = { { name = "a", kl = table_.cell { 1 } }, { name = "bb", kl = table_.cell { 0.25, 0.75 } }, { name = "c" } }
+    local t = sample(rows, { "note" })
     assert.equal(table.concat({ "A & b_c", "na|me                   KL", "a              1.000 (n=1)", "bb     0.500 ± 0.354 (n=2)",
       "c                        -", "note", "" }, "\n"), t:text())
   end)
