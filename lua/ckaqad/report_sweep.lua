@@ -1,0 +1,294 @@
+-- report_sweep.lua - the page of a sweep: settings in a table, runs with their differences, curves of all, parallel coordinates.
+--
+-- A setting is what a point changes but the seed; runs of one setting share a color. A best setting is named only when table.lua
+-- marks it, and nothing is marked while the runs differ in something nobody asked for.
+local json = require "ckaqad.json"
+local charts = require "ckaqad.report_charts"
+local page = require "ckaqad.report_page"
+local report = require "ckaqad.report"
+local stats = require "ckaqad.stats"
+local table_ = require "ckaqad.table"
+local text = require "ckaqad.text"
+local errors = require "ckaqad.errors"
+
+local sweep = {}
+
+local function finite(x) return type(x) == "number" and x == x and math.abs(x) ~= math.huge end
+
+-- Names of the options that points change: the axes first, then the others in order of their names.
+local function factors_of(plan)
+  local list, seen, others = {}, { seed = true, out = true }, {}
+  for _, axis in ipairs(type(plan.axes) == "table" and plan.axes or {}) do
+    if not seen[axis.name] then list[#list + 1], seen[axis.name] = axis.name, true end
+  end
+  for _, p in ipairs(plan.points) do
+    for key in pairs(type(p.options) == "table" and p.options or {}) do
+      if not seen[key] then others[#others + 1], seen[key] = key, true end
+    end
+  end
+  table.sort(others)
+  for _, key in ipairs(others) do list[#list + 1] = key end
+  return list
+end
+
+local function value_of(point, key)
+  local v = type(point.plan.options) == "table" and point.plan.options[key]
+  if v == nil or v == false then v = point.run.options[key] end
+  return v
+end
+
+-- Attempts by hash: { n, last }.
+local function attempts_of(path)
+  local list = {}
+  for _, a in ipairs(report.read_lines(path .. "/attempts.jsonl")) do
+    if type(a.hash) == "string" then
+      local e = list[a.hash] or { n = 0 }
+      e.n, e.last = e.n + 1, a
+      list[a.hash] = e
+    end
+  end
+  return list
+end
+
+local function status_of(point)
+  if point.run.finished then return "finished" end
+  local a = point.attempts and point.attempts.last
+  if a and finite(a.exit) and a.exit ~= 0 then
+    return ("failed, exit %d%s"):format(a.exit, type(a.message) == "string" and a.message ~= "" and ": " .. a.message or "")
+  end
+  local last = point.run.metrics[#point.run.metrics]
+  return last and ("stopped or running, step %d"):format(last.step) or "not started"
+end
+
+-- The numbers of a finished point.
+local function measure(point)
+  local _, before, after = report.results(point.run)
+  local r = after or before
+  if not (point.run.finished and r) then return nil end
+  return {
+    kl = r.kl, perplexity = r.perplexity, top1 = r.top1, cka = r.cka, cka_min = r.cka_min,
+    recovery = before and after and stats.recovery(before.kl, after.kl, 0) or nil,
+  }
+end
+
+-- The sweep's points with their runs, and its settings in the plan's order.
+local function load(path)
+  local plan = report.read_json(path .. "/sweep.json")
+  if type(plan) ~= "table" or type(plan.points) ~= "table" then
+    errors.raise(errors.DATA, "report: %s/sweep.json is missing or holds no points, wanted the folder of a sweep", path)
+  end
+  local self = { path = path, name = path:match("([^/]+)$") or path, plan = plan, factors = factors_of(plan), points = {}, settings = {} }
+  local attempts, by_name = attempts_of(path), {}
+  for i, p in ipairs(plan.points) do
+    local point = { plan = p, hash = tostring(p.hash), run = report.load(path .. "/points/" .. tostring(p.hash)) }
+    point.attempts = attempts[point.hash]
+    point.numbers = measure(point)
+    local name = tostring(p.name or p.hash)
+    local s = by_name[name]
+    if not s then
+      s = { name = name, color = #self.settings, points = {} }
+      by_name[name] = s
+      self.settings[#self.settings + 1] = s
+    end
+    point.setting, s.points[#s.points + 1] = s, point
+    self.points[i] = point
+  end
+  return self
+end
+
+-- What makes the comparison unfair, in sentences.
+local function flags_of(self)
+  local flags, runs, seeds = {}, {}, {}
+  for _, point in ipairs(self.points) do
+    if point.run.finished then runs[#runs + 1] = point.run.run end
+  end
+  local ok, sweep_table = pcall(require, "ckaqad.sweep_table") -- needs the C library, which a page alone does not
+  for _, d in ipairs(ok and #runs > 1 and sweep_table.compare(runs, self.factors) or {}) do
+    local values = table.concat(d.values, " / ")
+    flags[#flags + 1] = ("The runs differ in %s too: %s."):format(d.key, #values > 120 and #d.values .. " values" or values)
+  end
+  local confounded = #flags > 0
+  for _, s in ipairs(self.settings) do
+    local list = {}
+    for _, point in ipairs(s.points) do
+      if point.numbers then list[#list + 1] = tostring(point.plan.seed) end
+    end
+    table.sort(list)
+    seeds[#seeds + 1] = table.concat(list, ", ")
+  end
+  for i = 2, #seeds do
+    if seeds[i] ~= seeds[1] then
+      flags[#flags + 1] = ("Not every setting has finished with the same seeds (%s: %s; %s: %s): means are over different runs."):format(
+        self.settings[1].name, seeds[1] ~= "" and seeds[1] or "none", self.settings[i].name, seeds[i] ~= "" and seeds[i] or "none")
+      break
+    end
+  end
+  return flags, confounded
+end
+
+local columns = {
+  { key = "kl", title = "KL", format = "%.5f", better = "low" },
+  { key = "recovery", title = "recovered %", format = "%.1f", better = "high" },
+  { key = "perplexity", title = "perplexity", format = "%.4f", better = "low" },
+  { key = "top1", title = "top-1", format = "%.4f", better = "high" },
+  { key = "cka", title = "mean CKA", format = "%.4f", better = "high" },
+  { key = "cka_min", title = "lowest CKA", format = "%.4f", better = "high" },
+}
+
+-- The table of settings: mean and standard deviation over the seeds.
+local function settings_table(self, confounded)
+  local all, rows = { { key = "setting", title = "setting" } }, {}
+  for i, c in ipairs(columns) do all[i + 1] = { key = c.key, title = c.title, format = c.format, better = c.better } end
+  for i, s in ipairs(self.settings) do
+    rows[i] = { setting = s.name }
+    for _, c in ipairs(columns) do
+      local values = {}
+      for _, point in ipairs(s.points) do
+        local v = point.numbers and point.numbers[c.key]
+        if finite(v) then values[tonumber(point.plan.seed) or #values + 1] = v end
+      end
+      if next(values) then rows[i][c.key] = table_.cell(values) end
+    end
+    s.row = rows[i]
+  end
+  local t = table_.new { columns = all, rows = rows }
+  if not confounded then t:mark() end
+  return t
+end
+
+local function verdict(self, confounded)
+  local finished, failed, best = 0, 0, nil
+  for _, point in ipairs(self.points) do
+    if point.run.finished then finished = finished + 1 elseif status_of(point):match "^failed" then failed = failed + 1 end
+  end
+  for _, s in ipairs(self.settings) do
+    local kl = s.row.kl
+    if kl and (not best or kl.mean < best.row.kl.mean) then best = s end
+  end
+  local said = ("%d settings, %d of %d runs finished%s."):format(#self.settings, finished, #self.points,
+    failed > 0 and (", %d failed"):format(failed) or "")
+  if not best or #self.settings < 2 then return said end
+  local kl = best.row.kl
+  said = ("%s Lowest KL: %s, %.5f%s (n = %d)"):format(said, best.name, kl.mean, kl.sd and (" ± %.5f"):format(kl.sd) or "", kl.n)
+  if confounded then return said .. ", but the runs differ in more than was asked for." end
+  if kl.mark then return said .. "; the paired interval against every other setting excludes zero." end
+  return said .. "; not clear of every other setting, so more seeds may change the order."
+end
+
+local function runs_table(self)
+  local head, rows = { "run" }, {}
+  for _, key in ipairs(self.factors) do head[#head + 1] = key end
+  for _, name in ipairs { "seed", "status", "KL", "recovered %", "top-1", "mean CKA", "lowest CKA", "steps", "time", "attempts" } do
+    head[#head + 1] = name ~= "status" and { name, class = "num" } or name
+  end
+  for i, point in ipairs(self.points) do
+    local r, n, s = point.run, point.numbers or {}, point.run.summary or {}
+    local short = point.hash:sub(1, 8)
+    local link = ('<a href="points/%s/report.html">%s</a>'):format(page.escape(point.hash), page.escape(short))
+    local row = { r.run.options and { html = link } or short }
+    for _, key in ipairs(self.factors) do row[#row + 1] = { page.value(value_of(point, key)), class = "num" } end
+    row[#row + 1] = { page.value(point.plan.seed), class = "num" }
+    row[#row + 1] = { status_of(point), class = "wrap" }
+    row[#row + 1] = page.number(n.kl, "%.5f")
+    row[#row + 1] = page.number(n.recovery, "%.1f")
+    row[#row + 1], row[#row + 2], row[#row + 3] = page.number(n.top1), page.number(n.cka), page.number(n.cka_min)
+    row[#row + 1] = page.number(#r.metrics, "%d")
+    row[#row + 1] = { finite(s.seconds) and text.duration(s.seconds) or "-", class = "num" }
+    row[#row + 1] = page.number(point.attempts and point.attempts.n or 0, "%d")
+    rows[i] = row
+  end
+  for i, key in ipairs(self.factors) do head[i + 1] = { key, class = "num" } end
+  return page.table(head, rows, { all = true })
+end
+
+-- "lr=1e-4, seed 2"
+local function run_name(point)
+  return point.plan.seed ~= nil and ("%s, seed %s"):format(point.setting.name, page.value(point.plan.seed)) or point.setting.name
+end
+
+local function curves(p, self, title, pick, zero)
+  local series, rows = json.array {}, {}
+  for _, point in ipairs(self.points) do
+    local c = charts.curve(point.run.metrics, pick, 160)
+    if c then
+      series[#series + 1] = { name = run_name(point), group = point.setting.name, x = c.x, y = c.y, color = point.setting.color,
+        dash = point.setting.color >= 8 or nil }
+      rows[#rows + 1] = { run_name(point), page.number(c.y[1], "%.5g"), page.number(c.y[#c.y], "%.5g"), page.number(c.x[#c.x], "%d") }
+    end
+  end
+  if #series == 0 then return end
+  p:figure({ kind = "lines", series = series, zero = zero }, {
+    title = title, label = ("%d runs, first and last values in the table below"):format(#series),
+    caption = ("%d runs; runs of one setting share a color."):format(#series),
+    head = { "run", { "first", class = "num" }, { "last", class = "num" }, { "last step", class = "num" } }, rows = rows,
+  })
+end
+
+local function parallel(p, self)
+  local axes, lines = json.array {}, json.array {}
+  for i, key in ipairs(self.factors) do axes[i] = { name = key } end
+  local shown = { { "kl", "KL" }, { "recovery", "recovered %" }, { "top1", "top-1" }, { "cka", "mean CKA" }, { "cka_min", "lowest CKA" } }
+  for _, item in ipairs(shown) do axes[#axes + 1] = { name = item[2] } end
+  for _, point in ipairs(self.points) do
+    if point.numbers then
+      local v = json.array {}
+      for _, key in ipairs(self.factors) do
+        local x = value_of(point, key)
+        v[#v + 1] = type(x) == "number" and x or page.value(x)
+      end
+      for _, item in ipairs(shown) do v[#v + 1] = charts.short(point.numbers[item[1]]) end
+      lines[#lines + 1] = { name = run_name(point), color = point.setting.color, v = v }
+    end
+  end
+  if #lines < 2 then return end
+  p:figure({ kind = "parallel", axes = axes, lines = lines }, {
+    title = "Options and results, one line a run", wide = true,
+    label = ("%d finished runs; their numbers are in the table of runs"):format(#lines),
+    caption = "One line a run, one axis an option or a result; runs of one setting share a color.",
+  })
+end
+
+-- The page of the sweep in folder `path`.
+function sweep.html(path)
+  local self = load((path:gsub("(.)/+$", "%1")))
+  local flags, confounded = flags_of(self)
+  local t = settings_table(self, confounded)
+  local p = page.new(self.name)
+  p:add("<h1>%s</h1>", page.escape(self.name))
+  local factors = #self.factors > 0 and table.concat(self.factors, ", ") or "nothing"
+  local version = tostring(self.plan.version or "?"):match("^%S*")
+  p:paragraph(("sweep of %s over %s · ckaqad %s"):format(tostring(self.plan.recipe), factors, version), "dim")
+  p:paragraph(verdict(self, confounded), "verdict")
+  if #flags > 0 then
+    p:add('<div class="flags"><p class="warn">%s</p><ul>', confounded and "Confounded comparison" or "Uneven comparison")
+    for _, flag in ipairs(flags) do p:add("<li>%s</li>", page.escape(flag)) end
+    p:add "</ul></div>"
+  end
+  p:heading "Settings, held-out documents"
+  p:add('<div class="scroll all">%s</div>', t:html())
+  p:add '<div class="grid2 apart">'
+  parallel(p, self)
+  p:add "</div>"
+  p:heading "Runs"
+  p:add("%s", runs_table(self))
+  p:heading "Training"
+  p:slider()
+  p:add '<div class="grid2">'
+  curves(p, self, "KL, nats a token", charts.field "kl")
+  curves(p, self, "Cross-entropy, nats a token", charts.field "ce")
+  curves(p, self, "Mean CKA", charts.field "cka")
+  curves(p, self, "CKA of the lowest block", charts.lowest)
+  curves(p, self, "Gradient norm", charts.field "grad_norm", true)
+  p:add "</div>"
+  local base = {}
+  for _, key in ipairs(json.keys(type(self.plan.base) == "table" and self.plan.base or {})) do
+    base[#base + 1] = { "--" .. key, page.value(self.plan.base[key]) }
+  end
+  if #base > 0 then
+    p:heading "Options of every run"
+    p:list(base, true)
+  end
+  return p:html()
+end
+
+return sweep
