@@ -125,6 +125,7 @@ function command.main(arguments)
   if first == "--version" or first == "-V" then return print("ckaqad " .. host.version) end
   if first == "verify" then return run_verify(rest) end
   if first == "runs" then return require("ckaqad.runs").command(rest) end
+  if first == "complete" then return require("ckaqad.complete_words").command(rest) end -- the shell's completion calls it
   if first == "-e" then return run_code(table.remove(rest, 1), rest) end
   if first:match("^%-") then
     errors.usage("option %s is unknown, nearest is %s", first, errors.nearest(first, { "--help", "--version", "-e" }))

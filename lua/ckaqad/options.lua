@@ -32,6 +32,8 @@ local special = {
   { "sweep", "KEY=A,B", "run once for each value, KEY=1..5 too; several --sweep make a grid" },
 }
 
+options.common, options.special = common, special -- for shell completion and the man page
+
 -- How a run is shown, kept and stopped, and how much memory it may use, do not make it another run.
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
