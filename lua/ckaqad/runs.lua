@@ -27,7 +27,7 @@ ckaqad runs: what was run, what came of it, and how it compares
 
   --root=DIR   where the run folders are [runs]        --json   JSON, one object a line
 
-RUN: a name of the list, a path, or the unique end of a name. The index is ROOT/.index.sqlite, a cache that may be deleted.
+RUN: a name of the list, a path, or the last part of a name (a point's hash). The index is ROOT/.index.sqlite, a cache that may be deleted.
 Columns of its table `runs`:]]
 
 function runs.help()
@@ -81,13 +81,17 @@ local function cka_of(r)
   return number(r.cka_before, "%.4f")
 end
 
+-- Adds a key and its value to a list for json.object, unless there is none.
+local function put(list, key, value)
+  if value == nil then return end
+  local n = #list
+  list[n + 1], list[n + 2] = key, value
+end
+
 -- A record as an object for --json.
 local function plain(r)
   local list = {}
-  for _, column in ipairs(index.columns) do
-    list[#list + 1] = column[1]
-    list[#list + 1] = r[column[1]]
-  end
+  for _, column in ipairs(index.columns) do put(list, column[1], r[column[1]]) end
   local o = json.object(list)
   if o.export_bit_equal then o.export_bit_equal = o.export_bit_equal == 1 end
   return o
@@ -103,7 +107,7 @@ local function exists(path)
   return f ~= nil
 end
 
--- The record that `given` means: a name, a path, the unique end of a name.
+-- The record that `given` means: a name, a path, the last part of one name.
 local function find(self, given)
   local name = trim(self, given)
   local hit = self:runs { name = name }[1]
@@ -247,7 +251,7 @@ function command.compare(self, names, o)
   for _, line in ipairs(compare.origins(list)) do notes[#notes + 1] = "flag: " .. line end
   if not o.json then return io.write(table_.new({ columns = columns, rows = rows, notes = notes }):render(o.format)) end
   local options, records = {}, json.array {}
-  for _, d in ipairs(differing) do options[#options + 1], options[#options + 2] = d.name, d.values end
+  for _, d in ipairs(differing) do put(options, d.name, d.values) end
   for i, r in ipairs(list) do records[i] = plain(r) end
   print(json.encode(json.object { "runs", titles, "differ", json.object(options), "flags", json.array(notes), "confounded", #factors > 1,
     "records", records }))
@@ -262,7 +266,7 @@ local function print_rows(t)
       if type(c) == "table" then
         c = json.object { "mean", c.mean, "sd", c.sd, "low", c.low, "high", c.high, "n", c.n, "best", c.mark }
       end
-      list[#list + 1], list[#list + 2] = column.key, c
+      put(list, column.key, c)
     end
     print(json.encode(json.object(list)))
   end
@@ -285,7 +289,7 @@ function command.query(self, names, o)
   if o.json then
     for _, row in ipairs(rows) do
       local list = {}
-      for _, name in ipairs(columns) do list[#list + 1], list[#list + 2] = name, row[name] end
+      for _, name in ipairs(columns) do put(list, name, row[name] == nil and json.null or row[name]) end
       print(json.encode(json.object(list)))
     end
     return
@@ -348,7 +352,8 @@ function command.prune(self, names, o)
     end
   end
   if count == 0 then return note("nothing to delete below %s", self.root) end
-  note(o.yes and "deleted %d folders, %s" or "would delete %d folders, %s; --yes does it", count, text.bytes(sum))
+  local what = count == 1 and "1 folder" or ("%d folders"):format(count)
+  note(o.yes and "deleted %s, %s" or "would delete %s, %s; --yes does it", what, text.bytes(sum))
 end
 
 -- ---- the command line -----------------------------------------------------------------------------------------------

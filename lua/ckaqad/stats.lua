@@ -55,8 +55,8 @@ function stats.summary(list)
   table.sort(kept) -- the order of a sum decides its last bits: pairs() promises none
   local n = #kept
   if n == 0 then return { n = 0, missing = missing } end
-  for _, x in ipairs(kept) do sum = sum + x end
-  local mean, squares = sum / n, 0
+  for _, x in ipairs(kept) do sum = sum + (x - kept[1]) end -- from the least: equal numbers have exactly their mean, and no spread
+  local mean, squares = kept[1] + sum / n, 0
   for _, x in ipairs(kept) do squares = squares + (x - mean) ^ 2 end
   return {
     n = n, mean = mean, sd = n > 1 and math.sqrt(squares / (n - 1)) or nil, min = kept[1], max = kept[n],

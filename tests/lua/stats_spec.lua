@@ -13,6 +13,9 @@ describe("a summary", function()
     assert.equal(9, s.max)
     assert.is_nil(stats.summary({ 3 }).sd)
     assert.same({ n = 0, missing = 0 }, stats.summary {})
+    local same = stats.summary { 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1 }
+    assert.equal(0.1, same.mean)
+    assert.equal(0, same.sd)
   end)
 
   it("counts what is no number instead of hiding it", function()
