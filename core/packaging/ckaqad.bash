@@ -1,15 +1,24 @@
-# bash completion of ckaqad: recipes, commands, and the options a recipe's own --help lists
+# bash completion of ckaqad: the program itself says what fits (ckaqad complete)
 _ckaqad() {
-  local cur=${COMP_WORDS[COMP_CWORD]} recipe=${COMP_WORDS[1]}
-  COMPREPLY=()
-  if [ "$COMP_CWORD" = 1 ]; then
-    mapfile -t COMPREPLY < <(compgen -W "verify --help --version -e" -- "$cur"; compgen -f -X '!*.lua' -- "$cur"; compgen -d -- "$cur")
-  elif [[ $cur == --*=* ]]; then
-    mapfile -t COMPREPLY < <(compgen -f -- "${cur#*=}")
-  elif [[ $recipe == *.lua && -f $recipe ]]; then
-    mapfile -t COMPREPLY < <(compgen -W "$("${COMP_WORDS[0]}" "$recipe" --help 2>/dev/null | grep -o -- '--[a-z][a-z_-]*' | sort -u)" -- "$cur")
-  elif [ "$recipe" = verify ]; then
-    mapfile -t COMPREPLY < <(compgen -W "--against=" -- "$cur"; compgen -d -- "$cur")
-  fi
+  local i n=0 typed=() word rest
+  # bash splits words at "=" and ":"; here they are whole again
+  for ((i = 1; i <= COMP_CWORD; i++)); do
+    word=${COMP_WORDS[i]}
+    if ((n > 0)) && [[ $word == [=:]* || ${typed[n - 1]} == *[=:] && ${COMP_WORDS[i - 1]} == *[=:] ]]; then
+      typed[n - 1]+=$word
+    else
+      typed[n++]=$word
+    fi
+  done
+  mapfile -t COMPREPLY < <("${COMP_WORDS[0]}" complete -- "${typed[@]}" 2>/dev/null)
+  # bash puts the answer in the place of what follows the last separator only
+  word=${typed[n - 1]} rest=
+  [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && rest=${word%"${word##*=}"}
+  [[ $COMP_WORDBREAKS == *:* && $word == *:* && ${#word} -gt ${#rest} ]] && rest=${word%"${word##*[=:]}"}
+  for i in "${!COMPREPLY[@]}"; do
+    word=${COMPREPLY[i]#"$rest"}
+    case $word in */ | *= | *:) ;; *) word+=" " ;; esac
+    COMPREPLY[i]=$word
+  done
 }
-complete -o nospace -o filenames -F _ckaqad ckaqad
+complete -o nospace -F _ckaqad ckaqad

@@ -138,7 +138,9 @@ local function recipe_word(out, recipe, typed, before)
   local dashes, key, value = typed:match "^(%-?%-?)([%a_][%w_%-]*)=(.*)$"
   if key then return add_values(out, key:gsub("-", "_"), value, dashes .. key .. "=", flags, source) end
   local named = before:match "^%-%-([%a_][%w_%-]*)$"
-  if named and not flags[named] and (complete.values[named] or paths[named]) then return add_values(out, named, typed, "", flags, source) end
+  if named and not flags[named] and (complete.values[named] or paths[named]) then
+    return add_values(out, named, typed, "", flags, source)
+  end
   for _, name in ipairs(names) do
     add(out, { flags[name] and "--" .. name or "--" .. name .. "=" }, typed)
     if flags[name] == "true" then add(out, { "--no-" .. name }, typed) end
