@@ -89,7 +89,7 @@ check "nothing is deleted without --yes" [ -e "$root/run-00001/checkpoints/state
 runs prune --yes >/dev/null 2>&1; check "checkpoints are deleted" [ ! -e "$root/run-00001/checkpoints" ]
 check "and nothing else" [ -e "$root/run-00001/summary.json" ]
 "$program" -e 'local n = require "ckaqad.ffi"; local out = n.new "cq_lock *[1]"; n.call.cq_lock_take(out, arg[1]); print "held"; io.stdout:flush(); io.read()' \
-  "$root/run-00007/lock" < <(sleep 20) >"$work/held" & holder=$!
+  "$root/run-00007/lock" < <(sleep 20) >"$work/held" 2>/dev/null & holder=$!
 until [ -s "$work/held" ]; do sleep 0.05; done
 runs list --status=running >"$work/out"; check "a held run is running" has '^run-00007 +running' "$work/out"
 runs prune --stopped --yes >/dev/null 2>&1
