@@ -68,3 +68,30 @@ return thing
     assert.matches("Says%.\n\nExample:\n\n    print%(1%)\n\n      print%(2%)\nEnd%.\n", text)
   end)
 end)
+
+describe("the man page", function()
+  local man = require "gen_man"
+
+  it("is what the sources say (luajit lua/gen_man.lua > core/packaging/ckaqad.1)", function()
+    local f = assert(io.open "core/packaging/ckaqad.1")
+    local have = f:read "*a"
+    f:close()
+    assert.equal(man.text(), have)
+  end)
+
+  it("has every recipe, common option, exit code and variable, and no line that roff would take for a request", function()
+    local text, pipe = man.text(), io.popen "ls recipes/*.lua"
+    for path in pipe:lines() do assert.is_true(text:find((path:gsub("%-", "\\-")), 1, true) ~= nil, path) end
+    pipe:close()
+    for _, item in ipairs(require "ckaqad.options".common) do
+      assert.is_true(text:find("\n\\fB\\-\\-" .. item[1] .. "\\fR", 1, true) ~= nil, item[1])
+    end
+    for _, code in ipairs { 0, 1, 2, 3, 4, 5, 6, 75, 130, 143 } do
+      assert.is_true(text:find(("\n\\fB%d\\fR\n"):format(code), 1, true) ~= nil, "exit code " .. code)
+    end
+    assert.is_true(text:find("\\fBCKAQAD_TRACEBACK\\fR", 1, true) ~= nil)
+    for line in text:gmatch "[^\n]+" do
+      if line:match "^[.']" then assert.is_true(line:match "^%.[STbP]" ~= nil, line) end
+    end
+  end)
+end)
