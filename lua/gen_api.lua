@@ -12,7 +12,8 @@ local titles = {
   { "options", "Options" }, { "run", "Runs" }, { "model", "Models" }, { "data", "Documents" }, { "loss", "Losses" },
   { "distill", "Distillation" }, { "balance", "Balances" }, { "optim", "Optimizers" }, { "schedule", "Schedules" },
   { "select", "Block selectors" }, { "plan", "Memory" }, { "eval", "Evaluation" }, { "sweep", "Sweeps" }, { "stats", "Statistics" },
-  { "table", "Tables" }, { "runs", "The run index" }, { "compare", "Comparing runs" }, { "plot", "Plots" }, { "device", "Device" }, { "verify", "Checking exports" }, { "tensorboard", "TensorBoard" },
+  { "table", "Tables" }, { "runs", "The run index" }, { "compare", "Comparing runs" }, { "plot", "Plots" },
+  { "device", "Device" }, { "verify", "Checking exports" }, { "tensorboard", "TensorBoard" },
   { "ffi", "Clock and memory" }, { "json", "JSON" }, { "text", "Text" },
 }
 

@@ -119,8 +119,29 @@ local function factors(differing, by, records)
   return #names > 0 and names or { "recipe" }
 end
 
--- Groups records by the values of `names`; inside a group a run is known by what else it was told (its partner key). Oldest first, so
--- that rows come in the order in which they were made; of two equal runs the newest counts.
+-- Sorts groups by their options' values: numbers by size, others in the order in which they were first run.
+local function sort_groups(groups, names)
+  local ranks = {}
+  for j in ipairs(names) do
+    local all, seen, n = true, {}, 0
+    for _, g in ipairs(groups) do all = all and tonumber(g.shown[j]) ~= nil end
+    for _, g in ipairs(groups) do
+      local value = g.shown[j]
+      if not seen[value] then n, seen[value] = n + 1, all and tonumber(value) or n + 1 end
+    end
+    ranks[j] = seen
+  end
+  table.sort(groups, function(a, b)
+    for j in ipairs(names) do
+      local x, y = ranks[j][a.shown[j]], ranks[j][b.shown[j]]
+      if x ~= y then return x < y end
+    end
+    return false
+  end)
+end
+
+-- Groups records by the values of `names`; inside a group a run is known by what else it was told (its partner key). Of two equal runs
+-- the newest counts.
 local function group(records, names, differing)
   local is_factor, groups, by_key, repeated = {}, {}, {}, 0
   for _, name in ipairs(names) do is_factor[name] = true end
@@ -141,6 +162,7 @@ local function group(records, names, differing)
     if g.runs[partner] then repeated = repeated + 1 else g.count = g.count + 1 end
     g.runs[partner] = record
   end
+  sort_groups(groups, names)
   return groups, repeated
 end
 

@@ -23,6 +23,7 @@ index.columns = {
   { "recipe", "TEXT", "path of the recipe" },
   { "sweep", "TEXT", "folder of the sweep it is a point of" },
   { "point", "TEXT", "hash of that point" },
+  { "setting", "TEXT", "what the sweep gave that point: lr=1e-05 seed=1" },
   { "started", "TEXT", "UTC, 2026-01-31T12:00:00Z" },
   { "started_at", "INTEGER", "the same in seconds since 1970" },
   { "seed", "INTEGER", "option seed" },
@@ -172,6 +173,23 @@ local function take_document(run, doc)
   run.data_hash = short_hash { object(data.train).sha256, object(data.holdout).sha256 }
 end
 
+-- What a sweep calls its point `hash`. A sweep.json is read once a refresh.
+local function setting_of(self, sweep, hash)
+  self.settings = self.settings or {}
+  local names = self.settings[sweep]
+  if not names then
+    names = {}
+    self.settings[sweep] = names
+    local ok, doc = pcall(json.decode, read(("%s/%s/sweep.json"):format(self.root, sweep)) or "", "sweep.json")
+    for _, point in ipairs(object(ok and object(doc).points)) do
+      if type(point) == "table" and text_of(point.hash) and text_of(point.name) then
+        names[point.hash] = point.name .. (number(point.seed) and not point.name:find "seed=" and (" seed=%d"):format(point.seed) or "")
+      end
+    end
+  end
+  return names[hash]
+end
+
 -- What the files of a run folder say; `growth` and `held` are the caller's look at it. nil when it holds no run.json.
 local function read_run(self, name, growth, held)
   local dir = self.root .. "/" .. name
@@ -190,6 +208,7 @@ local function read_run(self, name, growth, held)
     return run
   end
   take_document(run, doc)
+  if run.sweep then run.setting = setting_of(self, run.sweep, name:match "[^/]*$") end
   local curve
   run.step, run.kl_train, curve = read_metrics(growth > 0 and read(dir .. "/metrics.jsonl") or "")
   run.curve = json.encode(curve)

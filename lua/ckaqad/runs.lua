@@ -147,8 +147,8 @@ end
 -- ---- the commands ---------------------------------------------------------------------------------------------------
 
 local command = {}
-local listed = { "name", "status", "recipe", "started_at", "step", "steps", "kl_before", "kl_after", "kl_eval", "eval_step", "cka_before",
-  "cka_after" }
+local listed = { "name", "status", "recipe", "setting", "started_at", "step", "steps", "kl_before", "kl_after", "kl_eval", "eval_step",
+  "cka_before", "cka_after" }
 
 function command.list(self, names, o)
   local filter = { only = not o.json and listed or nil, status = o.status ~= "" and o.status or nil, last = o.last > 0 and o.last or nil }
@@ -158,13 +158,16 @@ function command.list(self, names, o)
     return
   end
   if #list == 0 then return note("no runs below %s%s", self.root, o.status ~= "" and " with status " .. o.status or "") end
-  local now, rows = os.time(), {}
+  local now, rows, swept = os.time(), {}, false
   for i, r in ipairs(list) do
-    rows[i] = { name = r.name, status = r.status, recipe = (r.recipe or "-"):match("([^/]*)$"):gsub("%.lua$", ""), steps = steps_of(r),
-      kl = kl_of(r), cka = cka_of(r), age = runs.age(r.started_at and now - r.started_at) }
+    swept = swept or r.setting ~= nil
+    rows[i] = { name = r.name, setting = r.setting, status = r.status, steps = steps_of(r), kl = kl_of(r), cka = cka_of(r),
+      recipe = (r.recipe or "-"):match("([^/]*)$"):gsub("%.lua$", ""),
+      age = runs.age(r.started_at and now - r.started_at) }
   end
   local columns = { { key = "name", title = "run" }, { key = "status" }, { key = "recipe" }, { key = "steps", title = "step" },
     { key = "kl", title = "KL" }, { key = "cka", title = "CKA" }, { key = "age" } }
+  if swept then table.insert(columns, 4, { key = "setting" }) end
   io.write(table_.new({ columns = columns, rows = rows }):text())
 end
 
@@ -186,6 +189,7 @@ function command.show(self, names, o)
   if o.json then return print(json.encode(plain(r))) end
   print(("%s: %s%s"):format(r.path, r.status, r.problem and " (" .. r.problem .. ")" or ""))
   if not r.options then return end
+  if r.setting then print(("point of %s: %s"):format(r.sweep, r.setting)) end
   local age = runs.age(r.started_at and os.time() - r.started_at)
   print(("recipe %s, started %s (%s ago)"):format(r.recipe or "-", r.started or "-", age))
   local memory = r.peak_bytes and (", peak %s (planned %s)"):format(text.bytes(r.peak_bytes), text.bytes(r.planned_bytes or 0)) or ""

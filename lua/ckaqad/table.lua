@@ -105,7 +105,8 @@ end
 local function notes_of(self, sign)
   local list = {}
   if marked(self) then
-    list[1] = sign .. " best: the paired " .. (self.level or "95 %") .. " interval against every other row excludes zero"
+    local hint = self.few and ("; with fewer than %d pairs that is a hint, no proof"):format(stats.FEW) or ""
+    list[1] = ("%s best: the paired %s interval against every other row excludes zero%s"):format(sign, self.level or "95 %", hint)
   end
   for _, note in ipairs(self.notes) do list[#list + 1] = note end
   return list
@@ -129,20 +130,21 @@ end
 --- best row against every other row excludes zero. Options as for `stats.paired`. Gives the number of marks.
 function Table:mark(given)
   local count = 0
+  self.few = false
   self.level = ("%g %%"):format(100 * (given and given.level or 0.95))
   for _, column in ipairs(self.columns) do
     local best, rows = nil, {}
     if column.better then best, rows = contest(self, column) end
-    local clear = #rows > 1
+    local clear, few = #rows > 1, false
     for _, row in ipairs(rows) do
       local cell = row[column.key]
       cell.mark = nil
       if clear and row ~= best then
         local p = stats.paired(best[column.key].values or {}, cell.values or {}, given)
-        clear = p.clear and (p.difference < 0) == (column.better == "low")
+        clear, few = p.clear and (p.difference < 0) == (column.better == "low"), few or p.few
       end
     end
-    if clear then best[column.key].mark, count = true, count + 1 end
+    if clear then best[column.key].mark, count, self.few = true, count + 1, self.few or few end
   end
   return count
 end

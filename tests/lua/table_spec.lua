@@ -82,6 +82,12 @@ describe("the mark", function()
 
   it("goes to the row that is clearly better than every other one", function()
     assert.equal(",best,", marked({ 5, 6, 7, 8 }, { 4, 5, 6, 7 }, { 9, 9, 9, 9 }))
+    local t = sample { { name = "a", kl = table_.cell { 1, 2 } }, { name = "b", kl = table_.cell { 3, 4 } } }
+    t:mark()
+    assert.matches("fewer than 6 pairs that is a hint", t:text(), 1, true)
+    t = sample { { name = "a", kl = table_.cell { 1, 2, 3, 4, 5, 6 } }, { name = "b", kl = table_.cell { 3, 4, 5, 6, 7, 8 } } }
+    assert.equal(1, t:mark())
+    assert.is_nil(t:text():find "hint")
   end)
 
   it("goes to nobody when one other row is not clearly worse", function()
@@ -150,6 +156,13 @@ describe("compared runs", function()
     assert.is_true(fast.kl.mark)
     assert.is_true(has(t.notes, "fewer than 6 pairs"))
     assert.is_false(has(t.notes, "flag"))
+  end)
+
+  it("stand in the order of numbers, else in the order in which they were run", function()
+    local t = compare.table { record({ lr = 10 }, 0.1), record({ lr = 9 }, 0.1), record({ lr = 100 }, 0.1) }
+    assert.same({ "9", "10", "100" }, { t.rows[3].option_lr, t.rows[4].option_lr, t.rows[5].option_lr })
+    t = compare.table { record({ lr = "10" }, 0.1), record({ lr = "none" }, 0.1), record({ lr = "all" }, 0.1) }
+    assert.same({ "all", "none", "10" }, { t.rows[3].option_lr, t.rows[4].option_lr, t.rows[5].option_lr })
   end)
 
   it("are flagged when they differ in more than what makes the rows", function()
