@@ -162,8 +162,8 @@ function man.text()
   for _, f in ipairs(files) do entry(out, "\\fI" .. escape(f[1]) .. "\\fR", f[2]) end
   out[#out + 1] = ".SH SECURITY\n" .. escape "Model folders and data files are untrusted and checked. Recipes are programs: run only those "
     .. "you trust."
-  out[#out + 1] = ".SH EXAMPLE\n" .. escape "ckaqad recipes/nemotron_nano.lua --model=DIR --data=train.jsonl --steps=60 --out=runs/try"
-  out[#out + 1] = ".br\n" .. escape "ckaqad recipes/nemotron_nano.lua --steps=40 --sweep lr=1e-5,3e-5,1e-4 --sweep seed=1..3"
+  out[#out + 1] = ".SH EXAMPLE\n.nf\n" .. escape "ckaqad recipes/nemotron_nano.lua --model=DIR --data=train.jsonl --steps=60 --out=runs/try"
+  out[#out + 1] = escape "ckaqad recipes/nemotron_nano.lua --steps=40 --sweep lr=1e-5,3e-5,1e-4 --sweep seed=1..3" .. "\n.fi"
   return table.concat(out, "\n") .. "\n"
 end
 

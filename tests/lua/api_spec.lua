@@ -91,7 +91,7 @@ describe("the man page", function()
     end
     assert.is_true(text:find("\\fBCKAQAD_TRACEBACK\\fR", 1, true) ~= nil)
     for line in text:gmatch "[^\n]+" do
-      if line:match "^[.']" then assert.is_true(line:match "^%.[STbP]" ~= nil, line) end
+      if line:match "^[.']" then assert.is_true(line:match "^%.[STbPnf\\]" ~= nil, line) end
     end
   end)
 end)
