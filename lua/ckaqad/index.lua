@@ -11,7 +11,6 @@ local index = { file = ".index.sqlite" }
 local Index = {}
 Index.__index = Index
 
-local schema_version = 1
 local known_format = 1 -- of run.json
 local deepest = 4      -- folders below the root that may be runs
 local settled = 1e9    -- ns: a folder younger than this may change again within the same tick of the file system's clock
@@ -381,15 +380,18 @@ end
 
 -- ---- the database ---------------------------------------------------------------------------------------------------
 
-local function create(db)
+local function schema()
   local lines = {}
   for _, list in ipairs { index.columns, private } do
     for _, column in ipairs(list) do lines[#lines + 1] = column[1] .. " " .. column[2] end
   end
-  db:exec(("CREATE TABLE IF NOT EXISTS runs (%s)"):format(table.concat(lines, ", ")))
-  db:exec "CREATE TABLE IF NOT EXISTS folders (name TEXT PRIMARY KEY, folder_time INTEGER, sweep INTEGER)"
-  db:exec("PRAGMA user_version = " .. schema_version)
+  return ("CREATE TABLE IF NOT EXISTS runs (%s); "):format(table.concat(lines, ", "))
+    .. "CREATE TABLE IF NOT EXISTS folders (name TEXT PRIMARY KEY, folder_time INTEGER, sweep INTEGER)"
 end
+
+-- The version is a sum over the schema itself: an index with other columns is another version, whoever forgot to count.
+local schema_version = 5381
+for c in schema():gmatch "." do schema_version = (schema_version * 33 + c:byte()) % 2 ^ 31 end
 
 -- Opens the file and makes its tables; true when it was new.
 local function connect(self, path)
@@ -397,13 +399,14 @@ local function connect(self, path)
   local version = self.db:prepare("PRAGMA user_version"):rows()[1].user_version
   if version == schema_version then return false end
   if version ~= 0 then
-    local e = errors.new(errors.DATA, ("%s: of another version (%d)"):format(path, version))
+    local e = errors.new(errors.DATA, path .. ": of another version")
     e.sqlite = sqlite.CORRUPT
     error(e, 0)
   end
   if path ~= ":memory:" then self.db:exec "PRAGMA journal_mode = DELETE" end
   self.db:exec "BEGIN IMMEDIATE"
-  create(self.db)
+  self.db:exec(schema())
+  self.db:exec(("PRAGMA user_version = %d"):format(schema_version))
   self.db:exec "COMMIT"
   return true
 end
@@ -439,7 +442,7 @@ local function rebuild(self, path, reason)
     os.remove(path .. "-journal")
     os.remove(path)
     ok, e, count = attempt(self, path)
-    if ok then self.say(("index %s: was broken (%s), made again from %s"):format(path, reason, folders(count))) end
+    if ok then self.say(("index %s: made again from %s (%s)"):format(path, folders(count), reason)) end
   end
   if release then release() end
   if not ok then error(e, 0) end

@@ -193,19 +193,19 @@ describe("the index of runs", function()
     f:close()
     for _, case in ipairs {
       { function() os.remove(path) end, "made from 60 run folders" },
-      { function() write(".index.sqlite", ("no database "):rep(999)) end, "was broken (file is not a database), made again from 60" },
-      { function() write(".index.sqlite", whole:sub(1, 5000)) end, "was broken" },
-      { function() write(".index.sqlite", whole:sub(1, 4096) .. ("\255"):rep(#whole - 4096)) end, "was broken" },
+      { function() write(".index.sqlite", ("no database "):rep(999)) end, "made again from 60 run folders (file is not a database)" },
+      { function() write(".index.sqlite", whole:sub(1, 5000)) end, "made again from 60" },
+      { function() write(".index.sqlite", whole:sub(1, 4096) .. ("\255"):rep(#whole - 4096)) end, "made again from 60" },
       { function()
         local db = sqlite.open(path)
         db:exec "DROP TABLE runs"
         db:close()
-      end, "was broken (no such table: runs)" },
+      end, "(no such table: runs)" },
       { function()
         local db = sqlite.open(path)
         db:exec "PRAGMA user_version = 99"
         db:close()
-      end, "was broken (of another version (99)), made again" },
+      end, "made again from 60 run folders (of another version)" },
     } do
       said = {}
       case[1]()

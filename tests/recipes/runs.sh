@@ -45,7 +45,7 @@ check "the second list is silent" [ ! -s "$work/err" ]
 sed -i 's/  *[0-9]* d$//' "$work/reference"; mv "$work/reference" "$work/without_age"; runs >"$work/reference"
 
 rm "$root/.index.sqlite"; together 6
-for _ in 1 2 3; do head -c 20000 /dev/urandom >"$root/.index.sqlite"; together 4; check "a broken index is announced" has 'was broken' "$work/errs"; done
+for _ in 1 2 3; do head -c 20000 /dev/urandom >"$root/.index.sqlite"; together 4; check "a broken index is announced" has 'made again' "$work/errs"; done
 for i in 1 2 3 4 5 6 7 8 9 10; do # killed while it makes the index
   rm -f "$root/.index.sqlite"*; runs >/dev/null 2>&1 & pid=$!
   sleep "0.$(printf %02d $((i * 3)))"; kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
