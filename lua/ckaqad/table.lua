@@ -19,7 +19,7 @@ Table.__index = Table
 --- Example:
 ---     local t = cq.table { columns = { { key = "lr" }, { key = "kl" } }, rows = { { lr = 0.25, kl = { mean = 3, sd = 1, n = 2 } } } }
 ---     io.write(t:markdown())
----     io.write(t:csv()) --> 0.25,3,1,2
+---     print(t:csv():match "\n(.-)\r") --> 0.25,3,1,2
 function table_.new(given)
   local o = errors.fill("table", given, { title = "", columns = errors.NONE, rows = errors.NONE, notes = errors.NONE })
   if type(o.columns) ~= "table" or #o.columns == 0 then errors.usage("table: no columns, wanted columns = { { key = NAME }, ... }") end
