@@ -101,7 +101,10 @@ local function check_blocks(pass, weights, fail)
 end
 
 --- Checks what a rule returned for a pass and gives it back; an error names the rule, its line in the recipe and the step.
---- `weights = cq.balance.check(pass, weights, "mine", "recipes/x.lua:12")`
+---
+--- Example:
+---     local weights = cq.balance.check(pass, { kl = 1, cka = 0.5 }, "mine", "recipes/x.lua:12")
+---     print(weights.cka) --> 0.5
 function balance.check(pass, weights, name, where)
   local function fail(status, what)
     errors.raise(status, "%s: balance rule %s, step %d: %s", where, name, pass.step, what)
@@ -137,7 +140,11 @@ local function checked(name, rule)
 end
 
 --- Gives a rule a name that `--balance` knows; it must be defined before the recipe that uses it runs.
---- `cq.balance.define("gentle", function(pass) return { kl = 1, cka = 0.1 * pass.kl } end)`
+---
+--- Example:
+---     cq.balance.define("gentle", function(p) return { kl = 1, cka = 0.1 * p.kl } end)
+---     local balance = cq.balance.get "gentle"
+---     print(balance(pass).cka == 0.1 * pass.kl) --> true
 function balance.define(name, rule)
   if type(name) ~= "string" or type(rule) ~= "function" then
     errors.usage("balance.define: got %s and %s, wanted a name and a function", type(name), type(rule))

@@ -372,7 +372,6 @@ local function passed_on(opt, recipe)
 end
 
 --- Runs a recipe once for every setting and seed, each in a process of its own, and compares them in one table.
---- `cq.sweep(opt, { recipe = "nemotron_nano.lua", grid = { lr = { 1e-5, 1e-4 } }, seeds = 3, jobs = 2 })`
 --- What is tried, exactly one of: `grid` (all combinations), `paired` (lists walked together), `list` ({ { name = "...", option =
 --- value }, ... }), `random` ({ count, seed, space = { lr = { min, max, log = true }, cka = { "all", "none" } } }).
 --- `seeds`: how many (from 1) or a list; every setting gets the same ones. `set`: options of every point. `jobs`: processes at a time
@@ -381,6 +380,15 @@ end
 --- The options of `opt`'s block that the recipe has too go to it (those that are "" stay its own); `opt.out` is the sweep's folder. Gives
 --- { table, points, finished }. Errors carry the recipe's line; exit code 1 when points failed, 130 and 143 when stopped, 75 at
 --- --max_time.
+---
+--- Example:
+---     local cq = require "ckaqad"
+---     local opt = cq.options {
+---       model = "auto",       -- BF16 checkpoint
+---       out = "runs/rates",   -- the sweep's folder
+---       steps = 2,            -- optimizer steps of every point
+---     }
+---     cq.sweep(opt, { recipe = "recipes/nemotron_nano.lua", grid = { lr = { 3e-5, 1e-4 } }, jobs = 2 })
 function sweep.sweep(opt, given)
   local info = debug.getinfo(2, "Sl")
   local where = info and info.currentline > 0 and ("%s:%d: sweep: "):format((info.source:gsub("^@", "")), info.currentline) or "sweep: "

@@ -3,7 +3,8 @@
 --   ckaqad examples.lua --lua=LUA_FOLDER [--only=NAME]
 --
 -- Runs in a scratch folder, so an example may write where it likes. Each one sees cq and the objects below, opened once from the
--- embedded model; `--> text` in an example is the next line it has to print.
+-- embedded model; `--> text` in an example is the next line it has to print. One that begins with `local cq = require "ckaqad"` is a whole
+-- recipe: it becomes a file and runs as a process of its own.
 local cq = require "ckaqad"
 
 local opt = cq.options {
@@ -38,8 +39,18 @@ local function open_fixture()
     part = part, pass = pass, balance = cq.balance.ratio(), rate = cq.schedule.constant { peak = 1e-4 } }
 end
 
+-- Runs a whole recipe and returns what is wrong with it, or nil.
+local function run_recipe(example)
+  local f = assert(io.open("example.lua", "wb"))
+  f:write(("\n"):rep(example.line - 1), example.code)
+  f:close()
+  local code = os.execute(("'%s' example.lua"):format(require "ckaqad.host".exe))
+  return code ~= 0 and ("%s:%d: the recipe ends with %d"):format(example.file, example.line, code) or nil
+end
+
 -- Runs one example and returns what is wrong with it, or nil.
 local function run_example(example, fixture)
+  if example.code:match '^local cq = require "ckaqad"' then return run_recipe(example) end
   local printed, wanted = {}, {}
   for text in example.code:gmatch "%-%->%s?([^\n]*)" do wanted[#wanted + 1] = text end
   local environment = setmetatable({
