@@ -1,7 +1,9 @@
-/// process.c - fork and exec, flock, and the stop flag.
+/// process.c - fork and exec, locks, and the stop flag.
 ///
-/// Between fork and exec only async-signal-safe calls: the parent has OpenMP threads. A lock is an
-/// open file description, so that a killed process leaves none behind.
+/// Between fork and exec only async-signal-safe calls: the parent has OpenMP threads. A lock
+/// belongs to an open file description (fcntl's OFD locks), so that a killed process leaves none
+/// behind and asking for the holder takes nothing.
+#define _GNU_SOURCE
 #include "core/base/process.h"
 #include "core/base/error.h"
 #include <dirent.h>
@@ -11,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -139,11 +140,12 @@ static int lock_file(int *out, const char *path) {
         int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
         if (fd < 0)
             return cq_fail(CQ_EIO, "%s: %s", path, strerror(errno));
-        if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+        if (fcntl(fd, F_OFD_SETLK, &whole) != 0) {
             int why = errno;
             int64_t pid = written_pid(fd);
             close(fd);
-            return why == EWOULDBLOCK
+            return why == EAGAIN || why == EACCES
                        ? cq_fail(CQ_EUSAGE, "%s: process %ld holds it, wanted a free one", path,
                                  (long)pid)
                        : cq_fail(CQ_EIO, "%s: %s", path, strerror(why));
@@ -190,7 +192,8 @@ int64_t cq_lock_holder(const char *path) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return 0;
-    bool held = flock(fd, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    struct flock whole = {.l_type = F_RDLCK, .l_whence = SEEK_SET};
+    bool held = fcntl(fd, F_OFD_GETLK, &whole) == 0 && whole.l_type != F_UNLCK;
     int64_t pid = held ? written_pid(fd) : 0;
     close(fd);
     return pid;
