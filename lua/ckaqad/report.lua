@@ -195,9 +195,6 @@ function report.run(path)
   return p:html()
 end
 
--- The report of a finished run; r.title is its folder.
-function report.html(r) return report.run(r.title) end
-
 --- The report of a sweep as HTML, from sweep.json, attempts.jsonl and the run folders under points/ that are there so far.
 --- `local html = require("ckaqad.report").sweep("runs/sweep-lr")`
 function report.sweep(path) return require("ckaqad.report_sweep").html(path) end

@@ -275,7 +275,7 @@ local function between(self, step)
   local opt, t = self.opt, self.tracked
   local due = opt.save > 0 and step % opt.save == 0
   if opt.eval_every > 0 and step % opt.eval_every == 0 and step < self.total and t and t.teacher then
-    local r = eval.compare(t.teacher, t.student, t.data:holdout())
+    local r = eval.compare(t.teacher, t.student, t.data:holdout(), { extras = false })
     self:say("step %d held out: KL %.4f, top-1 %.4f, CKA %.4f, lowest %.4f at block %d", step, r.kl, r.top1, r.cka, r.cka_min,
       r.cka_min_block)
     t.student:saturated()
@@ -491,20 +491,12 @@ function Run:finish(results)
   end
   memory_line(self)
   if not self.made then return end
-  local function part(r)
-    if not r then return nil end
-    return json.object { "kl", r.kl, "perplexity", r.perplexity, "top1", r.top1, "cka", r.cka, "cka_min", r.cka_min, "cka_min_block",
-      r.cka_min_block, "cka_blocks", json.array(r.cka_blocks), "tokens", r.tokens, "perplexity_teacher", r.perplexity_teacher }
-  end
   self.folder:write_json("summary.json", json.object {
-    "before", part(o.before), "after", part(o.after), "export_bit_equal", self.export_equal, "export_rules_failed", self.export_failed,
+    "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal, "export_rules_failed", self.export_failed,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
     "seconds", self.begun and native.clock() - self.begun,
   })
-  self.folder:write("report.html", report.html {
-    title = self.folder.path, options = self.folder.options, model = self.facts.model, history = self.history, before = o.before,
-    after = o.after, version = native.version, peak = self.peak, planned = self.plan_made.bytes, export_equal = self.export_equal,
-  })
+  self.folder:write("report.html", report.run(self.folder.path))
   self:say("report %s/report.html", self.folder.path)
   if self.board then self.board:close() end
   self.folder:close()
