@@ -64,7 +64,7 @@ offers '--scales=mse ' recipes/nemotron_nano.lua --scales=ms
 # --- the man page renders without a warning
 if command -v groff >/dev/null; then
   [ -z "$(groff -man -ww -Tutf8 core/packaging/ckaqad.1 2>&1 >/dev/null)" ] || fail "the man page has warnings"
-  groff -man -Tascii -P-c core/packaging/ckaqad.1 | col -b | grep -q 'recipes/sweep_lr.lua' || fail "the man page names no recipes"
+  groff -man -Tascii -P-cbu core/packaging/ckaqad.1 | grep -q 'recipes/sweep_lr.lua' || fail "the man page names no recipes"
 else
   echo "groff is missing, the man page was not rendered"
 fi
