@@ -492,7 +492,8 @@ function Run:finish(results)
   memory_line(self)
   if not self.made then return end
   self.folder:write_json("summary.json", json.object {
-    "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal, "export_rules_failed", self.export_failed,
+    "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal,
+    "export_rules_failed", self.export_failed,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
     "seconds", self.begun and native.clock() - self.begun,
   })
