@@ -68,4 +68,34 @@ for model in qwen3_gsm8k nemotron_h_gsm8k; do
     printf "| %s | %.0f | %.0f | %.1f %% | %.0f |", model, a, b, 100 * (a / b - 1), m
     if (p != "") printf " %.0f | %.0f | %.2f | %.2f |\n", p, q, a / p, m / q; else print " - | - | - | - |" }'
 done
+
+echo
+echo "| driver and faults | trials | result | seconds |"
+echo "|---|---|---|---|"
+trial() { # NAME TRIALS COMMAND...: its last line is the result
+  local name=$1 n=$2 t=$SECONDS line rc=0
+  shift 2
+  "$@" >"$work/log" 2>&1 </dev/null || rc=$?
+  line=$(tail -n 1 "$work/log")
+  [ $rc = 0 ] || { failed=1; line="FAILED: $line"; }
+  [ $rc != 77 ] || line="skipped: $line"
+  printf '| %s | %s | %s | %d |\n' "$name" "$n" "$line" $((SECONDS - t))
+}
+n=$(part 40 2); trial "stop at step k of 40 and resume" "$n" bash tests/recipes/resume.sh --trials="$n"
+n=$(part 100 5); trial "kills in a sweep of 12 runs" "$n" bash tests/recipes/sweep.sh --trials="$n"
+n=$(part 200 10); trial "Ctrl-C at the prompt" "$n" bash tests/recipes/prompt.sh --trials="$n"
+# shellcheck disable=SC2317
+listed() { # RUNS: seconds of `runs list` once the index is there
+  luajit tests/recipes/make_runs.lua "$work/many" "$1" && build/ckaqad runs list --root="$work/many" >"$work/list" || return 1
+  local begun; begun=$(date +%s.%N)
+  build/ckaqad runs list --root="$work/many" >"$work/list"
+  begun=$begun awk -v now="$(date +%s.%N)" -v lines="$(wc -l <"$work/list")" 'BEGIN { s = now - ENVIRON["begun"]; printf "%.2f s, %d lines\n", s, lines; exit s > 0.5 }' || return 1
+}
+n=$(part 10000 500); trial "runs list over so many runs, at most 0.5 s" "$n" listed "$n"
+# shellcheck disable=SC2317
+driver() { # seconds before the first step beyond loading, calibration and evaluation; share of the steps' time
+  CKAQAD_PROFILE=1 build/ckaqad recipes/nemotron_nano.lua --steps="$1" --out="$work/driver" | awk '
+    /^driver:/ { line = $0; ok = $2 < 0.3 && $8 < 1 } END { print line; exit !ok }'
+}
+n=$(part 60 8); trial "driver cost: at most 0.3 s and 1 %" "$n" driver "$n"
 exit "$failed"
