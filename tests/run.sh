@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . recipes/packages.sh
 # shellcheck disable=SC2086
-need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev || exit 1
+need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium || exit 1
 
 want=" ${*:-gcc clang sanitize lint lua golden recipes install long} "
 logs=build/logs; mkdir -p "$logs"

@@ -85,6 +85,11 @@ function run.run(opt, given)
   if rawget(opt, "out") then
     local out = opt.out:gsub("(.)/+$", "%1")
     self.folder = folder.open(out, opt)
+    local done = self.folder.same and folder.read_json(out .. "/summary.json")
+    if done and done.after and not opt.dry_run and not opt.validate_only then
+      self:say("finished already, KL %.4f -> %.4f: %s (--fresh runs it again)", done.before.kl, done.after.kl, out)
+      errors.exit(0)
+    end
   end
   current = self
   self:say("device %s, %d threads, %s kernels (%s)", native.version, self.device.threads, self.device.kernels, self.device.isa)
