@@ -31,6 +31,7 @@ static int edit_forever(lua_State *L) {
         lua_pushvalue(L, 1);
         if (lua_pcall(L, 0, 1, 0) == 0)
             return 1;
+        lua_sethook(L, NULL, 0, 0); /* a hook that insists has been heard */
         const char *message = lua_tostring(L, -1);
         if (lua_istable(L, -1)) {
             lua_pushliteral(L, "exit");

@@ -2,8 +2,8 @@
 --
 --   luajit embed.lua VERSION CDEF.i OUT.c OUT_CDEF.lua API.md OUT_API.lua MODULE.lua...
 --
--- API.md becomes the module ckaqad.api_text, which the prompt's help reads. The cdef is parsed here, so a header that LuaJIT cannot read fails the build. OUT.c also asserts that every struct has
--- the size in C that the FFI will give it.
+-- The cdef is parsed here, so a header that LuaJIT cannot read fails the build. OUT.c also asserts that every struct has
+-- the size in C that the FFI will give it. API.md becomes the module ckaqad.api_text, which the prompt's help reads.
 local ffi = require "ffi"
 local version, cdef_path, out_c, out_cdef, api_path, out_api = unpack(arg, 1, 6)
 

@@ -16,11 +16,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 /* A signal handler reaches nothing but globals. */
 static volatile int stop_signal, defer_stop, stop_later, save_now;
-static volatile sig_atomic_t unanswered;
+static volatile sig_atomic_t unanswered, insist;
+static volatile time_t last_signal;
 static lua_State *interpreter;
 
 static int interrupt_text(lua_State *L) {
@@ -28,11 +30,14 @@ static int interrupt_text(lua_State *L) {
     return 1;
 }
 
-/* Throws { exit = 130, message = "interrupted" }, unless a checked call has done so already. */
+/* Throws { exit = 130, message = "interrupted" }, unless a checked call has done so already. After
+ * a second signal it throws again and again, until somebody outside Lua takes the hook away: a loop
+ * of protected calls may have swallowed the first. */
 static void on_hook(lua_State *L, lua_Debug *ar) {
     (void)ar;
-    int signal = stop_signal;
-    lua_sethook(L, NULL, 0, 0);
+    int signal = stop_signal ? stop_signal : insist ? SIGINT : 0;
+    if (!insist)
+        lua_sethook(L, NULL, 0, 0);
     if (!signal)
         return;
     stop_signal = 0;
@@ -62,6 +67,10 @@ static void on_signal(int signal) {
             _exit(128 + signal);
         return;
     }
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    insist = last_signal && now.tv_sec - last_signal < 3;
+    last_signal = now.tv_sec;
     unanswered = stop_signal ? unanswered + 1 : 1;
     if (unanswered == 2 && write(STDERR_FILENO, note, sizeof note - 1) < 0)
         _exit(128 + signal);
@@ -234,6 +243,8 @@ static int run(lua_State *L, int argc, char **argv) {
     }
     if (!status)
         return 0;
+    insist = 0;
+    lua_sethook(L, NULL, 0, 0);
     tidy(L);
     return report(L, status);
 }

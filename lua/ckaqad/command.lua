@@ -81,35 +81,6 @@ local function run_verify(rest)
   if not require "ckaqad.verify".verify(dir, against) then errors.exit(6) end
 end
 
-local function history_file()
-  local base = os.getenv("XDG_STATE_HOME")
-  if not base or base == "" then base = (os.getenv("HOME") or ".") .. "/.local/state" end
-  return base .. "/ckaqad/history"
-end
-
-local function prompt(host)
-  local native = require "ckaqad.ffi"
-  rawset(_G, "cq", require "ckaqad")
-  local read = function() return io.read("*l") end
-  if native.isatty(0) then
-    print(("ckaqad %s; the API is cq, Ctrl-D leaves"):format(native.version))
-    local file = history_file()
-    pcall(native.call.cq_folder_make, (file:gsub("/[^/]*$", "")))
-    if host.readline then
-      host.history(file)
-      read = host.readline
-    else
-      read = function(text)
-        io.write(text)
-        io.flush()
-        return io.read("*l")
-      end
-    end
-  end
-  require "ckaqad.repl".loop(read)
-  if native.isatty(0) then print() end
-end
-
 -- Called after an error: a run that has nothing to show takes its folder away.
 function command.failed()
   local run = package.loaded["ckaqad.run"]
@@ -120,7 +91,7 @@ end
 function command.main(arguments)
   local host = require "ckaqad.host"
   local first = arguments[1]
-  if not first then return prompt(host) end
+  if not first then return require("ckaqad.prompt").run(host) end
   local rest = {}
   for i = 2, #arguments do rest[#rest + 1] = arguments[i] end
   if first == "--help" or first == "-h" then return print(usage) end

@@ -154,6 +154,27 @@ function Model:params()
   end
 end
 
+--- Names of the parameters, in checkpoint order; of those that match `globs`, when given: `student:parameters "*.up_proj.weight"`.
+function Model:parameters(globs)
+  local names = {}
+  for p in self:params() do
+    if not globs or C.cq_glob_match(globs, p.name) then names[#names + 1] = native.string(p.name) end
+  end
+  return names
+end
+
+--- One parameter by name, to look at: `name`, `shape`, `disk` (dtype in the checkpoint), `block`, `quantized`, `reason`, `at(i, j)`,
+--- `stats()`; printed with its range and its corner values. An unknown name is an error that names the nearest.
+function Model:parameter(name)
+  local c = C.cq_model_find(self.c, name)
+  if c == nil then
+    errors.usage("model: parameter %s is unknown, nearest is %s", tostring(name), errors.nearest(tostring(name), self:parameters()))
+  end
+  return require "ckaqad.parameter".wrap(c, self)
+end
+
+function Model:__tostring() return require "ckaqad.show".model(self) end
+
 --- Writes the NVFP4 checkpoint that vLLM, TensorRT-LLM and SGLang load. `options.shard` is the largest file (4.5 GiB).
 ---
 --- Example:

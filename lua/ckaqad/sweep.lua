@@ -254,14 +254,15 @@ end
 
 -- Ends the driver: the table, what failed, and the exit code.
 local function conclude(plan, d, code, word)
-  local result = require "ckaqad.sweep_table".make(plan, d)
+  local sweep_table = require "ckaqad.sweep_table"
+  local result = sweep_table.make(plan, d)
   if code then
     print(("%s: %d of %d points are finished; the same command goes on"):format(word, result.finished, #plan.points))
     native.close(plan.lock, "cq_lock")
     errors.exit(code)
   end
   print("")
-  io.stdout:write(result.table:text())
+  io.stdout:write(sweep_table.text(result.table, native.columns() or 120))
   print(("table %s/table.md, .csv, .tex%s"):format(plan.path, result.report and "; report " .. result.report or ""))
   native.close(plan.lock, "cq_lock")
   local failed = {}

@@ -2,7 +2,7 @@
 --
 -- Settings are compared in pairs of the same seed. A row that differs from the first in more than one option has no single cause;
 -- runs that differ in an option nobody named (by a preset, another build, other files) make the whole table confounded. Both are
--- said below the table, and a confounded table marks nothing as best.
+-- said below the table, and a confounded table marks nothing as best. The files hold every column; a terminal gets those that fit.
 local native = require "ckaqad.ffi"
 local folder = require "ckaqad.folder"
 local json = require "ckaqad.json"
@@ -97,20 +97,23 @@ local function ptq_row(groups)
   end
   if not first then return nil end
   local row = { setting = "PTQ", reference = true }
+  row.n = stats.summary(first).n
   for _, key in ipairs { "kl", "perplexity", "top1", "cka" } do
     local all = {}
     for _, g in ipairs(groups) do
       for seed, value in pairs(values_of(g, "before", key)) do all[seed] = value end
     end
     row[key] = cell(all)
+    -- seeds that calibrate on the same documents have the very same PTQ: no spread to show
+    if row[key] and row[key].sd == 0 then row[key] = { value = row[key].mean } end
   end
   return row
 end
 
 local function interval(p)
   if p.n == 0 then return nil end
-  if not p.low then return ("%+.2g"):format(p.difference) end
-  return ("%+.2g [%+.2g, %+.2g]%s"):format(p.difference, p.low, p.high, p.clear and "" or " unclear")
+  if not p.low then return ("%+.5f"):format(p.difference) end
+  return ("%+.5f [%+.5f, %+.5f]%s"):format(p.difference, p.low, p.high, p.clear and "" or " ?")
 end
 
 -- Names of the options in which two settings differ.
@@ -132,29 +135,31 @@ local function reference(groups)
   return groups[1]
 end
 
+-- Rows, and what is to be said below them: { several, few, unclear, single }.
 local function rows_of(groups)
-  local rows, first, several, few = {}, reference(groups), false, false
+  local rows, first, said = {}, reference(groups), {}
   for _, g in ipairs(groups) do
+    local kl = values_of(g, "after", "kl")
     local row = {
-      setting = g.name, kl = cell(values_of(g, "after", "kl")), perplexity = cell(values_of(g, "after", "perplexity")),
+      setting = g.name, n = stats.summary(kl).n, kl = cell(kl), perplexity = cell(values_of(g, "after", "perplexity")),
       top1 = cell(values_of(g, "after", "top1")), cka = cell(values_of(g, "after", "cka")), recovery = cell(recovery(g)),
     }
     if g ~= first then
       local keys = changed(first, g)
       row.changed = table.concat(keys, ", ") .. (#keys > 1 and " (!)" or "")
-      several = several or #keys > 1
-      local p = stats.paired(values_of(g, "after", "kl"), values_of(first, "after", "kl"))
+      local p = stats.paired(kl, values_of(first, "after", "kl"))
       row.difference = interval(p)
-      few = few or (p.n > 1 and p.few)
+      said.several, said.few, said.single = said.several or #keys > 1, said.few or (p.n > 1 and p.few), said.single or p.n == 1
+      said.unclear = said.unclear or (p.n > 1 and not p.clear)
     end
     if g.dropped then row.setting = ("%s (dropped at step %d)"):format(g.name, g.dropped) end
     if g.failed then row.setting = ("%s (%d failed)"):format(g.name, g.failed) end
     rows[#rows + 1] = row
   end
-  return rows, several, few
+  return rows, said
 end
 
-local function notes_of(plan, groups, several, few)
+local function notes_of(plan, groups, said)
   local notes, runs, factors = {}, {}, {}
   for _, g in ipairs(groups) do
     for _, r in pairs(g.runs) do runs[#runs + 1] = r.run end
@@ -166,43 +171,97 @@ local function notes_of(plan, groups, several, few)
     if #values > 60 then values = #item.values .. " values" end
     notes[#notes + 1] = ("CONFOUNDED: the runs differ in %s too (%s)"):format(item.key, values)
   end
-  if several then notes[#notes + 1] = "(!) differs from the setting it is compared with in more than one option: the difference has no single cause" end
-  if few then notes[#notes + 1] = ("fewer than %d seeds: an interval is a hint, not a proof"):format(stats.FEW) end
+  if said.several then
+    notes[#notes + 1] = "(!) differs from the first setting in more than one option: the difference has no single cause"
+  end
+  if said.unclear then notes[#notes + 1] = "? the paired 95 % interval includes zero" end
+  if said.single then notes[#notes + 1] = "one seed in common: a difference has no interval, wanted --seeds=2 or more" end
   return notes, #differing > 0
 end
 
---- Builds the table of a sweep and writes table.md, table.csv, table.tex and report.html. Gives { table, finished, confounded }.
-function sweep_table.make(plan, d)
-  local groups, finished = gather(plan, d)
-  local rows, several, few = rows_of(groups)
-  local notes, confounded = notes_of(plan, groups, several, few)
-  local ptq = ptq_row(groups)
-  if ptq then table.insert(rows, 1, ptq) end
+local function columns_of(plan, groups, rows)
   local columns = {
     { key = "setting", title = "setting" },
+    { key = "n", title = "n" },
     { key = "kl", title = "KL", format = "%.5f", better = "low" },
     { key = "perplexity", title = "perplexity", format = "%.4f", better = "low" },
     { key = "top1", title = "top-1", format = "%.4f", better = "high" },
     { key = "cka", title = "CKA", format = "%.4f", better = "high" },
     { key = "recovery", title = "recovery %", format = "%.1f", better = "high" },
   }
-  if #groups > 1 then
-    columns[#columns + 1] = { key = "difference", title = "KL - " .. reference(groups).name }
-    columns[#columns + 1] = { key = "changed", title = "changed" }
+  if #groups < 2 then return columns end
+  columns[#columns + 1] = { key = "difference", title = "KL - KL of " .. reference(groups).name }
+  for _, row in ipairs(rows) do
+    -- names of one axis say themselves what changed
+    if row.changed and (#plan.axes ~= 1 or row.changed ~= plan.axes[1].name) then
+      columns[#columns + 1] = { key = "changed", title = "changed" }
+      break
+    end
   end
-  local t = table_.new { title = ("%s: %d settings, %d of %d points"):format(plan.recipe:match("[^/]*$"), #groups, finished, #plan.points),
-    columns = columns, rows = rows, notes = notes }
-  if not confounded then t:mark() end
+  return columns
+end
+
+local function title_of(plan, d, groups, finished)
+  local dropped = 0
+  for _ in pairs(d.dropped) do dropped = dropped + 1 end
+  return ("%s: %d setting%s, %d of %d points%s"):format(plan.recipe:match("[^/]*$"), #groups, #groups == 1 and "" or "s", finished,
+    #plan.points, dropped > 0 and (", %d dropped on the way"):format(dropped) or "")
+end
+
+-- Width of the widest row on the screen; notes may wrap.
+local function width_of(t)
+  local most, i = 0, 0
+  for line in t:text():gmatch("[^\n]*") do
+    i = i + (line ~= "" and 1 or 0)
+    if i <= #t.rows + 2 then most = math.max(most, select(2, line:gsub("[^\128-\191]", ""))) end
+  end
+  return most
+end
+
+--- The text of a sweep's table for a screen of `columns` characters: top-1, then perplexity stay out when they do not fit.
+function sweep_table.text(t, columns)
+  local all, hidden = t.columns, {}
+  for _, key in ipairs { "top1", "perplexity" } do
+    if width_of(t) <= columns then break end
+    local left = {}
+    for _, column in ipairs(t.columns) do
+      if column.key == key then hidden[#hidden + 1] = column.title else left[#left + 1] = column end
+    end
+    t.columns = left
+  end
+  local shown = t:text()
+  t.columns = all
+  return shown .. (#hidden > 0 and ("too wide for here, so only in the files: %s\n"):format(table.concat(hidden, ", ")) or "")
+end
+
+--- Builds the table of a sweep and writes table.md, table.csv, table.tex and report.html. Gives { table, finished, confounded }.
+function sweep_table.make(plan, d)
+  local groups, finished = gather(plan, d)
+  local rows, said = rows_of(groups)
+  local notes, confounded = notes_of(plan, groups, said)
+  local columns = columns_of(plan, groups, rows)
+  local ptq = ptq_row(groups)
+  if ptq then table.insert(rows, 1, ptq) end
+  local t = table_.new { title = title_of(plan, d, groups, finished), columns = columns, rows = rows, notes = notes }
+  -- the legend of a mark says itself that few seeds prove little
+  if (confounded or t:mark() == 0) and said.few then
+    t.notes[#t.notes + 1] = ("fewer than %d seeds: an interval is a hint, not a proof"):format(stats.FEW)
+  end
   local result = { table = t, finished = finished, confounded = confounded, points = plan.points }
   for name, content in pairs { ["table.md"] = t:markdown(), ["table.csv"] = t:csv(), ["table.tex"] = t:latex() } do
     native.call.cq_file_write(plan.path .. "/" .. name, content, #content)
   end
-  local ok, report = pcall(require, "ckaqad.report")
-  local make = ok and rawget(report, "sweep")
-  if make and finished > 0 then
-    local html = make(plan.path)
-    native.call.cq_file_write(plan.path .. "/report.html", html, #html)
-    result.report = plan.path .. "/report.html"
+  if finished > 0 then
+    -- a drawing that fails must not cost the table of a night
+    local ok, html = pcall(function() return require "ckaqad.report".sweep(plan.path) end)
+    if ok then
+      native.call.cq_file_write(plan.path .. "/report.html", html, #html)
+      result.report = plan.path .. "/report.html"
+    elseif type(html) == "table" and html.exit then
+      error(html, 0)
+    else
+      print("report: not drawn: " .. tostring(html))
+    end
   end
   return result
 end
