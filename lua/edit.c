@@ -114,6 +114,8 @@ static int next_char(EditLine *el, wchar_t *out) {
             result = 0;
             break;
         }
+        if (byte == 0) /* a Ctrl-D typed before the terminal was raw, or Ctrl-Space */
+            continue;
         size_t used = mbrtowc(out, &byte, 1, &state);
         if (used == (size_t)-2)
             continue;

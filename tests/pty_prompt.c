@@ -227,7 +227,7 @@ static int leave(terminal *t) {
     int status = 0;
     for (int i = 0; i < 50; i++) {
         type(t, "\004");
-        usleep(100000);
+        wanted(t, "never said", 0.1);
         if (waitpid(t->child, &status, WNOHANG) == t->child)
             return status;
     }
