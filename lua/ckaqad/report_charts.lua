@@ -102,7 +102,7 @@ local function lines(p, title, list, zero)
   if #series == 0 then return end
   local head, rows = series_rows(series)
   p:figure({ kind = "lines", series = series, zero = zero }, {
-    title = title, label = table.concat(said, "; "), head = head, rows = rows,
+    title = title, label = (table.concat(said, "; "):gsub("^%l", string.upper)), head = head, rows = rows,
   })
 end
 

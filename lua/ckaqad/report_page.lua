@@ -110,7 +110,7 @@ function Page:paragraph(s, class) self:add("<p%s>%s</p>", class and (' class="%s
 -- A table of texts; a cell may be { html = ... } or { text, class = ... }, numbers are { text, class = "num" } by page.number.
 function page.table(head, rows, options)
   local o = options or {}
-  local out = { ('<div class="scroll%s"%s><table>'):format(o.all and " all" or "", o.all and "" or ' tabindex="0"') }
+  local out = { ('<div class="scroll%s" tabindex="0"><table>'):format(o.all and " all" or "") }
   local function cell(tag, c, extra)
     local t = type(c) == "table" and c or { c }
     local class = t.class and (' class="%s"'):format(t.class) or ""
