@@ -35,7 +35,19 @@ function report.read_lines(path)
   return list
 end
 
--- What the folder of a run holds: { path, name, run, summary, metrics, evals, status }.
+-- What was trained on, from a run's options: `name` of the trained student, `logits` and `layer` (what metrics.jsonl calls cka; nil
+-- when nothing between blocks counts) in words. A recipe without these options is taken for KL and CKA.
+local function form_of(options)
+  local layer = options.layer or "cka"
+  if layer == "none" or options.cka == "none" or options.balance == "none" then layer = nil end
+  local form = { logits = options.loss == "ce" and "cross-entropy" or "KL", name = options.loss == "ce" and "QAT" or "QAD" }
+  form.layer = layer and (layer == "cka" and "CKA" or ("1 - %s loss"):format(layer))
+  if layer then form.name = ("%s-%s"):format(layer == "cka" and "CKA" or layer, form.name) end
+  form.measured = options.layer and options.layer ~= "cka" and options.layer ~= "none" and ("1 - %s loss"):format(options.layer) or "CKA"
+  return form
+end
+
+-- What the folder of a run holds: { path, name, run, summary, metrics, evals, options, model, form, finished }.
 function report.load(path)
   local folder = path:gsub("(.)/+$", "%1")
   local self = {
@@ -50,6 +62,7 @@ function report.load(path)
   end
   self.options = type(self.run.options) == "table" and self.run.options or {}
   self.model = type(self.run.model) == "table" and self.run.model or {}
+  self.form = form_of(self.options)
   self.finished = self.summary ~= nil
   return self
 end
@@ -68,9 +81,11 @@ function report.results(r)
   end
   local list = {}
   if before then list[1] = { "PTQ", before } end
-  if after then list[#list + 1] = { r.summary and "CKA-QAD" or ("step %d"):format(after.step), after } end
+  if after then list[#list + 1] = { r.summary and r.form.name or ("step %d"):format(after.step), after } end
   return list, before, after
 end
+
+local function finite(x) return type(x) == "number" and x == x and math.abs(x) ~= math.huge end
 
 local function percent(x) return x and ("%.1f %%"):format(x) or "-" end
 
@@ -85,44 +100,69 @@ function report.verdict(r)
     return where .. ("NVFP4 without training costs KL %.4f nats a token; top-1 agreement %.1f %%, mean CKA %.4f, lowest %.4f."):format(
       before.kl, 100 * before.top1, before.cka, before.cka_min), false
   end
-  local worse = {}
-  if after.kl > before.kl then worse[#worse + 1] = ("KL (%.4f to %.4f)"):format(before.kl, after.kl) end
+  if not r.summary then where = ("%sAt step %d: "):format(where, after.step) end
+  local worse, also = {}, {}
+  if after.kl > before.kl then worse[1] = ("KL (%.4f to %.4f)"):format(before.kl, after.kl) end
   if after.cka < before.cka then worse[#worse + 1] = ("mean CKA (%.4f to %.4f)"):format(before.cka, after.cka) end
-  if #worse > 0 then return where .. "CKA-QAD is worse than PTQ in " .. table.concat(worse, " and ") .. ".", true end
-  return where .. ("CKA-QAD won back %s of the KL that NVFP4 costs: %.4f to %.4f nats a token; top-1 agreement %.1f %% to %.1f %%, " ..
-    "mean CKA %.4f to %.4f."):format(percent(stats.recovery(before.kl, after.kl, 0)), before.kl, after.kl, 100 * before.top1,
-    100 * after.top1, before.cka, after.cka), false
+  if #worse > 0 then return ("%s%s is worse than PTQ in %s."):format(where, r.form.name, table.concat(worse, " and ")), true end
+  if after.top1 < before.top1 then also[1] = "top-1 agreement" end
+  if finite(after.perplexity) and finite(before.perplexity) and after.perplexity > before.perplexity then also[#also + 1] = "perplexity" end
+  if finite(after.cka_min) and finite(before.cka_min) and after.cka_min < before.cka_min then also[#also + 1] = "the lowest CKA" end
+  local but = #also > 0 and (" But it is worse than PTQ in %s."):format(table.concat(also, ", "):gsub("(.*), ", "%1 and ")) or ""
+  return ("%s%s won back %s of the KL that NVFP4 costs: %.4f to %.4f nats a token; top-1 agreement %.1f %% to %.1f %%, mean CKA %.4f " ..
+    "to %.4f.%s"):format(where, r.form.name, percent(stats.recovery(before.kl, after.kl, 0)), before.kl, after.kl, 100 * before.top1,
+    100 * after.top1, before.cka, after.cka, but), false
 end
 
 local function results_table(p, list, before)
   if #list == 0 then return end
   local n, teacher = page.number, list[1][2].perplexity_teacher
   local function class(s) return { s, class = "num" } end
-  local head = { "", class "KL", class "recovered", class "perplexity", class "recovered", class "top-1", class "mean CKA",
-    class "lowest CKA" }
-  local rows = { { "BF16", n(0), class "", n(teacher), class "", n(1), n(1), n(1) } }
+  local any = #list > 1
+  local head = { "", class "KL", any and class "recovered", class "perplexity", any and class "recovered", class "top-1",
+    class "mean CKA", class "lowest CKA" }
+  local rows = { { "BF16", n(0), any and class "", n(teacher), any and class "", n(1), n(1), n(1) } }
   for _, item in ipairs(list) do
     local r, trained = item[2], before and item[2] ~= before
     rows[#rows + 1] = {
-      item[1], n(r.kl), class(trained and percent(stats.recovery(before.kl, r.kl, 0)) or ""), n(r.perplexity),
-      class(trained and percent(stats.recovery(before.perplexity, r.perplexity, teacher)) or ""), n(r.top1), n(r.cka),
+      item[1], n(r.kl), any and class(trained and percent(stats.recovery(before.kl, r.kl, 0)) or ""), n(r.perplexity),
+      any and class(trained and percent(stats.recovery(before.perplexity, r.perplexity, teacher)) or ""), n(r.top1), n(r.cka),
       class(("%.4f (block %d)"):format(r.cka_min, r.cka_min_block)), main = trained,
     }
   end
+  if not any then
+    for _, row in ipairs { head, unpack(rows) } do
+      table.remove(row, 5)
+      table.remove(row, 3)
+    end
+  end
   p:heading "Held-out documents"
   p:add("%s", page.table(head, rows, { all = true }))
-  p:paragraph(text.count(list[1][2].tokens or 0) .. " tokens. KL to BF16 in nats a token; recovered: what training won back of PTQ's " ..
-    "loss; top-1: agreement with BF16.", "dim")
+  local tokens = list[1][2].tokens
+  p:paragraph((tokens and text.count(tokens) .. " tokens. " or "") .. "KL to BF16 in nats a token" ..
+    (any and "; recovered: what training won back of PTQ's loss" or "") .. "; top-1: agreement with BF16.", "dim")
+end
+
+local letters = { { "M", "Mamba" }, { "*", "attention" }, { "E", "experts" }, { "-", "MLP" }, { "Q", "attention and MLP" } }
+
+-- "12 blocks MEM*E... (M Mamba, * attention)"
+local function blocks_of(pattern)
+  local list = {}
+  for _, item in ipairs(letters) do
+    if pattern:find(item[1], 1, true) then list[#list + 1] = item[1] .. " " .. item[2] end
+  end
+  return ("%d blocks %s%s"):format(#pattern, pattern, #list > 0 and (" (%s)"):format(table.concat(list, ", ")) or "")
 end
 
 local function heading(p, r)
   p:add("<h1>%s</h1>", page.escape(r.name))
   local facts = {}
   if r.model.family then
-    facts[1] = ("%s, %s parameters, blocks %s"):format(r.model.family, text.count(r.model.parameters or 0), tostring(r.model.pattern))
+    facts[1] = ("%s, %s parameters"):format(r.model.family, text.count(r.model.parameters or 0))
+    if type(r.model.pattern) == "string" then facts[1] = facts[1] .. ", " .. blocks_of(r.model.pattern) end
   end
   if r.run.recipe then facts[#facts + 1] = tostring(r.run.recipe):match("[^/]+$") end
-  if r.run.started then facts[#facts + 1] = tostring(r.run.started) end
+  if r.run.started then facts[#facts + 1] = (tostring(r.run.started):gsub("^([%d-]+)T(%d+:%d+):%d+Z$", "%1 %2 UTC")) end
   if r.run.version then facts[#facts + 1] = "ckaqad " .. tostring(r.run.version):match("^%S+") end
   p:paragraph(table.concat(facts, " · "), "dim")
   if r.run.point then p:add '<p class="dim">A point of a sweep: <a href="../../report.html">its report</a></p>' end
@@ -177,8 +217,8 @@ function report.run(path)
     p:heading "Training"
     p:slider()
     p:add '<div class="grid2">'
-    charts.curves(p, r.metrics, r.evals)
-    charts.steps_map(p, r.metrics, pattern)
+    charts.curves(p, r.metrics, r.evals, r.form)
+    charts.steps_map(p, r.metrics, pattern, r.form)
     p:add "</div>"
   end
   if #list > 0 then

@@ -68,7 +68,9 @@ local function first_last(s)
       to = i
     end
   end
-  return ("%s from %.4g at step %d to %.4g at step %d"):format(s.name, s.y[from], s.x[from], s.y[to], s.x[to])
+  local function said(v) return (math.abs(v) >= 1e4 and "%.0f" or "%.4g"):format(v) end
+  if from == to then return ("%s %s at step %d"):format(s.name, said(s.y[from]), s.x[from]) end
+  return ("%s from %s at step %d to %s at step %d"):format(s.name, said(s.y[from]), s.x[from], said(s.y[to]), s.x[to])
 end
 
 -- Rows of a table of series: about 20 steps.
@@ -89,13 +91,13 @@ local function series_rows(series)
   return head, rows
 end
 
--- Curves over steps. `list`: { name, curve, color, points (measured at these steps only) }.
+-- Curves over steps. `list`: { name, curve, color, points (measured at these steps only), exact (not smoothed) }.
 local function lines(p, title, list, zero)
   local series, said = json.array {}, {}
   for _, item in ipairs(list) do
     local c = item[2]
     if c then
-      local s = { name = item[1], x = c.x, y = c.y, color = item[3], points = item.points }
+      local s = { name = item[1], x = c.x, y = c.y, color = item[3], points = item.points, exact = item.exact }
       series[#series + 1], said[#said + 1] = s, first_last(s)
     end
   end
@@ -106,16 +108,25 @@ local function lines(p, title, list, zero)
   })
 end
 
--- The curves of a run: `history` (metrics.jsonl) and `evals` (evals.jsonl).
-function charts.curves(p, history, evals)
+-- The curves of a run: `history` (metrics.jsonl), `evals` (evals.jsonl) and what it was trained on (report.lua's form).
+function charts.curves(p, history, evals, form)
   local function of(pick) return charts.curve(history, pick) end
   local function held(key) return #evals > 0 and charts.curve(evals, field(key)) or nil end
   lines(p, "KL, nats a token", { { "training", of(field "kl"), 0 }, { "held out", held "kl", 1, points = true } })
   lines(p, "Cross-entropy, nats a token", { { "training", of(field "ce"), 0 } })
-  lines(p, "CKA", { { "mean", of(field "cka"), 0 }, { "lowest block", of(charts.lowest), 1 },
-    { "mean, held out", held "cka", 2, points = true } })
-  lines(p, "Weight of CKA beside KL", { { "weight", of(field "weight"), 0 } }, true)
-  lines(p, "Learning rate", { { "learning rate", of(field "lr"), 0 } }, true)
+  local mean_, lowest = { "mean", of(field "cka"), 0 }, { "lowest block", of(charts.lowest), 1 }
+  local held_out = { "mean, held out", held "cka", 2, points = true }
+  if form.measured == "CKA" then
+    lines(p, "CKA", { mean_, lowest, held_out })
+  else -- another likeness, on another scale
+    lines(p, form.measured .. " between blocks", { mean_, lowest })
+    lines(p, "CKA", { held_out })
+  end
+  if form.layer then
+    lines(p, ("Weight of %s beside %s"):format(form.layer:match "^1 %- (.*)" or form.layer, form.logits),
+      { { "weight", of(field "weight"), 0 } }, true)
+  end
+  lines(p, "Learning rate", { { "learning rate", of(field "lr"), 0, exact = true } }, true)
   lines(p, "Gradient norm", { { "gradient norm", of(field "grad_norm"), 0 } }, true)
   lines(p, "Tokens a second", { { "tokens a second", of(charts.rate), 0 } }, true)
 end
@@ -133,8 +144,8 @@ local function n_blocks(history)
   return 0
 end
 
--- CKA of every block (rows) over the steps (columns).
-function charts.steps_map(p, history, pattern)
+-- CKA, or what stands for it, of every block (rows) over the steps (columns).
+function charts.steps_map(p, history, pattern, form)
   local n, columns, values, rows = n_blocks(history), groups(#history, 100), json.array {}, {}
   if n == 0 or #history < 2 then return end
   local names, steps, low, low_block, low_step = block_names(n, pattern), json.array {}, math.huge, nil, nil
@@ -152,10 +163,10 @@ function charts.steps_map(p, history, pattern)
   end
   if not low_block then return end
   p:figure({
-    kind = "heat", rows = names, cols = steps, values = values, rowname = "block", colname = "step", what = "CKA", digits = 4,
+    kind = "heat", rows = names, cols = steps, values = values, rowname = "block", colname = "step", what = form.measured, digits = 4,
     color = 1, invert = true,
   }, {
-    title = "CKA of every block in training", wide = true,
+    title = form.measured .. " of every block in training", wide = true,
     label = ("lowest %.4f in block %s at step %s"):format(low, low_block, low_step),
     caption = ("Stronger color is further from BF16; lowest %.4f in block %s at step %s."):format(low, low_block, low_step),
     head = { "block", { "first", class = "num" }, { "last", class = "num" }, { "lowest", class = "num" } }, rows = rows,

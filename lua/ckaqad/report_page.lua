@@ -71,6 +71,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--dim)}
 td,th{padding:.22rem 1.1rem .22rem 0;text-align:left;border-bottom:1px solid var(--line);font-weight:400;white-space:nowrap}
 thead th{color:var(--dim)}
+th:first-child{position:sticky;left:0;background:var(--bg)}
 .num{text-align:right}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 tr.main th,tr.main td{font-weight:600}

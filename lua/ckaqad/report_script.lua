@@ -128,7 +128,7 @@ kinds.lines = {
     ticks(first, first + span, Math.max(2, Math.floor(w / 90))).forEach(function (x) {
       if (x === Math.floor(x) && x <= last) f.out += text(c.px(x), f.bottom + 17, String(x));
     });
-    c.smooth = c.series.map(function (s) { return s.points ? s.y : smooth(s.y); });
+    c.smooth = c.series.map(function (s) { return s.points || s.exact ? s.y : smooth(s.y); });
     c.series.forEach(function (s, i) {
       var xs = s.x || c.x, style = ' style="stroke:' + color(s.color) + '"', dash = s.dash ? " dashed" : "";
       if (c.smooth[i] !== s.y) f.out += '<path class="line thin"' + style + ' d="' + path(xs, s.y, c.px, f.py) + '"/>';

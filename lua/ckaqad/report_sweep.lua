@@ -60,14 +60,14 @@ local function status_of(point)
   return last and ("stopped or running, step %d"):format(last.step) or "not started"
 end
 
--- The numbers of a finished point.
+-- The numbers of a finished point, and the result that it started from.
 local function measure(point)
   local _, before, after = report.results(point.run)
   local r = after or before
   if not (point.run.finished and r) then return nil end
   return {
     kl = r.kl, perplexity = r.perplexity, top1 = r.top1, cka = r.cka, cka_min = r.cka_min,
-    recovery = before and after and stats.recovery(before.kl, after.kl, 0) or nil,
+    recovery = before and after and stats.recovery(before.kl, after.kl, 0) or nil, before = after and before,
   }
 end
 
@@ -135,23 +135,46 @@ local columns = {
   { key = "cka_min", title = "lowest CKA", format = "%.4f", better = "high" },
 }
 
+-- Cells of a row over { [seed] = numbers }.
+local function fill(row, by_seed)
+  for _, c in ipairs(columns) do
+    local values = {}
+    for seed, numbers in pairs(by_seed) do
+      if finite(numbers[c.key]) then values[seed] = numbers[c.key] end
+    end
+    if next(values) then row[c.key] = table_.cell(values) end
+  end
+  row.n = row.kl and row.kl.n or 0
+  return row
+end
+
+-- The row of what every setting started from; nil when settings quantize differently, so that there is no such thing.
+local function ptq_row(self)
+  local by_seed = {}
+  for i, point in ipairs(self.points) do
+    local before = point.numbers and point.numbers.before
+    local seed = tonumber(point.plan.seed) or i
+    if before and by_seed[seed] and by_seed[seed].kl ~= before.kl then return nil end
+    by_seed[seed] = by_seed[seed] or before
+  end
+  return next(by_seed) and fill({ setting = "PTQ, untrained", reference = true }, by_seed) or nil
+end
+
 -- The table of settings: mean and standard deviation over the seeds.
 local function settings_table(self, confounded)
-  local all, rows = { { key = "setting", title = "setting" } }, {}
-  for i, c in ipairs(columns) do all[i + 1] = { key = c.key, title = c.title, format = c.format, better = c.better } end
+  local all, rows = { { key = "setting", title = "setting" }, { key = "n", title = "n" } }, {}
+  for i, c in ipairs(columns) do all[i + 2] = { key = c.key, title = c.title, format = c.format, better = c.better } end
   for i, s in ipairs(self.settings) do
-    rows[i] = { setting = s.name }
-    for _, c in ipairs(columns) do
-      local values = {}
-      for _, point in ipairs(s.points) do
-        local v = point.numbers and point.numbers[c.key]
-        if finite(v) then values[tonumber(point.plan.seed) or #values + 1] = v end
-      end
-      if next(values) then rows[i][c.key] = table_.cell(values) end
-    end
+    local by_seed = {}
+    for k, point in ipairs(s.points) do by_seed[tonumber(point.plan.seed) or k] = point.numbers end
+    rows[i] = fill({ setting = s.name }, by_seed)
     s.row = rows[i]
   end
-  local t = table_.new { columns = all, rows = rows }
+  table.insert(rows, 1, ptq_row(self))
+  local t = table_.new { columns = all, rows = rows, notes = {
+    "Mean ± standard deviation over n seeds. KL to BF16 in nats a token; recovered: what training won back of PTQ's KL, below zero " ..
+    "where it lost more; top-1: agreement with BF16.",
+  } }
   if not confounded then t:mark() end
   return t
 end
@@ -170,6 +193,8 @@ local function verdict(self, confounded)
   if not best or #self.settings < 2 then return said end
   local kl = best.row.kl
   said = ("%s Lowest KL: %s, %.5f%s (n = %d)"):format(said, best.name, kl.mean, kl.sd and (" ± %.5f"):format(kl.sd) or "", kl.n)
+  local recovery = best.row.recovery
+  if recovery and recovery.mean < 0 then said = ("%s, which is still worse than PTQ (recovered %.1f %%)"):format(said, recovery.mean) end
   if confounded then return said .. ", but the runs differ in more than was asked for." end
   if kl.mark then return said .. "; the paired interval against every other setting excludes zero." end
   return said .. "; not clear of every other setting, so more seeds may change the order."
@@ -206,10 +231,11 @@ local function run_name(point)
   return point.plan.seed ~= nil and ("%s, seed %s"):format(point.setting.name, page.value(point.plan.seed)) or point.setting.name
 end
 
-local function curves(p, self, title, pick, zero)
-  local series, rows = json.array {}, {}
+-- Curves of all runs; `of_cka`: of those whose metrics hold CKA and not another likeness of blocks.
+local function curves(p, self, title, pick, options)
+  local o, series, rows = options or {}, json.array {}, {}
   for _, point in ipairs(self.points) do
-    local c = charts.curve(point.run.metrics, pick, 160)
+    local c = not (o.of_cka and point.run.form.measured ~= "CKA") and charts.curve(point.run.metrics, pick, 160)
     if c then
       series[#series + 1] = { name = run_name(point), group = point.setting.name, x = c.x, y = c.y, color = point.setting.color,
         dash = point.setting.color >= 8 or nil }
@@ -217,9 +243,9 @@ local function curves(p, self, title, pick, zero)
     end
   end
   if #series == 0 then return end
-  p:figure({ kind = "lines", series = series, zero = zero }, {
+  p:figure({ kind = "lines", series = series, zero = o.zero }, {
     title = title, label = ("%d runs, first and last values in the table below"):format(#series),
-    caption = ("%d runs; runs of one setting share a color."):format(#series),
+    caption = ("%d runs; those of one setting share a color, and their values stand side by side, one a seed."):format(#series),
     head = { "run", { "first", class = "num" }, { "last", class = "num" }, { "last step", class = "num" } }, rows = rows,
   })
 end
@@ -276,9 +302,9 @@ function sweep.html(path)
   p:add '<div class="grid2">'
   curves(p, self, "KL, nats a token", charts.field "kl")
   curves(p, self, "Cross-entropy, nats a token", charts.field "ce")
-  curves(p, self, "Mean CKA", charts.field "cka")
-  curves(p, self, "CKA of the lowest block", charts.lowest)
-  curves(p, self, "Gradient norm", charts.field "grad_norm", true)
+  curves(p, self, "Mean CKA", charts.field "cka", { of_cka = true })
+  curves(p, self, "CKA of the lowest block", charts.lowest, { of_cka = true })
+  curves(p, self, "Gradient norm", charts.field "grad_norm", { zero = true })
   p:add "</div>"
   local base = {}
   for _, key in ipairs(json.keys(type(self.plan.base) == "table" and self.plan.base or {})) do
