@@ -148,11 +148,11 @@ kinds.lines = {
     legend(c, (c.xname || "step") + " " + step, grouped(c.series.map(function (s, k) {
       var xs = s.x || c.x, at = xs.length - 1, v;
       while (at > 0 && xs[at] > step) at--;
-      v = !s.points && xs[xs.length - 1] < step ? null : s.y[at]; // a curve that has ended has no value here
+      v = xs[at] > step || !s.points && xs[xs.length - 1] < step ? null : s.y[at]; // none before a curve begins or after it ends
       if (on && known(v)) out += '<circle r="4" class="hit" cx="' + c.px(xs[at]).toFixed(1) + '" cy="' +
         c.f.py(c.smooth[k][at]).toFixed(1) + '" style="fill:' + color(s.color) + '"/>';
       return { name: s.group || s.name, color: s.color, dash: s.dash,
-        value: show(v) + (s.points && xs[at] !== step ? " at " + xs[at] : "") };
+        value: show(v) + (known(v) && s.points && xs[at] !== step ? " at " + xs[at] : "") };
     })));
     c.cursor.innerHTML = out;
   }
