@@ -197,6 +197,7 @@ local function verdict(self, confounded)
   if recovery and recovery.mean < 0 then said = ("%s, which is still worse than PTQ (recovered %.1f %%)"):format(said, recovery.mean) end
   if confounded then return said .. ", but the runs differ in more than was asked for." end
   if kl.mark then return said .. "; the paired interval against every other setting excludes zero." end
+  if kl.n == 1 then return said .. "; one seed has no interval, so the order may be chance." end
   return said .. "; not clear of every other setting, so more seeds may change the order."
 end
 
@@ -245,7 +246,8 @@ local function curves(p, self, title, pick, options)
   if #series == 0 then return end
   p:figure({ kind = "lines", series = series, zero = o.zero }, {
     title = title, label = ("%d runs, first and last values in the table below"):format(#series),
-    caption = ("%d runs; those of one setting share a color, and their values stand side by side, one a seed."):format(#series),
+    caption = ("%d runs%s."):format(#series, #self.points > #self.settings and
+      "; those of one setting share a color, and their values stand side by side, one a seed" or ", one a setting"),
     head = { "run", { "first", class = "num" }, { "last", class = "num" }, { "last step", class = "num" } }, rows = rows,
   })
 end

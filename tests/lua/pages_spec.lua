@@ -21,26 +21,56 @@ describe("the report", function()
   local result = { kl = 0.02, top1 = 0.9, perplexity = 3, perplexity_teacher = 2.9, tokens = 10, cka = 0.98, cka_min = 0.97,
     cka_min_block = 1, cka_blocks = { 0.99, 0.97 } }
 
-  -- The page of a run folder with these steps and this result.
-  local function page(history, after)
+  local function with(changes)
+    local copy = {}
+    for key, value in pairs(result) do copy[key] = value end
+    for key, value in pairs(changes) do copy[key] = value end
+    return copy
+  end
+
+  local function write(path, content)
+    local f = assert(io.open(path, "w"))
+    f:write(content)
+    f:close()
+  end
+
+  local function lines(list)
+    local out = {}
+    for i, value in ipairs(list) do out[i] = json.encode(value) .. "\n" end
+    return table.concat(out)
+  end
+
+  -- What `make` gives for an empty folder that is gone afterwards.
+  local function in_folder(make)
     local dir = os.tmpname()
     os.remove(dir)
     os.execute("mkdir '" .. dir .. "'")
-    local function write(name, content)
-      local f = assert(io.open(dir .. "/" .. name, "w"))
-      f:write(content)
-      f:close()
-    end
-    write("run.json", json.encode(json.object { "format", 1, "recipe", "a <b>", "version", "0.1.0", "started", "2026-11-25T00:00:00Z",
-      "options", json.object { "lr", 1e-4, "name", "x&y", "steps", #history } }))
-    local lines = {}
-    for i, step in ipairs(history) do lines[i] = json.encode(step) .. "\n" end
-    write("metrics.jsonl", table.concat(lines))
-    write("summary.json", json.encode { before = result, after = after, peak_bytes = 1, planned_bytes = 2 })
-    local html = report.run(dir)
+    local ok, html = pcall(make, dir)
     os.execute("rm -r '" .. dir .. "'")
-    return html
+    return assert(ok and html, html)
   end
+
+  local function write_run(dir, run)
+    local options = run.options or {}
+    options.lr, options.name, options.steps = 1e-4, "x&y", run.steps or #run.history
+    write(dir .. "/run.json", json.encode(json.object { "format", 1, "recipe", "a <b>", "version", "0.1.0", "started",
+      "2026-11-25T00:00:00Z", "options", options }))
+    write(dir .. "/metrics.jsonl", lines(run.history))
+    if run.evals then write(dir .. "/evals.jsonl", lines(run.evals)) end
+    if not run.stopped then
+      write(dir .. "/summary.json", json.encode { before = result, after = run.after, peak_bytes = 1, planned_bytes = 2 })
+    end
+  end
+
+  -- The page of a run folder: { history, after, evals, options, steps, stopped }.
+  local function page_of(run)
+    return in_folder(function(dir)
+      write_run(dir, run)
+      return report.run(dir)
+    end)
+  end
+
+  local function page(history, after) return page_of { history = history, after = after } end
 
   it("needs no network and escapes what it shows", function()
     local html = page { { step = 1, kl = 1, cka = 0.9, cka_blocks = { 0.9 } }, { step = 2, kl = 0.5, cka = 0.95, cka_blocks = { 0.95 } } }
@@ -58,11 +88,61 @@ describe("the report", function()
   end)
 
   it("warns when training made things worse", function()
-    local worse = {}
-    for key, value in pairs(result) do worse[key] = value end
-    worse.kl = 0.03
-    assert.matches("worse than PTQ", page({}, worse), 1, true)
+    assert.matches("CKA-QAD is worse than PTQ in KL (0.0200 to 0.0300).", page({}, with { kl = 0.03 }), 1, true)
     assert.is_nil(page({}, result):find("worse than PTQ", 1, true))
+    local mixed = page({}, with { kl = 0.015, top1 = 0.8, perplexity = 4, cka_min = 0.9 })
+    assert.matches("won back 25.0 % of the KL", mixed, 1, true)
+    assert.matches("But it is worse than PTQ in top-1 agreement, perplexity and the lowest CKA.", mixed, 1, true)
+  end)
+
+  it("says where a stopped run stands", function()
+    local step = { step = 1, kl = 1, cka = 0.9, cka_blocks = { 0.9 } }
+    local early = with { step = 0 } -- evals.jsonl knows neither the tokens nor the teacher's perplexity
+    early.tokens, early.perplexity_teacher = nil, nil
+    local html = page_of { history = { step }, evals = { early }, steps = 9, stopped = true }
+    assert.matches("No result yet: the run was stopped or still goes on after step 1 of 9.", html, 1, true)
+    assert.matches("held out 0.02 at step 0", html, 1, true)
+    assert.is_nil(html:find("recovered", 1, true))
+    assert.is_nil(html:find("0 tokens", 1, true))
+    html = page_of { history = {}, steps = 9, stopped = true }
+    assert.matches("before its first step", html, 1, true)
+  end)
+
+  it("names a run by what it was trained on", function()
+    local function of(options, history) return page_of { history = history or {}, after = result, options = options } end
+    local steps = { { step = 1, kl = 1, cka = 0.9, weight = 2, cka_blocks = { 0.9 } }, { step = 2, kl = 1, cka = 0.9, weight = 2,
+      cka_blocks = { 0.8 } } }
+    assert.matches("Weight of CKA beside KL", of({ layer = "cka" }, steps), 1, true)
+    for _, options in ipairs { { layer = "none" }, { cka = "none" }, { balance = "none" } } do
+      local html = of(options, steps)
+      assert.matches(">QAD<", html, 1, true)
+      assert.is_nil(html:find("Weight of", 1, true))
+    end
+    assert.matches(">CKA-QAT<", of { loss = "ce" }, 1, true)
+    local cosine = of({ layer = "cosine" }, steps)
+    assert.matches(">cosine-QAD<", cosine, 1, true)
+    assert.matches("1 - cosine loss of every block in training", cosine, 1, true)
+    assert.is_nil(cosine:find("CKA of every block in training", 1, true))
+  end)
+
+  it("compares a sweep's settings with PTQ, over the seeds that finished", function()
+    local html = in_folder(function(dir)
+      local points, kl = {}, { 0.03, 0.035, 0.04, 0.045 }
+      os.execute("mkdir '" .. dir .. "/points'")
+      for i, after in ipairs(kl) do
+        local hash, lr = ("%08d"):format(i), i <= 2 and 1 or 2
+        points[i] = { hash = hash, name = "lr=" .. lr, options = { lr = lr }, seed = (i - 1) % 2 + 1 }
+        os.execute("mkdir '" .. dir .. "/points/" .. hash .. "'")
+        write_run(dir .. "/points/" .. hash, { history = {}, after = with { kl = after }, stopped = i == 4 })
+      end
+      write(dir .. "/sweep.json", json.encode { format = 1, recipe = "r.lua", base = json.object {}, axes = { { name = "lr",
+        values = { 1, 2 } } }, seeds = { 1, 2 }, points = points })
+      return report.sweep(dir)
+    end)
+    assert.matches("2 settings, 3 of 4 runs finished. Lowest KL: lr=1, 0.03250", html, 1, true)
+    assert.matches("still worse than PTQ (recovered -62.5 %)", html, 1, true)
+    assert.matches("PTQ, untrained", html, 1, true)
+    assert.matches("Not every setting has finished with the same seeds (lr=1: 1, 2; lr=2: 1)", html, 1, true)
   end)
 end)
 

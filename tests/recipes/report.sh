@@ -26,6 +26,7 @@ go stopped --steps=20 --stop_at=4
 go none --steps=3 --layer=none
 go ce --steps=3 --loss=ce
 go sweep --steps=2 --sweep lr=1e-5,1e-4,3e-4,1e-3 --sweep seed=1..3
+rm -f "$work/log"
 says() { grep -q "$2" "$work/$1/report.html" || fail "$1: the page does not say '$2'"; }
 says run "CKA-QAD"; says stopped "No result yet: .* after step 4 of 20"; says ce "Cross-entropy, nats a token"
 says none ">QAD<"; says sweep "12 of 12 runs finished"; says sweep "PTQ, untrained"
