@@ -59,6 +59,6 @@ for step, batch in run:steps(opt.steps, data) do
   run:log(step, { norm = adam:step(rate(step)), lr = rate(step) })
 end
 
-local after = run:result("CKA-QAD", cq.eval.compare(teacher, student, data:holdout()))
+local after = run:result("after training", cq.eval.compare(teacher, student, data:holdout()))
 run:export(student)
 run:finish { before = before, after = after }

@@ -30,9 +30,14 @@ local common = {
 local special = {
   { "options", "FILE", "options from a file: lines `key = value`, or an older run's run.json; what is typed wins" },
   { "sweep", "KEY=A,B", "run once for each value, KEY=1..5 too; several --sweep make a grid" },
+  { "jobs", "N", "with --sweep: points that run at the same time [1]" },
+  { "retry", "N", "with --sweep: further tries of a point that crashed [1]" },
 }
 
 options.common, options.special = common, special -- for shell completion and the man page
+
+local is_special = {}
+for _, item in ipairs(special) do is_special[item[1]] = true end
 
 -- How a run is shown, kept and stopped, and how much memory it may use, do not make it another run.
 options.passing = {
@@ -137,7 +142,7 @@ end
 -- Sets one option from text; `where` says where it stands.
 local function set(values, given, key, value, where)
   if values[key] == nil then
-    local names = { "options", "sweep" }
+    local names = { "options", "sweep", "jobs" }
     for name in pairs(values) do names[#names + 1] = name end
     errors.usage("%soption --%s is unknown, nearest is --%s", where or "", key, errors.nearest(key, names))
   end
@@ -193,7 +198,7 @@ local function split(arguments, values)
         key, value = off, "false"
       elseif flag and type(values[key]) == "boolean" then
         value = "true"
-      elseif flag and (values[key] ~= nil or key == "options" or key == "sweep") then
+      elseif flag and (values[key] ~= nil or is_special[key]) then
         i = i + 1
         value = arguments[i]
         if not value then errors.usage("option --%s: the value is missing, wanted --%s=VALUE", key, key) end
@@ -217,9 +222,14 @@ function options.parse(arguments, values, given)
   for _, item in ipairs(list) do
     if values[item[1]] == nil and item[1] == "sweep" then
       sweeps[#sweeps + 1] = item[2]
+    elseif values[item[1]] == nil and (item[1] == "jobs" or item[1] == "retry") then
+      sweeps[item[1]] = convert(item[1], item[2], 1)
     elseif values[item[1]] ~= nil or item[1] ~= "options" then
       set(values, given, item[1], item[2])
     end
+  end
+  if #sweeps == 0 and (sweeps.jobs or sweeps.retry) then
+    errors.usage("option --%s: goes with --sweep, wanted --sweep KEY=A,B too", sweeps.jobs and "jobs" or "retry")
   end
   return nil, sweeps
 end

@@ -37,7 +37,7 @@ end
 
 -- What was trained on, from a run's options: `name` of the trained student, `logits` and `layer` (what metrics.jsonl calls cka; nil
 -- when nothing between blocks counts) in words. A recipe without these options is taken for KL and CKA.
-local function form_of(options)
+function report.form(options)
   local layer = options.layer or "cka"
   if layer == "none" or options.cka == "none" or options.balance == "none" then layer = nil end
   local form = { logits = options.loss == "ce" and "cross-entropy" or "KL", name = options.loss == "ce" and "QAT" or "QAD" }
@@ -62,7 +62,7 @@ function report.load(path)
   end
   self.options = type(self.run.options) == "table" and self.run.options or {}
   self.model = type(self.run.model) == "table" and self.run.model or {}
-  self.form = form_of(self.options)
+  self.form = report.form(self.options)
   self.finished = self.summary ~= nil
   return self
 end

@@ -483,7 +483,8 @@ function Run:finish(results)
   local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE })
   local rows = {}
   if o.before then rows[#rows + 1] = { "PTQ", o.before } end
-  if o.after then rows[#rows + 1] = { "CKA-QAD", o.after } end
+  local name = report.form(self.folder and self.folder.options or {}).name
+  if o.after then rows[#rows + 1] = { name, o.after } end
   if #rows > 0 then
     self:say("")
     for _, line in ipairs(text.table(screen.rows(rows))) do self:say(line) end
@@ -492,7 +493,7 @@ function Run:finish(results)
     local worse = {}
     if o.after.kl > o.before.kl then worse[#worse + 1] = "KL" end
     if o.after.cka < o.before.cka then worse[#worse + 1] = "mean CKA" end
-    if #worse > 0 then self:say("warning: CKA-QAD is worse than PTQ in %s", table.concat(worse, " and ")) end
+    if #worse > 0 then self:say("warning: %s is worse than PTQ in %s", name, table.concat(worse, " and ")) end
   end
   memory_line(self)
   if not self.made then return end

@@ -302,18 +302,24 @@ function command.query(self, names, o)
   io.write(table_.new({ columns = columns, rows = rows }):render(o.format))
 end
 
+local function write_report(path)
+  local native, report = require "ckaqad.ffi", require "ckaqad.report"
+  local html = exists(path .. "/sweep.json") and report.sweep(path) or report.run(path)
+  native.call.cq_file_write(path .. "/report.html", html, #html)
+  print(path .. "/report.html")
+end
+
+-- True for a folder that holds a run or a sweep: it needs no index.
+local function is_folder(path) return exists(path .. "/run.json") or exists(path .. "/sweep.json") end
+
 function command.report(self, names)
   if #names ~= 1 then errors.usage("runs report: %d names, wanted one run or sweep: ckaqad runs report NAME", #names) end
-  local native, report = require "ckaqad.ffi", require "ckaqad.report"
   local name = trim(self, names[1])
   local sweep
   for _, path in ipairs { self.root .. "/" .. name, names[1] } do
     if exists(path .. "/sweep.json") then sweep = sweep or path end
   end
-  local path = sweep or find(self, names[1]).path
-  local html = sweep and report.sweep(path) or report.run(path)
-  native.call.cq_file_write(path .. "/report.html", html, #html)
-  print(path .. "/report.html")
+  write_report(sweep or find(self, names[1]).path)
 end
 
 -- Bytes of a folder with all below it.
@@ -401,6 +407,7 @@ function runs.command(arguments)
   if not o then return print(runs.help()) end
   local name = table.remove(names, 1) or "list"
   errors.choose("runs", name, commands)
+  if name == "report" and #names == 1 and is_folder(names[1]) then return write_report((names[1]:gsub("(.)/+$", "%1"))) end
   if not o.given and not exists(o.root .. "/.") then return note("no runs: folder %s does not exist (--root=DIR)", o.root) end
   local self = index.open(o.root)
   command[name](self, names, o)

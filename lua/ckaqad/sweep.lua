@@ -446,7 +446,8 @@ function sweep.from_options(opt, specs)
   end
   local plan = {
     recipe = opt.recipe, where = "", path = (opt.given.out and opt.out or rawget(opt, "out") .. "-sweep"):gsub("(.)/+$", "%1"),
-    jobs = whole("jobs", rawget(opt, "jobs") or 1, 1), retry = whole("retry", rawget(opt, "retry") or 1, 0), threads = opt.threads,
+    jobs = whole("jobs", specs.jobs or rawget(opt, "jobs") or 1, 1),
+    retry = whole("retry", specs.retry or rawget(opt, "retry") or 1, 0), threads = opt.threads,
     fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = base,
   }
   plan.settings, plan.axes, plan.seeds = points.expand { grid = axes }
