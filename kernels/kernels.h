@@ -25,7 +25,28 @@ typedef struct cq_stream {
     int64_t scratch_bytes; ///< per thread; an operation that needs more fails with CQ_ENOMEM
     void *bf16_scratch;    ///< operands of one matmul in BF16, or NULL; owned by the plan
     int64_t bf16_scratch_bytes;
+    void *queue;  ///< of a device: its CUDA stream
+    void *device; ///< of a device: its scratch and handles; memory->open makes both
 } cq_stream;
+
+/// The memory of a backend whose buffers the host may not touch. Calls are ordered like operations
+/// of their stream.
+typedef struct cq_memory {
+    /// Makes s->queue and s->device for device `index`; close frees them.
+    int (*open)(cq_stream *s, int index);
+    void (*close)(cq_stream *s);
+    /// Zeroed memory of the open device. `shared` memory is the host's too, for a few scalars.
+    int (*take)(void **out, int64_t bytes, bool shared);
+    void (*give)(void *memory, int64_t bytes, bool shared);
+    /// Either side may be host memory; when it returns, host memory may be read or changed.
+    int (*copy)(cq_stream *s, void *to, const void *from, int64_t bytes);
+    int (*zero)(cq_stream *s, void *to, int64_t bytes);
+    /// Waits until all that was asked of the stream is done; an error of any of it is reported.
+    int (*wait)(cq_stream *s);
+    int (*available)(int64_t *bytes);
+    /// "NVIDIA H200, compute capability 9.0" into text[size].
+    int (*describe)(char *text, int64_t size);
+} cq_memory;
 
 /// Fake quantization of rows: groups of consecutive rows each with their own frozen maximum.
 typedef struct cq_fq {
@@ -500,6 +521,7 @@ typedef struct cq_axpy_args {
 /// One backend: a function per operation.
 struct cq_kernels {
     const char *name;
+    const cq_memory *memory; ///< NULL: the host's
 #define CQ_KERNEL(op) int (*op)(cq_stream *, const cq_##op##_args *);
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
@@ -507,7 +529,8 @@ struct cq_kernels {
 #ifndef CQ_CDEF
 #define CQ_KERNEL(op)                                                                              \
     int cq_ref_##op(cq_stream *s, const cq_##op##_args *a);                                        \
-    int cq_cpu_##op(cq_stream *s, const cq_##op##_args *a);
+    int cq_cpu_##op(cq_stream *s, const cq_##op##_args *a);                                        \
+    int cq_cuda_##op(cq_stream *s, const cq_##op##_args *a);
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
 /// Runs one operation with designated initialisers: CQ_RUN(s, axpy, .dtype = CQ_F32, .n = n, ...).

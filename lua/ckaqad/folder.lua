@@ -69,10 +69,21 @@ function folder.read_run(path)
   return run
 end
 
--- True when a folder exists and holds something; an empty one is removed by the question.
+local ours = { lock = true }
+for _, list in ipairs { files, folders } do
+  for _, name in ipairs(list) do ours[name] = true end
+end
+
+-- True when a folder exists and holds something; an empty one is removed by the question. What a run left that was killed
+-- before its run.json was whole is nothing: a lock, and only names that a run writes.
 local function occupied(path)
-  if not hf.exists(path) then return false end
-  return not os.remove(path)
+  if not hf.exists(path) or os.remove(path) then return false end
+  if not hf.exists(path .. "/lock") then return true end
+  local names = native.take_text(function(out) return C.cq_folder_list(out, path) end)
+  for name in names:gmatch("[^\n]+") do
+    if not ours[name:gsub("%.tmp%.%d+$", "")] then return true end
+  end
+  return false
 end
 
 -- Opens a run folder without writing anything yet. Returns it; `same` when it holds this very run.
@@ -114,12 +125,12 @@ function Folder:unlock()
   self.lock = nil
 end
 
--- Removes what a run writes, and the folder when nothing else is in it.
+-- Removes what a run writes, and the folder when nothing else is in it. The lock goes last: who waits for it finds nothing.
 function Folder:remove()
   self:close()
-  self:unlock()
   for _, name in ipairs(files) do os.remove(self.path .. "/" .. name) end
   for _, name in ipairs(folders) do call.cq_folder_remove(self.path .. "/" .. name) end
+  self:unlock()
   os.remove(self.path)
 end
 
@@ -128,6 +139,9 @@ function Folder:make(resumes)
   call.cq_folder_make(self.path)
   self.lock = native.open("cq_lock", "cq_lock_take", self.path .. "/lock")
   if resumes then return end
+  native.take_text(function(out) return C.cq_folder_list(out, self.path) end):gsub("[^\n]+%.tmp%.%d+", function(name)
+    os.remove(self.path .. "/" .. name)
+  end)
   for _, name in ipairs(files) do os.remove(self.path .. "/" .. name) end
   for _, name in ipairs(folders) do call.cq_folder_remove(self.path .. "/" .. name) end
 end

@@ -1,0 +1,107 @@
+/// cq_cuda.h - what a kernel file of this folder includes, and nothing else.
+///
+/// The same sources are compiled by nvcc for a GPU and by a host compiler for the tests, where
+/// tests/cuda_on_cpu/ comes first on the include path and emulates blocks, threads, barriers, warp
+/// operations and shared memory. That works because launches and shared memory go through these
+/// macros:
+///
+///     CQ_LAUNCH(kernel, grid, block, dynamic_bytes, s, arguments...)   on the queue of stream s
+///     CQ_SHARED(float, tile, [32][33]);                               static shared memory
+///     CQ_DYN_SMEM(float, rows);                                       dynamic: float *rows
+///
+/// An operation is `extern "C" int cq_cuda_<op>(cq_stream *s, const cq_<op>_args *a)`; its buffers
+/// lie in device memory, and so do the scalars it writes (`sum`, `out`, `saturated` ...). It returns
+/// CQ_CUDA_END("op") after its last launch. Nothing here waits for the device.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+extern "C" {
+#include "core/base/error.h"
+#include "kernels/kernels.h"
+}
+#include "kernels/nvfp4.h"
+
+enum { CQ_WARP = 32 };
+
+#ifndef CQ_CUDA_ON_CPU
+#define CQ_LAUNCH(kernel, grid, block, bytes, s, ...)                                              \
+    kernel<<<(grid), (block), (bytes), (cudaStream_t)(s)->queue>>>(__VA_ARGS__)
+#define CQ_SHARED(T, name, dims) __shared__ T name dims
+#define CQ_DYN_SMEM(T, name)                                                                       \
+    extern __shared__ __align__(16) unsigned char cq_dynamic_[];                                   \
+    T *name = reinterpret_cast<T *>(cq_dynamic_)
+#endif
+
+/// Device memory that belongs to the stream, at least `bytes` of it, 256-byte aligned, until the
+/// next call for the same stream; NULL with the error set. It grows when a larger piece is wanted.
+extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes);
+/// Asks for more than 48 KiB of dynamic shared memory for a kernel; CQ_OK or the error set.
+extern "C" int cq_cuda_shared_bytes(const void *kernel, int64_t bytes, const char *op);
+/// CQ_OK, or the pending error of a launch, named.
+extern "C" int cq_cuda_status(const char *op);
+#define CQ_CUDA_END(op) return cq_cuda_status(op)
+/// For an operation that has no instance for this dtype.
+#define CQ_CUDA_F32(op, a)                                                                         \
+    do {                                                                                           \
+        if ((a)->dtype != CQ_F32)                                                                  \
+            return cq_fail(CQ_EUSAGE, "cuda: %s: dtype is %s, wanted F32", op,                     \
+                           cq_dtype_name((a)->dtype));                                             \
+    } while (0)
+
+/// Number of blocks that cover n items, at least 1.
+static inline unsigned cq_blocks(int64_t n, int64_t per_block) {
+    int64_t blocks = (n + per_block - 1) / per_block;
+    return (unsigned)(blocks > 1 ? blocks : 1);
+}
+
+/// Sum over a warp, the same in every lane; the order is fixed.
+__device__ __forceinline__ float cq_warp_sum(float v) {
+    for (int d = 16; d > 0; d >>= 1)
+        v += __shfl_xor_sync(0xffffffffu, v, d);
+    return v;
+}
+__device__ __forceinline__ double cq_warp_sum(double v) {
+    for (int d = 16; d > 0; d >>= 1)
+        v += __shfl_xor_sync(0xffffffffu, v, d);
+    return v;
+}
+__device__ __forceinline__ float cq_warp_max(float v) {
+    for (int d = 16; d > 0; d >>= 1)
+        v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
+    return v;
+}
+/// Sum over a block of whole warps, the same in every thread. `room` [32] is shared memory; call it
+/// with all threads.
+template <typename T> __device__ __forceinline__ T cq_block_sum(T v, T *room) {
+    int lane = (int)(threadIdx.x % CQ_WARP), warp = (int)(threadIdx.x / CQ_WARP);
+    int warps = (int)(blockDim.x / CQ_WARP);
+    v = cq_warp_sum(v);
+    if (lane == 0)
+        room[warp] = v;
+    __syncthreads();
+    T total = lane < warps ? room[lane] : T(0);
+    total = cq_warp_sum(total);
+    __syncthreads();
+    return total;
+}
+
+/// Fake quantization of one value by a pair of lanes or more is never needed: a thread that holds 16
+/// consecutive values of a block calls cq_nvfp4_block_fake. With 16 lanes per block, one value each,
+/// `lanes16` are the 16 lanes (half a warp) and this is the same arithmetic.
+__device__ __forceinline__ float cq_fake_lane16(float x, float amax, float block_amax, float top,
+                                                int *saturated) {
+    *saturated = 0;
+    if (!(amax > 0.0f))
+        return 0.0f;
+    float ws2 = cq_nvfp4_tensor_scale(amax, block_amax >= 0.0f ? top : 448.0f);
+    unsigned bits = __float_as_uint(x) & 0x7fffffffu;
+    for (int d = 8; d > 0; d >>= 1) {
+        unsigned other = __shfl_xor_sync(0xffffffffu, bits, d);
+        bits = bits > other ? bits : other;
+    }
+    uint8_t s8 = block_amax >= 0.0f
+                     ? cq_nvfp4_scale_static(block_amax, amax, top)
+                     : cq_nvfp4_scale_dynamic(__uint_as_float(bits), ws2, saturated);
+    float den = cq_e4m3_decode(s8) * ws2;
+    return cq_e2m1_decode(cq_e2m1_encode(x / den)) * den;
+}
