@@ -243,7 +243,9 @@ static int run(lua_State *L, int argc, char **argv) {
     }
     if (!status)
         return 0;
-    insist = 0;
+    signal(SIGINT, SIG_IGN); /* what is begun here is short and ends */
+    signal(SIGTERM, SIG_IGN);
+    insist = stop_signal = 0;
     lua_sethook(L, NULL, 0, 0);
     tidy(L);
     return report(L, status);

@@ -18,7 +18,7 @@ local settled = 1e9    -- ns: a folder younger than this may change again within
 -- Columns of the table `runs`: name, type, meaning. `runs --help` prints them.
 index.columns = {
   { "name", "TEXT PRIMARY KEY", "folder of the run, below the root" },
-  { "status", "TEXT", "finished, running, stopped, broken, or newer format N" },
+  { "status", "TEXT", "finished, running, stopped, dropped (by its sweep), broken, or newer format N" },
   { "recipe", "TEXT", "path of the recipe" },
   { "sweep", "TEXT", "folder of the sweep it is a point of" },
   { "point", "TEXT", "hash of that point" },
@@ -135,6 +135,7 @@ local function take_evals(run, text)
         run.kl_before, run.perplexity_before, run.top1_before, run.cka_before =
           number(e.kl), number(e.perplexity), number(e.top1), number(e.cka)
       end
+      run.perplexity_teacher = number(e.perplexity_teacher) or run.perplexity_teacher
       run.kl_eval, run.eval_step = number(e.kl), e.step
     end
   end
@@ -172,21 +173,27 @@ local function take_document(run, doc)
   run.data_hash = short_hash { object(data.train).sha256, object(data.holdout).sha256 }
 end
 
--- What a sweep calls its point `hash`. A sweep.json is read once a refresh.
-local function setting_of(self, sweep, hash)
-  self.settings = self.settings or {}
-  local names = self.settings[sweep]
-  if not names then
-    names = {}
-    self.settings[sweep] = names
-    local ok, doc = pcall(json.decode, read(("%s/%s/sweep.json"):format(self.root, sweep)) or "", "sweep.json")
-    for _, point in ipairs(object(ok and object(doc).points)) do
-      if type(point) == "table" and text_of(point.hash) and text_of(point.name) then
-        names[point.hash] = point.name .. (number(point.seed) and not point.name:find "seed=" and (" seed=%d"):format(point.seed) or "")
-      end
+-- What a sweep says of its points: { names = { [hash] = text }, dropped = { [hash] = step } }. A sweep.json is read once a refresh.
+local function read_sweep(self, sweep)
+  self.sweeps_read = self.sweeps_read or {}
+  local known = self.sweeps_read[sweep]
+  if known then return known end
+  local ok, doc = pcall(json.decode, read(("%s/%s/sweep.json"):format(self.root, sweep)) or "", "sweep.json")
+  doc = object(ok and doc)
+  known = { names = {}, dropped = object(doc.dropped) }
+  self.sweeps_read[sweep] = known
+  for _, point in ipairs(object(doc.points)) do
+    if type(point) == "table" and text_of(point.hash) and text_of(point.name) then
+      known.names[point.hash] = point.name .. (number(point.seed) and not point.name:find "seed=" and (" seed=%d"):format(point.seed) or "")
     end
   end
-  return names[hash]
+  return known
+end
+
+-- True for a point that its sweep ended early on purpose (successive halving).
+local function is_dropped(self, name)
+  local sweep, hash = name:match("^(.*)/points/([^/]+)$")
+  return sweep ~= nil and read_sweep(self, sweep).dropped[hash] ~= nil
 end
 
 -- What the files of a run folder say; `growth` and `held` are the caller's look at it. nil when it holds no run.json.
@@ -207,7 +214,7 @@ local function read_run(self, name, growth, held)
     return run
   end
   take_document(run, doc)
-  if run.sweep then run.setting = setting_of(self, run.sweep, name:match "[^/]*$") end
+  if run.sweep then run.setting = read_sweep(self, run.sweep).names[name:match "[^/]*$"] end
   local curve
   run.step, run.kl_train, curve = read_metrics(growth > 0 and read(dir .. "/metrics.jsonl") or "")
   run.curve = json.encode(curve)
@@ -217,7 +224,8 @@ local function read_run(self, name, growth, held)
     local good, s = pcall(json.decode, summary, dir .. "/summary.json")
     if good then take_summary(run, object(s)) else run.problem = tostring(s) end
   end
-  run.status = held and "running" or run.problem and "broken" or summary and "finished" or "stopped"
+  run.status = held and "running" or run.problem and "broken" or summary and "finished" or is_dropped(self, name) and "dropped"
+    or "stopped"
   run.final = run.status == "finished" or run.status == "broken"
   return run
 end
@@ -267,7 +275,7 @@ function Scan:run(name, was)
   local growth_time, growth_bytes = math.max(m_time or 0, e_time or 0), (m_bytes or 0) + (e_bytes or 0)
   local held = files.holder(dir .. "/lock") ~= 0
   if was and was.folder_time == time and was.growth_time == growth_time and was.growth_bytes == growth_bytes
-    and held == (was.status == "running") then
+    and (was.status == "running" and held or not held and was.status == (is_dropped(self_, name) and "dropped" or "stopped")) then
     self.seen[name] = true
     return true
   end

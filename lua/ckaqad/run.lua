@@ -209,8 +209,8 @@ local function keep(self, step, r)
   self.evals[#self.evals + 1] = { step = step, kl = r.kl }
   if not self.made then return end
   self.folder:append("evals.jsonl", json.encode(json.object {
-    "step", step, "kl", r.kl, "perplexity", r.perplexity, "top1", r.top1, "cka", r.cka, "cka_min", r.cka_min, "cka_min_block",
-    r.cka_min_block, "cka_blocks", json.array(r.cka_blocks),
+    "step", step, "kl", r.kl, "perplexity", r.perplexity, "perplexity_teacher", r.perplexity_teacher, "top1", r.top1, "cka", r.cka,
+    "cka_min", r.cka_min, "cka_min_block", r.cka_min_block, "cka_blocks", json.array(r.cka_blocks),
   }))
 end
 

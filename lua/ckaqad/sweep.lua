@@ -148,8 +148,10 @@ end
 
 local function write(path, content) call.cq_file_write(path, content, #content) end
 
-local function describe(plan)
-  local axes, list = {}, {}
+-- Writes sweep.json. `dropped`: { [hash] = step } of the points that successive halving ended there; without it, what the file said.
+local function describe(plan, dropped)
+  local axes, list, old = {}, {}, not dropped and plan.halving and folder.read_json(plan.path .. "/sweep.json")
+  dropped = dropped or type(old) == "table" and type(old.dropped) == "table" and old.dropped or {}
   for i, axis in ipairs(plan.axes) do axes[i] = json.object { "name", axis.name, "values", json.array(axis.values) } end
   for i, p in ipairs(plan.points) do
     list[i] = json.object { "hash", p.hash, "name", p.name, "options", p.options, "seed", p.seed }
@@ -159,6 +161,8 @@ local function describe(plan)
   write(plan.path .. "/sweep.json", json.encode(json.object {
     "format", sweep.format, "program", "ckaqad", "version", native.version, "recipe", plan.recipe:match("[^/]*$"), "base", base, "axes",
     json.array(axes), "seeds", plan.seeds and json.array(plan.seeds) or nil, "points", json.array(list),
+    "stop", plan.halving and json.object { "rungs", json.array(plan.halving.rungs), "keep", plan.halving.keep } or nil,
+    "dropped", next(dropped) and dropped or nil,
   }, true) .. "\n")
 end
 
@@ -310,10 +314,11 @@ local function execute(plan)
   end
   open_folder(plan)
   local total = plan.threads > 0 and plan.threads or require "ckaqad.device".current().threads
+  local function halved(points_dropped) describe(plan, points_dropped) end
   plan.jobs = math.min(plan.jobs, #plan.points)
   local d = driver.open {
     path = plan.path, points = plan.points, jobs = plan.jobs, retry = plan.retry, argv = plan.argv, halving = plan.halving,
-    threads = math.max(1, math.floor(total / plan.jobs)), max_time = plan.max_time,
+    threads = math.max(1, math.floor(total / plan.jobs)), max_time = plan.max_time, halved = halved,
   }
   local finished = say_plan(plan, d, dropped)
   if plan.dry then

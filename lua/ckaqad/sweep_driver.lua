@@ -44,7 +44,8 @@ function driver.last_line(path)
   return ok and value or nil
 end
 
--- A driver over `given`: path (the sweep's folder), points, jobs, retry, argv = function(point, extra) -> list, max_time.
+-- A driver over `given`: path (the sweep's folder), points, jobs, retry, argv = function(point, extra) -> list, max_time,
+-- halving and halved = function(dropped), called after every rung.
 function driver.open(given)
   local self = setmetatable({ running = {}, failed = {}, dropped = {}, tried = {}, started_at = native.clock() }, Driver)
   for key, value in pairs(given) do self[key] = value end
@@ -316,6 +317,7 @@ local function halve(self, alive, rung)
       self.dropped[point.hash] = rung
     end
   end
+  self.halved(self.dropped)
   self.screen:rung(rung, names, scores, kept)
   return out
 end

@@ -61,6 +61,7 @@ bad 2 'mamba' $(quick) --cka=mambo
 bad 2 'preset' $(quick) --preset=tinny
 bad 2 'no-such-recipe' "$run" no-such-recipe.lua
 bad 4 'MiB' $(quick) --memory=1MiB
+mkdir -p "$work/run"; touch "$work/run/lock" "$work/run/thesis.txt";    bad 2 'not empty and holds no run' $(quick) # what is not a run's stays
 bad 2 'hf download|no/such' "$run" "$nano" --model=no/such --out="$work/run"
 bad 3 'nvfp4|hf_quant_config|config.json' "$run" verify "$work/m"
 mkdir -p "$work/run" && echo mine >"$work/run/file"
