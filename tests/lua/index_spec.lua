@@ -78,7 +78,7 @@ describe("the index of runs", function()
   after_each(function() os.execute("rm -rf " .. root) end)
 
   it("holds what the folders say", function()
-    run("a", { evals = '{"step":0,"kl":0.03,"perplexity":5}\n{"step":2,"kl":0.015}\n{"step":4,"kl"' })
+    run("a", { evals = '{"step":0,"kl":0.03,"perplexity":5,"perplexity_teacher":4}\n{"step":2,"kl":0.015}\n{"step":4,"kl"' })
     local r = records().a
     assert.equal("index " .. root .. "/.index.sqlite: made from 1 run folder", said[1])
     assert.same({ "finished", "recipes/x.lua", 2, 4, 2, 0.25 }, { r.status, r.recipe, r.step, r.steps, r.seed, r.kl_train })
@@ -92,6 +92,36 @@ describe("the index of runs", function()
     assert.equal(root .. "/a", r.path)
     assert.equal(1769860800, r.started_at) -- date -u -d 2026-01-31T12:00:00Z +%s
     assert.matches("a  finished  step 2/4  KL 0.0200 → 0.0100", tostring(r), 1, true)
+  end)
+
+  it("takes of a stopped run what its evaluations say, BF16's perplexity too", function()
+    run("a", { evals = '{"step":0,"kl":0.03,"perplexity":5,"perplexity_teacher":4}\n', summary = false })
+    local r = records().a
+    assert.same({ "stopped", 0.03, 5, 4 }, { r.status, r.kl_before, r.perplexity_before, r.perplexity_teacher })
+  end)
+
+  it("tells a point that its sweep dropped from one that was stopped, whenever the sweep says so", function()
+    run("s/points/ab", { summary = false })
+    run("s/points/cd", { summary = false })
+    run "s/points/ef"
+    local function sweep(more) write("s/sweep.json", '{"points": [{"hash": "ab", "name": "lr=1"}, {"hash": "cd", "name": "2"}]' .. more) end
+    local function statuses()
+      local by_name = records()
+      return { by_name["s/points/ab"].status, by_name["s/points/cd"].status, by_name["s/points/ef"].status }
+    end
+    sweep "}"
+    settle "s"
+    assert.same({ "stopped", "stopped", "finished" }, statuses())
+    sweep ', "dropped": {"ab": 10, "ef": 10}}' -- the folders of the points stay as they are
+    assert.same({ "dropped", "stopped", "finished" }, statuses())
+    assert.equal(1, #select(2, records { status = "stopped" }))
+    holders["s/points/ab/lock"] = 17 -- it goes on
+    assert.same({ "running", "stopped", "finished" }, statuses())
+    holders = {}
+    sweep ', "dropped": null}'
+    assert.same({ "stopped", "stopped", "finished" }, statuses())
+    sweep ', "dropped": 3'
+    assert.same({ "stopped", "stopped", "finished" }, statuses())
   end)
 
   it("finds the points of sweeps down to four folders, and nothing in what is no run", function()

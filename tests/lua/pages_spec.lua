@@ -97,7 +97,7 @@ describe("the report", function()
 
   it("says where a stopped run stands", function()
     local step = { step = 1, kl = 1, cka = 0.9, cka_blocks = { 0.9 } }
-    local early = with { step = 0 } -- evals.jsonl knows neither the tokens nor the teacher's perplexity
+    local early = with { step = 0 } -- evals.jsonl does not know the tokens, an older one not the teacher's perplexity
     early.tokens, early.perplexity_teacher = nil, nil
     local html = page_of { history = { step }, evals = { early }, steps = 9, stopped = true }
     assert.matches("No result yet: the run was stopped or still goes on after step 1 of 9.", html, 1, true)

@@ -96,7 +96,16 @@ runs prune --stopped --yes >/dev/null 2>&1
 check "a stopped run is deleted" [ ! -e "$root/run-00006" ]
 check "a running one is kept" [ -e "$root/run-00007/run.json" ]
 kill $holder; wait $holder 2>/dev/null
-runs list >"$work/out"; check "the list follows" [ "$(wc -l <"$work/out")" = $n ]
+# points that successive halving ended early are no leftovers: their sweep is finished
+mkdir -p "$root/halved/points"; mv "$root/run-00009" "$root/halved/points/aa"; mv "$root/run-00010" "$root/halved/points/bb"
+rm "$root/halved/points/aa/summary.json" "$root/halved/points/bb/summary.json"
+echo '{"format": 1, "points": [{"hash": "aa", "name": "lr=1"}, {"hash": "bb", "name": "lr=2"}], "dropped": {"aa": 10}}' >"$root/halved/sweep.json"
+runs list halved >"$work/out"; check "a dropped point" has '^halved/points/aa +dropped' "$work/out"; check "a stopped point" has '^halved/points/bb +stopped' "$work/out"
+runs prune halved --stopped >"$work/out" 2>&1; check "a dropped point is not offered" [ "$(grep -c points/aa "$work/out")" = 0 ]
+runs prune halved --stopped --yes >"$work/out" 2>&1
+check "a dropped point stays" [ -e "$root/halved/points/aa/run.json" ]; check "a stopped one goes" [ ! -e "$root/halved/points/bb" ]
+mv "$root/halved/points/aa" "$root/run-00009"; rm -r "$root/halved"
+runs list >"$work/out"; check "the list follows" [ "$(wc -l <"$work/out")" = $((n - 1)) ]
 runs report run-00003 >"$work/out"; check "a report is written" [ -s "$(cat "$work/out")" ]
 
 echo "runs: $checks checks, $fails failed; list over $n runs $took ms"
