@@ -26,6 +26,7 @@ typedef struct cq_linear {
     bool quantized;  ///< all parts are
     bool act_quant;  ///< inputs are fake-quantized too
     float *amax_x;   ///< [groups] frozen input maxima
+    cq_tensor amax;  ///< [groups] the same where the kernels run
 } cq_linear;
 
 /// Run state that all layers of a model share.
@@ -33,10 +34,11 @@ typedef struct cq_layer_env {
     const cq_config *config;
     cq_dtype dtype;
     cq_mode mode;
-    bool calibrating;  ///< unquantized, recording input maxima
-    bool input_only;   ///< backward without parameter gradients
-    int64_t saturated; ///< blocks whose scale was clamped
-    int64_t tokens;    ///< planned capacity
+    bool calibrating;    ///< unquantized, recording input maxima
+    bool input_only;     ///< backward without parameter gradients
+    bool again;          ///< a forward that is done again: nothing is counted
+    cq_tensor saturated; ///< [1] blocks whose scale was clamped, I64; no data: not counted
+    int64_t tokens;      ///< planned capacity
 } cq_layer_env;
 
 typedef struct cq_layer {
@@ -108,9 +110,9 @@ int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
 /// dx = beta dx + dy W, and grad += dy' x; dx may be NULL.
 int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
                        int64_t lddy, int64_t rows, void *dx, double beta);
-/// The same over sorted expert rows: y = x W[e]'.
+/// The same over `rows` sorted expert rows: y = x W[e]'.
 int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
-                       const void *x, void *y);
+                       int64_t rows, const void *x, void *y);
 int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
                         const void *x, const void *dy, void *dx);
 /// The gradient buffer of a small parameter, or NULL when it is not trained now.

@@ -15,10 +15,10 @@ bool cq_linear_acts(const cq_layer *l, const cq_linear *w) {
 }
 
 cq_fq cq_linear_fq(cq_layer *l, const cq_linear *w, const int64_t *offsets) {
-    return (cq_fq){.amax = w->amax_x,
+    return (cq_fq){.amax = w->amax.data,
                    .offsets = w->groups > 1 ? offsets : NULL,
                    .n_groups = w->groups,
-                   .saturated = &l->env->saturated};
+                   .saturated = l->env->again ? NULL : l->env->saturated.data};
 }
 
 int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows,
@@ -27,7 +27,7 @@ int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
         return CQ_OK;
     return CQ_RUN(s, amax, .dtype = l->env->dtype, .rows = rows, .cols = w->k, .x = x,
                   .offsets = w->groups > 1 ? offsets : NULL, .n_groups = w->groups,
-                  .amax = w->amax_x);
+                  .amax = w->amax.data);
 }
 
 int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
@@ -52,8 +52,8 @@ int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, c
 }
 
 int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
-                       const void *x, void *y) {
-    CQ_TRY(cq_linear_observe(l, w, s, x, offsets[w->groups], offsets));
+                       int64_t rows, const void *x, void *y) {
+    CQ_TRY(cq_linear_observe(l, w, s, x, rows, offsets));
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_FORWARD,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
                   .w = (void *)weight_now(l, w), .y = y);

@@ -67,9 +67,9 @@ int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
     CQ_TRY(CQ_RUN(s, gather_rows, .dtype = e->dtype, .rows = pairs, .dim = c->hidden,
                   .x = l->x.data, .index = l->token.data, .y = quant ? NULL : l->xg.data,
                   .yq = quant ? l->xg.data : NULL, .fq = cq_linear_fq(l, up, offsets)));
-    CQ_TRY(cq_experts_forward(l, up, s, offsets, l->xg.data, l->up.data));
+    CQ_TRY(cq_experts_forward(l, up, s, offsets, pairs, l->xg.data, l->up.data));
     CQ_TRY(act(l, s, down, pairs, l->up.data, l->hidden.data));
-    CQ_TRY(cq_experts_forward(l, down, s, offsets, l->hidden.data, l->down.data));
+    CQ_TRY(cq_experts_forward(l, down, s, offsets, pairs, l->hidden.data, l->down.data));
     CQ_TRY(CQ_RUN(s, combine_forward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .y = l->down.data, .weight = l->weight.data,
                   .position = l->position.data, .out = h));

@@ -16,10 +16,11 @@ typedef struct cq_param {
     cq_tensor value;    ///< master weight
     cq_tensor
         fq; ///< what forward multiplies with: the fake-quantized copy, or the same memory as value
-    cq_tensor grad; ///< no data when not trainable
-    float amax;     ///< frozen weight maximum, shared in fused groups
-    float *amax_x;  ///< frozen input maximum; points into the model; NULL when the linear is not
-                    ///< quantized
+    cq_tensor grad;    ///< no data when not trainable
+    float amax;        ///< frozen weight maximum, shared in fused groups
+    cq_tensor amax_at; ///< [1] the same where the kernels run
+    float *amax_x;     ///< frozen input maximum; points into the model; NULL when the linear is not
+                       ///< quantized
     cq_tensor block_amax; ///< static scales [rows, cols / 16] F32, else no data
     float top;            ///< 448, or 256 for four-over-six
     int64_t fuse;    ///< parameters with the same non-zero number share scales (q/k/v, gate/up)

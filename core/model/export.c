@@ -13,6 +13,7 @@
 #include "core/base/error.h"
 #include "core/model/json.h"
 #include "core/model/model_impl.h"
+#include "core/tensor/device.h"
 #include <dirent.h>
 #include <errno.h>
 #include <float.h>
@@ -55,17 +56,21 @@ static int add_suffixed(packer *k, const cq_param *p, const char *suffix, cq_ten
     return cq_st_writer_add(k->writer, name, t);
 }
 
-/* The F32 form of a value: itself, or a narrowed copy that the caller frees (*copy). */
+/* The F32 form of a value on the host: itself, or a copy that the caller frees (*copy). */
 static int as_f32(const float **out, float **copy, cq_tensor t) {
-    *copy = NULL;
+    void *owned;
+    CQ_TRY(cq_tensor_on_host(&t, &owned, t));
+    *copy = owned;
     *out = t.data;
     if (t.dtype == CQ_F32)
         return CQ_OK;
     int64_t n = cq_tensor_elems(t);
-    if (!(*copy = malloc((size_t)n * sizeof **copy)))
-        return cq_fail(CQ_ENOMEM, "export: no memory for %ld values", (long)n);
+    *copy = malloc((size_t)n * sizeof **copy);
+    int status = *copy ? cq_convert(*copy, CQ_F32, t.data, t.dtype, n)
+                       : cq_fail(CQ_ENOMEM, "export: no memory for %ld values", (long)n);
+    free(owned);
     *out = *copy;
-    return cq_convert(*copy, CQ_F32, t.data, t.dtype, n);
+    return status;
 }
 
 static bool has_weight(const cq_param *p, const float *x) {
@@ -85,8 +90,12 @@ static int pack(packer *k, cq_param *p, const float *x) {
     if (!(p->amax > 0) && has_weight(p, x))
         return cq_fail(CQ_ENUMERIC, "%s: weight maximum is %g, wanted a calibrated model", p->name,
                        (double)p->amax);
+    cq_tensor block_amax;
+    void *owned;
+    CQ_TRY(cq_tensor_on_host(&block_amax, &owned, p->block_amax));
     int status =
-        cq_nvfp4_pack(bytes, scales, &scalar[0], x, n, cols, p->amax, p->block_amax.data, p->top);
+        cq_nvfp4_pack(bytes, scales, &scalar[0], x, n, cols, p->amax, block_amax.data, p->top);
+    free(owned);
     if (status)
         return cq_fail_in(status, p->name);
     CQ_TRY(cq_st_writer_add(k->writer, p->name, (cq_tensor){bytes, CQ_SHAPE2(n, cols / 2), CQ_U8}));
@@ -114,19 +123,24 @@ static int add_quantized(packer *k, cq_param *p) {
 
 static int add_plain(packer *k, cq_param *p) {
     int64_t n = cq_tensor_elems(p->value);
+    cq_tensor value;
+    void *owned;
+    CQ_TRY(cq_tensor_on_host(&value, &owned, p->value));
+    if (owned)
+        k->owned[k->n_owned++] = owned;
     for (int64_t i = 0; i < n; i++) {
-        double v = p->value.dtype == CQ_F64 ? ((const double *)p->value.data)[i]
-                                            : (double)((const float *)p->value.data)[i];
+        double v = value.dtype == CQ_F64 ? ((const double *)value.data)[i]
+                                         : (double)((const float *)value.data)[i];
         if (!isfinite(v))
             return cq_fail(CQ_ENUMERIC, "%s: element %ld is %g, wanted a finite number", p->name,
                            (long)i, v);
     }
     if (p->disk == p->value.dtype)
-        return cq_st_writer_add(k->writer, p->name, (cq_tensor){p->value.data, p->shape, p->disk});
+        return cq_st_writer_add(k->writer, p->name, (cq_tensor){value.data, p->shape, p->disk});
     void *copy = own(k, n * cq_dtype_bytes(p->disk));
     if (!copy)
         return CQ_ENOMEM;
-    CQ_TRY(cq_convert(copy, p->disk, p->value.data, p->value.dtype, n));
+    CQ_TRY(cq_convert(copy, p->disk, value.data, value.dtype, n));
     return cq_st_writer_add(k->writer, p->name, (cq_tensor){copy, p->shape, p->disk});
 }
 

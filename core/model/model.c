@@ -230,7 +230,7 @@ cq_param *cq_model_find(cq_model *m, const char *name) {
     return NULL;
 }
 bool cq_model_is_nvfp4(const cq_model *m) { return m->nvfp4; }
-int64_t *cq_model_saturation(cq_model *m) { return &m->env.saturated; }
+int64_t *cq_model_saturation(cq_model *m) { return m->env.saturated.data; }
 void cq_model_input_only(cq_model *m, bool on) { m->env.input_only = on; }
 cq_dtype cq_model_dtype(const cq_model *m) { return m->env.dtype; }
 cq_param *cq_model_head(cq_model *m) { return m->head; }
@@ -275,6 +275,10 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
                            CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
+    for (int64_t i = 0; i < w->n_parts && w->quantized && !m->nvfp4; i++)
+        CQ_TRY(cq_plan_add(p, &w->part[i]->amax_at, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(1)));
+    if (w->quantized)
+        CQ_TRY(cq_plan_add(p, &w->amax, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(w->groups)));
     return stack_trained(m, w) ? cq_plan_add(p, &w->grad, CQ_FOR_GRADIENT, name, t, shape) : CQ_OK;
 }
 
@@ -286,8 +290,14 @@ int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
         return cq_fail(CQ_EUSAGE, "model: %s holds NVFP4 weights, wanted BF16 ones to train",
                        m->dir);
     m->trained = trained;
-    for (int64_t i = 0; i < m->n_linears; i++)
+    bool quantized = false;
+    for (int64_t i = 0; i < m->n_linears; i++) {
         CQ_TRY(plan_linear(m, p, m->linear[i], weights));
+        quantized = quantized || m->linear[i]->quantized;
+    }
+    if (quantized)
+        CQ_TRY(cq_plan_add(p, &m->env.saturated, CQ_FOR_FAKEQUANT, "saturated blocks", CQ_I64,
+                           CQ_SHAPE1(1)));
     for (int64_t i = 0; i < m->n_params; i++) {
         cq_param *q = m->param[i];
         if (cq_param_stacked(m, q))

@@ -68,6 +68,8 @@ CQ_API int64_t cq_model_saturated(cq_model *m);
 /// The counter behind it, for whoever quantizes weights in another pass.
 CQ_API int64_t *cq_model_saturation(cq_model *m);
 
+/// The batch of the last embed_forward where the kernels run.
+CQ_API const cq_batch *cq_model_batch(const cq_model *m);
 /// h = embedding of the batch. The residual stream after block l is *cq_model_hidden(m, l) right
 /// after its forward (all l stay valid in the SAVE and RECOMPUTE modes).
 CQ_API int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b);

@@ -24,12 +24,16 @@ struct cq_model {
     cq_param *embed, *norm_f, *head;
     cq_tensor *h; ///< [n_layers + 1] inputs of the layers and the last output; one when inferring
     cq_tensor xf, rstd_f, dh, kernel_scratch, bf16_scratch;
+    cq_batch now; ///< the batch of the last embed_forward where the kernels run
+    cq_tensor ids, labels, positions, starts; ///< its memory on a device
     int threads;
 };
 
 /// Fills params, linears and layers from the config; `o` decides what is quantized (NULL: nothing,
 /// or what the files say when they are NVFP4).
 int cq_model_build(cq_model *m, const cq_quant_options *o);
+/// Brings the frozen maxima to where the kernels run.
+int cq_model_send_amax(cq_model *m);
 /// Points parameters into the stacks that the plan allocated; a frozen stack of a student into its
 /// teacher's.
 int cq_model_bind(cq_model *m);

@@ -3,15 +3,16 @@
 #include "core/base/rng.h"
 #include "core/model/model_impl.h"
 #include "core/quant/scales.h"
+#include "core/tensor/device.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static int check_finite(const cq_model *m, const cq_param *p) {
-    int64_t n = cq_tensor_elems(p->value);
+static int check_finite(const cq_model *m, const cq_param *p, cq_tensor t) {
+    int64_t n = cq_tensor_elems(t);
     for (int64_t i = 0; i < n; i++) {
-        double v = p->value.dtype == CQ_F64 ? ((const double *)p->value.data)[i]
-                                            : (double)((const float *)p->value.data)[i];
+        double v =
+            t.dtype == CQ_F64 ? ((const double *)t.data)[i] : (double)((const float *)t.data)[i];
         if (!isfinite(v))
             return cq_fail(CQ_ENUMERIC, "%s: %s holds %s at element %ld, wanted finite weights",
                            m->dir, p->name, isnan(v) ? "NaN" : "Inf", (long)i);
@@ -34,10 +35,10 @@ static float amax_of_scale(float scale) {
     return amax;
 }
 
-static int load_nvfp4(cq_model *m, cq_param *p, const cq_entry *e) {
+static int load_nvfp4(cq_model *m, cq_param *p, cq_tensor to, const cq_entry *e) {
     char name[160];
     int64_t n = p->shape.dim[0], k = p->shape.dim[1];
-    float scale_2, scale_x, *y = p->value.data;
+    float scale_2, scale_x, *y = to.data;
     cq_module_name(name, p->name, ".weight_scale");
     const cq_entry *s = cq_model_entry(m, name);
     cq_module_name(name, p->name, ".weight_scale_2");
@@ -56,29 +57,52 @@ static int load_nvfp4(cq_model *m, cq_param *p, const cq_entry *e) {
     int status = cq_nvfp4_unpack(y, e->tensor.data, s->tensor.data, scale_2, n, k);
     if (m->env.dtype == CQ_F64) {
         if (!status)
-            status = cq_convert(p->value.data, CQ_F64, y, CQ_F32, n * k);
+            status = cq_convert(to.data, CQ_F64, y, CQ_F32, n * k);
         free(y);
     }
     cq_safetensors_drop(m->files, s);
     return status;
 }
 
+/* Host memory that a value is made in: its own, or a piece that goes to the device afterwards. */
+static int stage(cq_tensor *to, void **owned, const cq_param *p) {
+    int64_t bytes = cq_tensor_bytes(p->value);
+    *to = p->value;
+    *owned = NULL;
+    if (!cq_on_device(p->value.data))
+        return CQ_OK;
+    if (!(*owned = malloc((size_t)(bytes > 0 ? bytes : 1))))
+        return cq_fail(CQ_ENOMEM, "model: no memory for %s on its way to the device", p->name);
+    to->data = *owned;
+    return CQ_OK;
+}
+
+static int unstage(cq_param *p, cq_tensor made, void *owned, int status) {
+    if (owned && !status)
+        status = cq_copy(p->value.data, made.data, cq_tensor_bytes(made));
+    free(owned);
+    return status;
+}
+
 static int load_param(cq_model *m, cq_param *p) {
     if (m->teacher) {
         const cq_param *from = cq_model_find(m->teacher, p->name);
-        if (from->value.data != p->value.data)
-            memcpy(p->value.data, from->value.data, (size_t)cq_tensor_bytes(p->value));
         p->disk = from->disk;
-        return CQ_OK;
+        return from->value.data == p->value.data
+                   ? CQ_OK
+                   : cq_copy(p->value.data, from->value.data, cq_tensor_bytes(p->value));
     }
     const cq_entry *e = cq_model_entry(m, p->name);
-    if (m->nvfp4 && p->quantized)
-        CQ_TRY(load_nvfp4(m, p, e));
-    else
-        CQ_TRY(cq_convert(p->value.data, p->value.dtype, e->tensor.data, e->tensor.dtype,
-                          cq_tensor_elems(p->value)));
+    cq_tensor to;
+    void *owned;
+    CQ_TRY(stage(&to, &owned, p));
+    int status = m->nvfp4 && p->quantized ? load_nvfp4(m, p, to, e)
+                                          : cq_convert(to.data, to.dtype, e->tensor.data,
+                                                       e->tensor.dtype, cq_tensor_elems(to));
     cq_safetensors_drop(m->files, e);
-    return check_finite(m, p);
+    if (!status)
+        status = check_finite(m, p, to);
+    return unstage(p, to, owned, status);
 }
 
 int cq_model_load(cq_model *m) {
@@ -87,14 +111,14 @@ int cq_model_load(cq_model *m) {
     CQ_TRY(cq_model_bind(m));
     for (int64_t i = 0; i < m->n_params; i++)
         CQ_TRY(load_param(m, m->param[i]));
-    return CQ_OK;
+    return cq_model_send_amax(m);
 }
 
-static void put(cq_param *p, int64_t i, double v) {
-    if (p->value.dtype == CQ_F64)
-        ((double *)p->value.data)[i] = v;
+static void put(cq_tensor t, int64_t i, double v) {
+    if (t.dtype == CQ_F64)
+        ((double *)t.data)[i] = v;
     else
-        ((float *)p->value.data)[i] = (float)v;
+        ((float *)t.data)[i] = (float)v;
 }
 
 /* Mamba-2's own initial values (models.md 2.10). */
@@ -123,11 +147,15 @@ int cq_model_init(cq_model *m, uint64_t seed) {
         if (strstr(p->name,
                    "conv1d.weight")) /* fan-in of the short window, as torch's Conv1d has it */
             scale = 1 / sqrt(3.0 * (double)m->config.conv_width);
+        cq_tensor to;
+        void *owned;
+        CQ_TRY(stage(&to, &owned, p));
         for (int64_t k = 0; k < n; k++)
-            put(p, k,
+            put(to, k,
                 bias                ? 0
                 : p->shape.rank > 1 ? scale * cq_random_normal(seed, stream, (uint64_t)k)
                                     : mamba_value(kind, k, seed, stream));
+        CQ_TRY(unstage(p, to, owned, CQ_OK));
     }
     return CQ_OK;
 }

@@ -5,6 +5,7 @@
 /// trained.
 #include "core/base/error.h"
 #include "core/model/model_impl.h"
+#include "core/tensor/device.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,7 +42,8 @@ int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_opti
 
 int cq_model_calibrate_begin(cq_model *m) {
     for (int64_t i = 0; i < m->n_linears; i++)
-        memset(m->linear[i]->amax_x, 0, (size_t)m->linear[i]->groups * sizeof(float));
+        if (m->linear[i]->quantized)
+            CQ_TRY(cq_zero(m->linear[i]->amax.data, cq_tensor_bytes(m->linear[i]->amax)));
     m->env.calibrating = true;
     return CQ_OK;
 }
@@ -65,10 +67,11 @@ static int weight_amax(cq_model *m, cq_stream *s) {
         cq_param *p = m->param[i];
         if (!p->quantized)
             continue;
-        p->amax = 0;
+        CQ_TRY(cq_zero(p->amax_at.data, sizeof p->amax));
         CQ_TRY(CQ_RUN(s, amax, .dtype = m->env.dtype, .rows = p->shape.dim[0],
                       .cols = p->shape.dim[1], .x = p->value.data, .n_groups = 1,
-                      .amax = &p->amax));
+                      .amax = p->amax_at.data));
+        CQ_TRY(cq_copy(&p->amax, p->amax_at.data, sizeof p->amax));
         if (!isfinite(p->amax))
             return cq_fail(CQ_ENUMERIC, "calibration: %s holds a value that is not finite",
                            p->name);
@@ -89,36 +92,55 @@ static void unite(cq_model *m) {
         }
 }
 
-static int search(cq_model *m) {
-    for (int64_t i = 0; i < m->n_params && m->scales != CQ_SCALE_MAX; i++) {
-        cq_param *p = m->param[i];
-        int64_t n = cq_tensor_elems(p->value);
-        float *copy = NULL;
-        if (!p->quantized)
-            continue;
-        if (m->env.dtype == CQ_F64) {
-            if (!(copy = malloc((size_t)n * sizeof *copy)))
-                return cq_fail(CQ_ENOMEM, "calibration: no memory to search the scales of %s",
-                               p->name);
-            CQ_TRY(cq_convert(copy, CQ_F32, p->value.data, CQ_F64, n));
-        }
-        int status = cq_nvfp4_search(p->block_amax.data, copy ? copy : p->value.data,
-                                     p->shape.dim[0], p->shape.dim[1], p->amax, m->scales);
-        free(copy);
-        CQ_TRY(status);
+static int search_param(cq_param *p, cq_scale_method scales) {
+    int64_t n = cq_tensor_elems(p->value), blocks = cq_tensor_bytes(p->block_amax);
+    cq_tensor x;
+    void *owned;
+    float *copy = malloc((size_t)n * sizeof *copy), *found = malloc((size_t)blocks);
+    int status = copy && found ? cq_tensor_on_host(&x, &owned, p->value)
+                               : cq_fail(CQ_ENOMEM, "calibration: no memory to search %s", p->name);
+    if (!status) {
+        status = cq_convert(copy, CQ_F32, x.data, x.dtype, n);
+        free(owned);
     }
+    if (!status)
+        status = cq_nvfp4_search(found, copy, p->shape.dim[0], p->shape.dim[1], p->amax, scales);
+    if (!status)
+        status = cq_copy(p->block_amax.data, found, blocks);
+    free(copy);
+    free(found);
+    return status;
+}
+
+static int search(cq_model *m) {
+    for (int64_t i = 0; i < m->n_params && m->scales != CQ_SCALE_MAX; i++)
+        if (m->param[i]->quantized)
+            CQ_TRY(search_param(m->param[i], m->scales));
+    return CQ_OK;
+}
+
+int cq_model_send_amax(cq_model *m) {
+    for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->quantized)
+            CQ_TRY(cq_copy(m->linear[i]->amax.data, m->linear[i]->amax_x,
+                           cq_tensor_bytes(m->linear[i]->amax)));
+    for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++)
+        if (m->param[i]->quantized)
+            CQ_TRY(cq_copy(m->param[i]->amax_at.data, &m->param[i]->amax, sizeof(float)));
     return CQ_OK;
 }
 
 int cq_model_requantize(cq_model *m, cq_stream *s) {
+    CQ_TRY(cq_model_send_amax(m));
     for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++) {
         cq_param *p = m->param[i];
         if (!p->quantized)
             continue;
-        CQ_TRY(CQ_RUN(s, fake_quant, .dtype = m->env.dtype, .rows = p->shape.dim[0],
-                      .cols = p->shape.dim[1], .x = p->value.data, .y = p->fq.data,
-                      .fq = {.amax = &p->amax, .n_groups = 1, .saturated = &m->env.saturated},
-                      .block_amax = p->block_amax.data, .top = p->top));
+        CQ_TRY(CQ_RUN(
+            s, fake_quant, .dtype = m->env.dtype, .rows = p->shape.dim[0], .cols = p->shape.dim[1],
+            .x = p->value.data, .y = p->fq.data,
+            .fq = {.amax = p->amax_at.data, .n_groups = 1, .saturated = m->env.saturated.data},
+            .block_amax = p->block_amax.data, .top = p->top));
     }
     return CQ_OK;
 }
@@ -127,18 +149,22 @@ int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached) {
     m->env.calibrating = false;
     *unreached = 0;
     for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->quantized)
+            CQ_TRY(cq_copy(m->linear[i]->amax_x, m->linear[i]->amax.data,
+                           cq_tensor_bytes(m->linear[i]->amax)));
+    for (int64_t i = 0; i < m->n_linears; i++)
         if (m->linear[i]->act_quant)
             *unreached += fill_unreached(m->linear[i]);
     CQ_TRY(weight_amax(m, s));
     unite(m);
     CQ_TRY(search(m));
     CQ_TRY(cq_model_requantize(m, s));
-    m->env.saturated = 0;
-    return CQ_OK;
+    return m->env.saturated.data ? cq_zero(m->env.saturated.data, sizeof(int64_t)) : CQ_OK;
 }
 
 int64_t cq_model_saturated(cq_model *m) {
-    int64_t n = m->env.saturated;
-    m->env.saturated = 0;
+    int64_t n = 0, *at = m->env.saturated.data;
+    if (!at || cq_copy(&n, at, sizeof n) || cq_zero(at, sizeof n))
+        return 0;
     return n;
 }

@@ -5,7 +5,7 @@
 #include "core/base/error.h"
 #include "core/base/process.h"
 #include "core/model/model_impl.h"
-#include <string.h>
+#include "core/tensor/device.h"
 
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -45,8 +45,14 @@ static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     CQ_TRY(cq_plan_add(p, &m->rstd_f, keep, "final rstd", t, CQ_SHAPE1(rows)));
     if (!infer)
         CQ_TRY(cq_plan_add(p, &m->dh, keep, "residual gradient", t, CQ_SHAPE2(rows, dim)));
-    CQ_TRY(cq_plan_add(p, &m->kernel_scratch, CQ_FOR_SCRATCH, "kernel scratch", CQ_U8,
-                       CQ_SHAPE2(m->threads, scratch_bytes(&m->config, longest))));
+    if (cq_plan_on_device(p)) {
+        CQ_TRY(cq_plan_add(p, &m->ids, keep, "token ids", CQ_I32, CQ_SHAPE1(rows)));
+        CQ_TRY(cq_plan_add(p, &m->labels, keep, "labels", CQ_I32, CQ_SHAPE1(rows)));
+        CQ_TRY(cq_plan_add(p, &m->positions, keep, "positions", CQ_I32, CQ_SHAPE1(rows)));
+        CQ_TRY(cq_plan_add(p, &m->starts, keep, "document starts", CQ_I64, CQ_SHAPE1(rows + 1)));
+    } else
+        CQ_TRY(cq_plan_add(p, &m->kernel_scratch, CQ_FOR_SCRATCH, "kernel scratch", CQ_U8,
+                           CQ_SHAPE2(m->threads, scratch_bytes(&m->config, longest))));
     if (m->compute == CQ_COMPUTE_BF16)
         CQ_TRY(cq_plan_add(p, &m->bf16_scratch, CQ_FOR_SCRATCH, "bf16 operands", CQ_U8,
                            CQ_SHAPE1(bf16_bytes(m, rows))));
@@ -91,11 +97,30 @@ static int check_batch(const cq_model *m, const cq_batch *b) {
     return CQ_OK;
 }
 
+/* Brings a batch to where the kernels run. */
+static int send_batch(cq_model *m, const cq_batch *b) {
+    m->now = *b;
+    if (!m->ids.data)
+        return CQ_OK;
+    m->now.ids = m->ids.data;
+    m->now.labels = m->labels.data;
+    m->now.positions = m->positions.data;
+    m->now.starts = m->starts.data;
+    int64_t bytes = b->tokens * (int64_t)sizeof *b->ids;
+    CQ_TRY(cq_copy(m->now.ids, b->ids, bytes));
+    CQ_TRY(cq_copy(m->now.labels, b->labels, bytes));
+    CQ_TRY(cq_copy(m->now.positions, b->positions, bytes));
+    return cq_copy(m->now.starts, b->starts, (b->n_docs + 1) * (int64_t)sizeof *b->starts);
+}
+
+const cq_batch *cq_model_batch(const cq_model *m) { return &m->now; }
+
 int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
     CQ_TRY(check_batch(m, b));
+    CQ_TRY(send_batch(m, b));
     cq_model_bind_stream(m, s);
     return CQ_RUN(s, embed_forward, .dtype = m->env.dtype, .tokens = b->tokens,
-                  .dim = m->config.hidden, .vocab = m->config.vocab, .ids = b->ids,
+                  .dim = m->config.hidden, .vocab = m->config.vocab, .ids = m->now.ids,
                   .table = m->embed->value.data, .h = m->h[0].data);
 }
 
@@ -105,10 +130,11 @@ static void *layer_in(const cq_model *m, int64_t i) {
 }
 
 int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
+    (void)b;
     CQ_TRY(cq_stop_check());
     cq_model_bind_stream(m, s);
     for (int64_t i = m->first_layer[block]; i < m->first_layer[block + 1]; i++)
-        CQ_TRY(cq_layer_forward(&m->layer[i], s, b, layer_in(m, i), layer_in(m, i + 1)));
+        CQ_TRY(cq_layer_forward(&m->layer[i], s, &m->now, layer_in(m, i), layer_in(m, i + 1)));
     return CQ_OK;
 }
 
@@ -150,14 +176,16 @@ int cq_model_norm_backward(cq_model *m, cq_stream *s, const cq_batch *b, const v
 }
 
 int cq_model_block_backward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
+    (void)b;
     CQ_TRY(cq_stop_check());
     for (int64_t i = m->first_layer[block + 1] - 1; i >= m->first_layer[block]; i--) {
-        if (m->env.mode == CQ_MODE_RECOMPUTE) {
-            int64_t saturated = m->env.saturated;
-            CQ_TRY(cq_layer_forward(&m->layer[i], s, b, layer_in(m, i), layer_in(m, i + 1)));
-            m->env.saturated = saturated;
-        }
-        CQ_TRY(cq_layer_backward(&m->layer[i], s, b, layer_in(m, i), m->dh.data));
+        m->env.again = m->env.mode == CQ_MODE_RECOMPUTE;
+        int status = m->env.again ? cq_layer_forward(&m->layer[i], s, &m->now, layer_in(m, i),
+                                                     layer_in(m, i + 1))
+                                  : CQ_OK;
+        m->env.again = false;
+        CQ_TRY(status);
+        CQ_TRY(cq_layer_backward(&m->layer[i], s, &m->now, layer_in(m, i), m->dh.data));
     }
     return CQ_OK;
 }
@@ -166,22 +194,19 @@ int cq_model_embed_backward(cq_model *m, cq_stream *s, const cq_batch *b) {
     if (!m->embed->grad.data || m->env.input_only)
         return CQ_OK;
     return CQ_RUN(s, embed_backward, .dtype = m->env.dtype, .tokens = b->tokens,
-                  .dim = m->config.hidden, .vocab = m->config.vocab, .ids = b->ids,
+                  .dim = m->config.hidden, .vocab = m->config.vocab, .ids = m->now.ids,
                   .dh = m->dh.data, .dtable = m->embed->grad.data);
 }
 
 cq_tensor *cq_model_dhidden(cq_model *m) { return &m->dh; }
 
-static void zero(cq_tensor *t) {
-    if (t->data)
-        memset(t->data, 0, (size_t)cq_tensor_bytes(*t));
-}
+static int zero(cq_tensor t) { return t.data ? cq_zero(t.data, cq_tensor_bytes(t)) : CQ_OK; }
 
 int cq_model_zero_grad(cq_model *m) {
     for (int64_t i = 0; i < m->n_linears; i++)
-        zero(&m->linear[i]->grad);
+        CQ_TRY(zero(m->linear[i]->grad));
     for (int64_t i = 0; i < m->n_params; i++)
         if (!cq_param_stacked(m, m->param[i]))
-            zero(&m->param[i]->grad);
+            CQ_TRY(zero(m->param[i]->grad));
     return CQ_OK;
 }

@@ -4,8 +4,10 @@
 /// weights.
 #include "core/model/quant_stats.h"
 #include "core/base/error.h"
+#include "core/tensor/device.h"
 #include "kernels/nvfp4.h"
 #include <math.h>
+#include <stdlib.h>
 
 enum { BLOCK = 16 };
 
@@ -14,14 +16,35 @@ static double element(const cq_tensor *t, int64_t i) {
 }
 
 /* The E4M3 code of block i; a zero tensor keeps scale one in all its blocks, as its export does. */
-static uint8_t scale_code(const cq_param *p, int64_t i, const float x[BLOCK]) {
+static uint8_t scale_code(const cq_param *p, const float *block_amax, int64_t i,
+                          const float x[BLOCK]) {
     int saturated;
     if (!(p->amax > 0))
         return 0x38;
-    if (p->block_amax.data)
-        return cq_nvfp4_scale_static(((const float *)p->block_amax.data)[i], p->amax, p->top);
+    if (block_amax)
+        return cq_nvfp4_scale_static(block_amax[i], p->amax, p->top);
     return cq_nvfp4_scale_dynamic(cq_nvfp4_block_amax(x), cq_nvfp4_tensor_scale(p->amax, 448),
                                   &saturated);
+}
+
+/* t: value, fake-quantized copy, static block maxima. */
+static void add(cq_quant_stats *out, const cq_param *p, const cq_tensor t[3]) {
+    int64_t n = cq_tensor_elems(p->value) / BLOCK;
+    for (int64_t i = 0; i < n; i++) {
+        float x[BLOCK];
+        double signal = 0, noise = 0;
+        for (int64_t k = 0; k < BLOCK; k++) {
+            double w = element(&t[0], BLOCK * i + k), e = element(&t[1], BLOCK * i + k) - w;
+            x[k] = (float)w;
+            signal += w * w;
+            noise += e * e;
+        }
+        out->signal += signal;
+        out->noise += noise;
+        uint8_t code = scale_code(p, t[2].data, i, x);
+        if (code < 127)
+            out->scales[code]++;
+    }
 }
 
 int cq_quant_stats_add(cq_quant_stats *out, const cq_param *p) {
@@ -30,23 +53,16 @@ int cq_quant_stats_add(cq_quant_stats *out, const cq_param *p) {
                        p->quantized ? "was read from an NVFP4 folder, wanted a student of a BF16 "
                                       "model, which keeps master weights"
                                     : "is not quantized, wanted a quantized weight");
-    int64_t n = cq_tensor_elems(p->value) / BLOCK;
-    for (int64_t i = 0; i < n; i++) {
-        float x[BLOCK];
-        double signal = 0, noise = 0;
-        for (int64_t k = 0; k < BLOCK; k++) {
-            double w = element(&p->value, BLOCK * i + k), e = element(&p->fq, BLOCK * i + k) - w;
-            x[k] = (float)w;
-            signal += w * w;
-            noise += e * e;
-        }
-        out->signal += signal;
-        out->noise += noise;
-        uint8_t code = scale_code(p, i, x);
-        if (code < 127)
-            out->scales[code]++;
-    }
-    return CQ_OK;
+    cq_tensor t[3] = {p->value, p->fq, p->block_amax};
+    void *owned[3] = {NULL};
+    int status = CQ_OK;
+    for (int i = 0; i < 3 && !status; i++)
+        status = cq_tensor_on_host(&t[i], &owned[i], t[i]);
+    if (!status)
+        add(out, p, t);
+    for (int i = 0; i < 3; i++)
+        free(owned[i]);
+    return status;
 }
 
 double cq_quant_scale_log2(int64_t code) { return log2((double)cq_e4m3_decode((uint8_t)code)); }

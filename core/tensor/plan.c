@@ -6,6 +6,7 @@
 /// their last owner wrote.
 #include "core/tensor/plan.h"
 #include "core/base/error.h"
+#include "core/tensor/device.h"
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
@@ -32,6 +33,7 @@ struct cq_plan {
     decl *decls;
     int64_t n_decls, capacity;
     region regions[CQ_N_PURPOSES];
+    cq_stream stream; ///< of the device; no table: host memory
     bool committed;
 };
 
@@ -45,6 +47,7 @@ static const char *const purpose_names[CQ_N_PURPOSES] = {
     [CQ_FOR_SCRATCH] = "scratch",
     [CQ_FOR_LOGITS] = "logits",
     [CQ_FOR_CKA] = "CKA",
+    [CQ_FOR_RESULTS] = "results",
 };
 
 const char *cq_purpose_name(cq_purpose purpose) {
@@ -56,13 +59,43 @@ int cq_plan_open(cq_plan **out) {
     return *out ? CQ_OK : cq_fail(CQ_ENOMEM, "plan: out of memory");
 }
 
+void cq_plan_place(cq_plan *plan, const cq_stream *s) {
+    if (s->table && s->table->memory)
+        plan->stream = *s;
+}
+
+bool cq_plan_on_device(const cq_plan *plan) { return plan->stream.table != NULL; }
+
+/* A purpose with only empty tensors gets one line, so that no slot is NULL. */
+static int64_t region_bytes(const region *r) { return r->peak ? r->peak : ALIGN; }
+
 static void unmap(cq_plan *plan) {
     for (int i = 0; i < CQ_N_PURPOSES; i++) {
         region *r = &plan->regions[i];
-        if (r->base)
-            munmap(r->base, (size_t)(r->peak ? r->peak : ALIGN));
+        if (r->base && cq_plan_on_device(plan)) {
+            cq_region_remove(r->base);
+            plan->stream.table->memory->give(r->base, region_bytes(r), i == CQ_FOR_RESULTS);
+        } else if (r->base)
+            munmap(r->base, (size_t)region_bytes(r));
         r->base = NULL;
     }
+}
+
+static int map_region(cq_plan *plan, int purpose) {
+    region *r = &plan->regions[purpose];
+    int64_t bytes = region_bytes(r);
+    void *base = NULL;
+    if (cq_plan_on_device(plan)) {
+        bool shared = purpose == CQ_FOR_RESULTS;
+        CQ_TRY(plan->stream.table->memory->take(&base, bytes, shared));
+        r->base = base;
+        return shared ? CQ_OK : cq_region_add(base, bytes, &plan->stream);
+    }
+    base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED)
+        return cq_fail(CQ_ENOMEM, "%s", strerror(errno));
+    r->base = base;
+    return CQ_OK;
 }
 
 void cq_plan_close(cq_plan *plan) {
@@ -163,23 +196,23 @@ static int refuse(const cq_plan *plan, int64_t limit, const char *what) {
 int cq_plan_commit(cq_plan *plan, int64_t limit_bytes) {
     if (plan->committed)
         return cq_fail(CQ_EUSAGE, "plan: committed twice");
-    int64_t limit = limit_bytes > 0 ? limit_bytes : cq_memory_available();
+    int64_t limit = limit_bytes > 0           ? limit_bytes
+                    : cq_plan_on_device(plan) ? cq_stream_available(&plan->stream)
+                                              : cq_memory_available();
     if (cq_plan_bytes(plan, CQ_N_PURPOSES) > limit)
         return refuse(plan, limit, limit_bytes > 0 ? "(the limit)" : "(available memory)");
     for (int i = 0; i < CQ_N_PURPOSES; i++) {
         region *r = &plan->regions[i];
         if (!r->used)
             continue;
-        /* a purpose with only empty tensors gets one line, so that no slot is NULL */
-        size_t bytes = (size_t)(r->peak ? r->peak : ALIGN);
-        void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base == MAP_FAILED) {
-            int reason = errno;
+        int status = map_region(plan, i);
+        if (status) {
+            char reason[512];
+            snprintf(reason, sizeof reason, "%s", cq_error());
             unmap(plan);
-            return cq_fail(CQ_ENOMEM, "memory plan: mapping %.1f MiB for %s: %s", mib(r->peak),
-                           purpose_names[i], strerror(reason));
+            return cq_fail(status, "memory plan: mapping %.1f MiB for %s: %s", mib(r->peak),
+                           purpose_names[i], reason);
         }
-        r->base = base;
     }
     for (int64_t i = 0; i < plan->n_decls; i++) {
         const decl *d = &plan->decls[i];

@@ -5,6 +5,7 @@
 /// `rewind` after.
 #pragma once
 #include "core/tensor/tensor.h"
+#include "kernels/kernels.h"
 
 typedef enum cq_purpose {
     CQ_FOR_TEACHER = 0,     ///< teacher weights
@@ -16,12 +17,18 @@ typedef enum cq_purpose {
     CQ_FOR_SCRATCH = 6,     ///< block and kernel scratch
     CQ_FOR_LOGITS = 7,      ///< one chunk of logits of each model
     CQ_FOR_CKA = 8,         ///< Grams and sampled rows
-    CQ_N_PURPOSES = 9
+    CQ_FOR_RESULTS = 9,     ///< scalars that kernels write and the host reads after a wait
+    CQ_N_PURPOSES = 10
 } cq_purpose;
 
 typedef struct cq_plan cq_plan;
 
 CQ_API int cq_plan_open(cq_plan **out);
+/// Puts the plan's memory on the stream's device, results into memory that both reach; before
+/// commit. The stream must outlive the plan. Without it, or where the stream has no device: host
+/// memory.
+CQ_API void cq_plan_place(cq_plan *plan, const cq_stream *s);
+CQ_API bool cq_plan_on_device(const cq_plan *plan);
 /// Unmaps everything; slots dangle afterwards.
 CQ_API void cq_plan_close(cq_plan *plan);
 /// Declares one buffer (64-byte aligned). `slot` must stay at its address until commit; its shape

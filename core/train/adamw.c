@@ -1,6 +1,7 @@
 /// adamw.c - AdamW with global-norm clipping; each weight's fake-quantized copy is written in the
 /// update's own pass.
 #include "core/base/error.h"
+#include "core/tensor/device.h"
 #include "core/train/optimizer.h"
 #include <math.h>
 #include <stdlib.h>
@@ -10,6 +11,7 @@ struct cq_adamw {
     cq_adamw_options o;
     int64_t n;
     cq_tensor (*moment)[2]; ///< [n] first and second, no data where not trained
+    cq_tensor sums;         ///< [n] results: squared gradient norms
 };
 
 int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
@@ -43,6 +45,7 @@ void cq_adamw_close(cq_adamw *a) {
 }
 
 int cq_adamw_plan(cq_adamw *a, cq_plan *p) {
+    CQ_TRY(cq_plan_add(p, &a->sums, CQ_FOR_RESULTS, "gradient norms", CQ_F64, CQ_SHAPE1(a->n)));
     for (int64_t i = 0; i < a->n; i++) {
         const cq_param *q = cq_model_param(a->model, i);
         for (int k = 0; k < 2 && q->trainable; k++)
@@ -57,18 +60,21 @@ const cq_tensor *cq_adamw_moment(const cq_adamw *a, int64_t param, int which) {
 }
 
 static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
-    double total = 0;
+    double total = 0, *sum = a->sums.data;
     for (int64_t i = 0; i < a->n; i++) {
         const cq_param *p = cq_model_param(a->model, i);
-        double sum = 0;
-        if (!p->grad.data)
-            continue;
-        CQ_TRY(CQ_RUN(s, sumsq, .dtype = p->grad.dtype, .n = cq_tensor_elems(p->grad),
-                      .x = p->grad.data, .out = &sum));
-        if (!isfinite(sum))
+        sum[i] = 0;
+        if (p->grad.data)
+            CQ_TRY(CQ_RUN(s, sumsq, .dtype = p->grad.dtype, .n = cq_tensor_elems(p->grad),
+                          .x = p->grad.data, .out = &sum[i]));
+    }
+    CQ_TRY(cq_stream_wait(s));
+    for (int64_t i = 0; i < a->n; i++) {
+        const cq_param *p = cq_model_param(a->model, i);
+        if (!isfinite(sum[i]))
             return cq_fail(CQ_ENUMERIC, "adamw: the gradient of %s is not finite (block %d)",
                            p->name, (int)p->block);
-        total += sum;
+        total += sum[i];
     }
     *norm = sqrt(total);
     return CQ_OK;
@@ -93,7 +99,8 @@ static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step,
                        .step = step};
     if (p->quantized) {
         u.wq = p->fq.data;
-        u.fq = (cq_fq){.amax = &p->amax, .n_groups = 1, .saturated = cq_model_saturation(a->model)};
+        u.fq = (cq_fq){
+            .amax = p->amax_at.data, .n_groups = 1, .saturated = cq_model_saturation(a->model)};
         u.block_amax = p->block_amax.data;
         u.top = p->top;
     }

@@ -7,6 +7,7 @@
 #include "core/train/checkpoint.h"
 #include "core/base/error.h"
 #include "core/base/file.h"
+#include "core/tensor/device.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,8 +41,27 @@ static int visit_all(cq_model *m, cq_adamw *adam, visit_fn visit, void *context)
     return CQ_OK;
 }
 
-static int add_tensor(void *writer, const char *name, cq_tensor t) {
-    return cq_st_writer_add(writer, name, t);
+/* The writer reads when it writes, so copies of what lies on a device live until then. */
+typedef struct copies {
+    cq_st_writer *writer;
+    void **owned;
+    int64_t n, capacity;
+} copies;
+
+static int add_tensor(void *context, const char *name, cq_tensor t) {
+    copies *c = context;
+    void *owned;
+    if (c->n == c->capacity) {
+        int64_t capacity = c->capacity ? 2 * c->capacity : 64;
+        void **more = realloc(c->owned, (size_t)capacity * sizeof *more);
+        if (!more)
+            return cq_fail(CQ_ENOMEM, "checkpoint: no memory for its tensor list");
+        c->owned = more;
+        c->capacity = capacity;
+    }
+    CQ_TRY(cq_tensor_on_host(&t, &owned, t));
+    c->owned[c->n++] = owned;
+    return cq_st_writer_add(c->writer, name, t);
 }
 
 static int write_files(const char *dir, cq_st_writer *w, const char *json) {
@@ -55,15 +75,18 @@ static int write_files(const char *dir, cq_st_writer *w, const char *json) {
 
 int cq_checkpoint_save(const char *dir, cq_model *student, cq_adamw *adam, const char *json) {
     char part[4200];
-    cq_st_writer *w = NULL;
+    copies c = {0};
     snprintf(part, sizeof part, "%s.part.%ld", dir, (long)getpid());
-    CQ_TRY(cq_st_writer_open(&w));
-    int status = visit_all(student, adam, add_tensor, w);
+    CQ_TRY(cq_st_writer_open(&c.writer));
+    int status = visit_all(student, adam, add_tensor, &c);
     if (!status)
-        status = write_files(part, w, json);
+        status = write_files(part, c.writer, json);
     if (!status)
         status = cq_folder_replace(dir, part);
-    cq_st_writer_close(w);
+    cq_st_writer_close(c.writer);
+    for (int64_t i = 0; i < c.n; i++)
+        free(c.owned[i]);
+    free(c.owned);
     if (status) {
         char message[1024];
         snprintf(message, sizeof message, "%s", cq_error());
@@ -90,9 +113,8 @@ static int read_tensor(void *context, const char *name, cq_tensor t) {
                        cq_dtype_name(e->tensor.dtype),
                        cq_shape_text(found, sizeof found, e->tensor.shape), cq_dtype_name(t.dtype),
                        cq_shape_text(wanted, sizeof wanted, t.shape));
-    memcpy(t.data, e->tensor.data, (size_t)cq_tensor_bytes(t));
     r->used++;
-    return CQ_OK;
+    return cq_copy(t.data, e->tensor.data, cq_tensor_bytes(t));
 }
 
 int cq_checkpoint_load(const char *dir, cq_model *student, cq_adamw *adam, cq_stream *s,

@@ -6,6 +6,7 @@
 #include "core/train/distill.h"
 #include "core/base/error.h"
 #include "core/base/rng.h"
+#include "core/tensor/device.h"
 #include "core/train/taps.h"
 #include <math.h>
 #include <stdlib.h>
@@ -18,9 +19,10 @@ struct cq_distill {
     int64_t n_blocks, dim, teacher_dim, vocab;
     bool *taps;
     cq_tensor zt, zs, dxf, dhead;
-    cq_tensor candidates, rows, xs, centred, dxs, work;
+    cq_tensor rows, xs, centred, dxs, work;
     cq_tensor *of_teacher, *of_student; ///< [n_blocks] Grams or rows
-    double (*stats)[4];
+    int32_t *sampled;              ///< [tokens] on the host; the first n_rows are those in `rows`
+    cq_tensor sums, counts, stats; ///< results: loss [1], right answers [1], [n_blocks, 4]
     double *loss;
     int64_t n_rows, given, valid, valid_total;
 };
@@ -78,9 +80,8 @@ int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
     d->taps = calloc(n, sizeof *d->taps);
     d->of_teacher = calloc(n, sizeof *d->of_teacher);
     d->of_student = calloc(n, sizeof *d->of_student);
-    d->stats = calloc(n, sizeof *d->stats);
     d->loss = calloc(n, sizeof *d->loss);
-    if (!d->taps || !d->of_teacher || !d->of_student || !d->stats || !d->loss) {
+    if (!d->taps || !d->of_teacher || !d->of_student || !d->loss) {
         cq_distill_close(d);
         return cq_fail(CQ_ENOMEM, "distill: no memory");
     }
@@ -97,7 +98,7 @@ void cq_distill_close(cq_distill *d) {
     free(d->taps);
     free(d->of_teacher);
     free(d->of_student);
-    free(d->stats);
+    free(d->sampled);
     free(d->loss);
     free(d);
 }
@@ -106,7 +107,11 @@ static int plan_taps(cq_distill *d, cq_plan *p, int64_t tokens) {
     int64_t n = d->o.rows < tokens ? d->o.rows : tokens, cols = is_row_loss(d) ? d->dim : n;
     int64_t wide = d->teacher_dim > d->dim ? d->teacher_dim : d->dim;
     d->o.rows = n;
-    CQ_TRY(cq_plan_add(p, &d->candidates, CQ_FOR_CKA, "candidate rows", CQ_I32, CQ_SHAPE1(tokens)));
+    free(d->sampled);
+    if (!(d->sampled = calloc((size_t)tokens, 2 * sizeof *d->sampled)))
+        return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
+    CQ_TRY(cq_plan_add(p, &d->stats, CQ_FOR_RESULTS, "inner products", CQ_F64,
+                       CQ_SHAPE2(d->n_blocks, 4)));
     CQ_TRY(cq_plan_add(p, &d->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(n)));
     CQ_TRY(cq_plan_add(p, &d->xs, CQ_FOR_CKA, "rows", d->dtype, CQ_SHAPE2(n, wide)));
     CQ_TRY(cq_plan_add(p, &d->centred, CQ_FOR_CKA, "centred rows", d->dtype, CQ_SHAPE2(n, wide)));
@@ -132,6 +137,8 @@ int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (d->o.logit_loss != CQ_LOGIT_NONE)
         CQ_TRY(cq_plan_add(p, &d->zs, CQ_FOR_LOGITS, "student logits", d->dtype,
                            CQ_SHAPE2(d->o.chunk, d->vocab)));
+    CQ_TRY(cq_plan_add(p, &d->sums, CQ_FOR_RESULTS, "logit loss", CQ_F64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->counts, CQ_FOR_RESULTS, "right answers", CQ_I64, CQ_SHAPE1(1)));
     CQ_TRY(cq_plan_add(p, &d->dxf, CQ_FOR_LOGITS, "final hidden gradient", d->dtype,
                        CQ_SHAPE2(tokens, d->dim)));
     if (d->o.many && cq_model_head(d->student)->trainable)
@@ -156,28 +163,30 @@ int cq_tap_gram(cq_stream *s, cq_dtype dtype, const void *h, int64_t dim, const 
                   .scratch = centred, .gram = gram);
 }
 
-static void sample_rows(cq_distill *d, const cq_batch *b, int64_t step, int64_t micro) {
-    int32_t *candidate = d->candidates.data, *row = d->rows.data;
+static int sample_rows(cq_distill *d, const cq_batch *b, int64_t step, int64_t micro) {
+    int32_t *row = d->sampled, *candidate = row + b->tokens;
     if (d->given) {
         d->n_rows = d->given;
         d->given = 0;
-        return;
+        return CQ_OK;
     }
     int64_t found = cq_tap_candidates(candidate, b);
     d->n_rows = found < d->o.rows ? found : d->o.rows;
     cq_random_sample(row, d->n_rows, found, d->o.seed, ((uint64_t)step << 24) + (uint64_t)micro);
     for (int64_t i = 0; i < d->n_rows; i++)
         row[i] = candidate[row[i]];
+    return cq_copy(d->rows.data, row, d->n_rows * (int64_t)sizeof *row);
 }
 
 int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n) {
     if (d->o.layer_loss == CQ_LAYER_NONE || n < 4 || n > d->o.rows)
         return cq_fail(CQ_EUSAGE, "distill: %ld rows given, wanted 4 to %ld and a layer loss",
                        (long)n, (long)d->o.rows);
-    memcpy(d->rows.data, rows, (size_t)n * sizeof *rows);
     d->given = n;
-    return CQ_OK;
+    return cq_copy(d->rows.data, rows, n * (int64_t)sizeof *rows);
 }
+
+static double *stats_of(const cq_distill *d, int64_t l) { return (double *)d->stats.data + 4 * l; }
 
 static int tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
     const cq_tensor *h = cq_model_hidden(teacher ? d->teacher : d->student, l);
@@ -187,19 +196,16 @@ static int tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
         CQ_TRY(cq_tap_gram(s, d->dtype, h->data, dim, d->rows.data, n,
                            d->o.layer_loss == CQ_LAYER_CKA_UNBIASED, d->xs.data, d->centred.data,
                            gram));
-        if (teacher)
-            return CQ_OK;
-        CQ_TRY(CQ_RUN(s, cka, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .k = gram,
-                      .l = d->of_teacher[l].data, .out = d->stats[l]));
-        d->loss[l] = d->stats[l][3];
-        return CQ_OK;
+        return teacher ? CQ_OK
+                       : CQ_RUN(s, cka, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .k = gram,
+                                .l = d->of_teacher[l].data, .out = stats_of(d, l));
     }
     void *rows = teacher ? d->of_teacher[l].data : d->xs.data;
     CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = n, .dim = dim, .x = h->data,
                   .index = d->rows.data, .y = rows));
     return teacher ? CQ_OK
                    : CQ_RUN(s, rowloss, .dtype = d->dtype, .form = row_form(d), .n = n, .dim = dim,
-                            .x = rows, .y = d->of_teacher[l].data, .out = &d->loss[l]);
+                            .x = rows, .y = d->of_teacher[l].data, .out = stats_of(d, l) + 3);
 }
 
 static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher) {
@@ -214,8 +220,8 @@ static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher)
 }
 
 /* Loss of one chunk of tokens; leaves the gradient of the final hidden state and the head. */
-static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at, double *sum,
-                      int64_t *right) {
+static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at) {
+    const int32_t *labels = cq_model_batch(d->student)->labels + at;
     int64_t n = b->tokens - at < d->o.chunk ? b->tokens - at : d->o.chunk;
     int64_t size = cq_dtype_bytes(d->dtype);
     double scale = 1.0 / (double)d->valid_total;
@@ -226,12 +232,12 @@ static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at
         CQ_TRY(cq_model_head_forward(d->teacher, s, cq_model_final(d->teacher), at, n, d->zt.data));
         CQ_TRY(CQ_RUN(s, kl, .dtype = d->dtype, .rows = n, .vocab = d->vocab, .form = d->o.form,
                       .top_k = d->o.top_k, .teacher = d->zt.data, .student = d->zs.data,
-                      .labels = b->labels + at, .scale = scale, .gradient = true, .sum = sum,
-                      .agree = right));
+                      .labels = labels, .scale = scale, .gradient = true, .sum = d->sums.data,
+                      .agree = d->counts.data));
     } else
         CQ_TRY(CQ_RUN(s, cross_entropy, .dtype = d->dtype, .rows = n, .vocab = d->vocab,
-                      .logits = d->zs.data, .labels = b->labels + at, .scale = scale,
-                      .gradient = true, .sum = sum, .correct = right));
+                      .logits = d->zs.data, .labels = labels, .scale = scale, .gradient = true,
+                      .sum = d->sums.data, .correct = d->counts.data));
     CQ_TRY(CQ_RUN(s, matmul, .dtype = d->dtype, .m = n, .n = d->dim, .k = d->vocab, .a = d->zs.data,
                   .lda = d->vocab, .b = head->fq.data, .ldb = d->dim,
                   .c = (char *)d->dxf.data + at * d->dim * size, .ldc = d->dim, .alpha = 1));
@@ -243,12 +249,17 @@ static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at
                   .ldb = d->dim, .c = grad, .ldc = d->dim, .alpha = 1, .beta = at > 0);
 }
 
-static bool all_finite(const cq_tensor *t, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        if (!isfinite(t->dtype == CQ_F64 ? ((const double *)t->data)[i]
-                                         : (double)((const float *)t->data)[i]))
-            return false;
-    return true;
+static bool all_finite(const cq_tensor *whole, int64_t n) {
+    cq_tensor t;
+    void *owned;
+    bool finite = true;
+    if (cq_tensor_on_host(&t, &owned, *whole))
+        return true;
+    for (int64_t i = 0; i < n && finite; i++)
+        finite = isfinite(t.dtype == CQ_F64 ? ((const double *)t.data)[i]
+                                            : (double)((const float *)t.data)[i]);
+    free(owned);
+    return finite;
 }
 
 /* Names the first place where a number went wrong. */
@@ -279,8 +290,6 @@ static int check_losses(cq_distill *d, const cq_batch *b, int64_t step, double l
 
 int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
                        int64_t valid_total, cq_distill_result *out) {
-    double sum = 0;
-    int64_t right = 0;
     if (b->valid < 1 || valid_total < b->valid)
         return cq_fail(
             CQ_EDATA,
@@ -290,18 +299,23 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
     d->valid_total = valid_total;
     d->n_rows = 0;
     if (d->o.layer_loss != CQ_LAYER_NONE)
-        sample_rows(d, b, step, micro);
-    for (int64_t l = 0; l < d->n_blocks; l++)
-        d->loss[l] = NAN;
+        CQ_TRY(sample_rows(d, b, step, micro));
+    double *sum = d->sums.data;
+    int64_t *right = d->counts.data;
+    *sum = 0;
+    *right = 0;
     if (d->teacher)
         CQ_TRY(forward(d, s, b, true));
     CQ_TRY(forward(d, s, b, false));
     if (d->o.logit_loss == CQ_LOGIT_NONE)
-        memset(d->dxf.data, 0, (size_t)(b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
+        CQ_TRY(cq_zero(d->dxf.data, b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
     for (int64_t at = 0; at < b->tokens && d->o.logit_loss != CQ_LOGIT_NONE; at += d->o.chunk)
-        CQ_TRY(head_chunk(d, s, b, at, &sum, &right));
-    *out = (cq_distill_result){.logit_loss = sum / (double)b->valid,
-                               .accuracy = (double)right / (double)b->valid,
+        CQ_TRY(head_chunk(d, s, b, at));
+    CQ_TRY(cq_stream_wait(s));
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        d->loss[l] = d->taps[l] && d->n_rows >= 4 ? stats_of(d, l)[3] : NAN;
+    *out = (cq_distill_result){.logit_loss = *sum / (double)b->valid,
+                               .accuracy = (double)*right / (double)b->valid,
                                .valid = b->valid,
                                .rows = d->n_rows,
                                .layer_loss = d->loss};
@@ -318,10 +332,10 @@ static int layer_gradient(cq_distill *d, cq_stream *s, int64_t l, double weight)
         return CQ_RUN(s, rowloss_backward, .dtype = d->dtype, .form = row_form(d), .n = n,
                       .dim = d->dim, .x = d->xs.data, .y = d->of_teacher[l].data, .weight = weight,
                       .dx = d->dxs.data);
-    memcpy(d->work.data, d->of_student[l].data, (size_t)(n * n * cq_dtype_bytes(d->dtype)));
+    CQ_TRY(cq_copy(d->work.data, d->of_student[l].data, n * n * cq_dtype_bytes(d->dtype)));
     return CQ_RUN(s, cka_backward, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .dim = d->dim,
                   .k = d->work.data, .l = d->of_teacher[l].data, .x = d->xs.data, .weight = weight,
-                  .stats = d->stats[l], .dx = d->dxs.data);
+                  .stats = stats_of(d, l), .dx = d->dxs.data);
 }
 
 static int scale_head(cq_distill *d, cq_stream *s, double w) {
@@ -357,10 +371,12 @@ int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w
     return cq_model_embed_backward(d->student, s, b);
 }
 
-static int norm_of(cq_stream *s, cq_dtype dtype, const void *x, int64_t n, double *out) {
-    *out = 0;
-    CQ_TRY(CQ_RUN(s, sumsq, .dtype = dtype, .n = n, .x = x, .out = out));
-    *out = sqrt(*out);
+static int norm_of(cq_distill *d, cq_stream *s, const void *x, int64_t n, double *out) {
+    double *sum = d->sums.data;
+    *sum = 0;
+    CQ_TRY(CQ_RUN(s, sumsq, .dtype = d->dtype, .n = n, .x = x, .out = sum));
+    CQ_TRY(cq_stream_wait(s));
+    *out = sqrt(*sum);
     return CQ_OK;
 }
 
@@ -370,10 +386,9 @@ static int measure(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl, d
     for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
         kl[l] = layer[l] = 0;
         if (d->taps[l] && d->n_rows >= 4) {
-            CQ_TRY(norm_of(s, d->dtype, cq_model_dhidden(d->student)->data, b->tokens * d->dim,
-                           &kl[l]));
+            CQ_TRY(norm_of(d, s, cq_model_dhidden(d->student)->data, b->tokens * d->dim, &kl[l]));
             CQ_TRY(layer_gradient(d, s, l, share));
-            CQ_TRY(norm_of(s, d->dtype, d->dxs.data, d->n_rows * d->dim, &layer[l]));
+            CQ_TRY(norm_of(d, s, d->dxs.data, d->n_rows * d->dim, &layer[l]));
         }
         CQ_TRY(cq_model_block_backward(d->student, s, b, l));
     }

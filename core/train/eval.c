@@ -9,6 +9,7 @@
 /// blocks needs every Gram of a batch at once, so it looks at 128 evenly spaced rows only. KL is
 /// summed apart for octaves of the position, one masked call of the kernel each.
 #include "core/base/error.h"
+#include "core/tensor/device.h"
 #include "core/train/taps.h"
 #include <math.h>
 #include <stdlib.h>
@@ -20,13 +21,13 @@ struct cq_eval {
     cq_model *teacher, *student;
     cq_dtype dtype;
     int64_t n_blocks, vocab, chunk;
-    cq_tensor zt, zs, candidates, xs, centred, k, l;
-    double (*hsic)[3]; ///< [n_blocks] sums of <K, L>, <K, K>, <L, L>
+    cq_tensor zt, zs, rows, xs, centred, k, l;
+    int32_t *candidates, *labels; ///< [tokens] on the host; [chunk] labels of some positions
+    double (*hsic)[3];            ///< [n_blocks] sums of <K, L>, <K, K>, <L, L>
     double *cka;
-    double nll_teacher, nll_student;
-    int64_t agree;
-    double kl[N_OCTAVES];
-    int64_t valid[N_OCTAVES];
+    int64_t groups;     ///< of at most GROUP_ROWS rows in a batch
+    cq_tensor products; ///< results: [n_blocks, groups, 4] of the batch at hand
+    cq_tensor kl_sums, nll, valid_counts, agree; ///< results: [N_OCTAVES], [2], [N_OCTAVES], [1]
     cq_tensor masked, map_grams; ///< [chunk]; [2 * n_blocks, MAP_ROWS, MAP_ROWS], teacher first
     bool want_map;
     double *cross, *self, *map; ///< sums [n_blocks, n_blocks] and [2 * n_blocks]; the map itself
@@ -66,6 +67,8 @@ void cq_eval_close(cq_eval *e) {
         return;
     free(e->hsic);
     free(e->cka);
+    free(e->candidates);
+    free(e->labels);
     free(e->cross);
     free(e->map);
     free(e->self);
@@ -81,13 +84,28 @@ int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
     if (other > dim)
         dim = other;
     e->chunk = chunk < tokens ? chunk : tokens;
+    e->groups = (tokens + GROUP_ROWS - 1) / GROUP_ROWS;
+    free(e->candidates);
+    free(e->labels);
+    e->candidates = calloc((size_t)tokens, sizeof *e->candidates);
+    e->labels = calloc((size_t)e->chunk, sizeof *e->labels);
+    if (!e->candidates || !e->labels)
+        return cq_fail(CQ_ENOMEM, "compare: no memory for its rows");
+    CQ_TRY(cq_plan_add(p, &e->kl_sums, CQ_FOR_RESULTS, "KL", CQ_F64, CQ_SHAPE1(N_OCTAVES)));
+    CQ_TRY(cq_plan_add(p, &e->nll, CQ_FOR_RESULTS, "log-likelihoods", CQ_F64, CQ_SHAPE1(2)));
+    CQ_TRY(
+        cq_plan_add(p, &e->valid_counts, CQ_FOR_RESULTS, "tokens", CQ_I64, CQ_SHAPE1(N_OCTAVES)));
+    CQ_TRY(cq_plan_add(p, &e->agree, CQ_FOR_RESULTS, "right answers", CQ_I64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &e->products, CQ_FOR_RESULTS, "inner products", CQ_F64,
+                       CQ_SHAPE3(e->n_blocks, e->groups, 4)));
     CQ_TRY(cq_plan_add(p, &e->zt, CQ_FOR_LOGITS, "teacher logits", e->dtype,
                        CQ_SHAPE2(e->chunk, e->vocab)));
     CQ_TRY(cq_plan_add(p, &e->zs, CQ_FOR_LOGITS, "student logits", e->dtype,
                        CQ_SHAPE2(e->chunk, e->vocab)));
     CQ_TRY(cq_plan_add(p, &e->masked, CQ_FOR_LOGITS, "labels of some positions", CQ_I32,
                        CQ_SHAPE1(e->chunk)));
-    CQ_TRY(cq_plan_add(p, &e->candidates, CQ_FOR_CKA, "held-out rows", CQ_I32, CQ_SHAPE1(tokens)));
+    CQ_TRY(cq_plan_add(p, &e->rows, CQ_FOR_CKA, "held-out rows", CQ_I32,
+                       CQ_SHAPE1(tokens + MAP_ROWS)));
     CQ_TRY(cq_plan_add(p, &e->map_grams, CQ_FOR_CKA, "Grams of all blocks", e->dtype,
                        CQ_SHAPE3(2 * e->n_blocks, few, few)));
     CQ_TRY(cq_plan_add(p, &e->xs, CQ_FOR_CKA, "rows", e->dtype, CQ_SHAPE2(n, dim)));
@@ -98,12 +116,15 @@ int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
 
 void cq_eval_reset(cq_eval *e) {
     memset(e->hsic, 0, (size_t)e->n_blocks * sizeof *e->hsic);
-    memset(e->kl, 0, sizeof e->kl);
-    memset(e->valid, 0, sizeof e->valid);
-    e->nll_teacher = e->nll_student = 0;
-    e->agree = 0;
+    cq_tensor *sums[] = {&e->kl_sums, &e->nll, &e->valid_counts, &e->agree};
+    for (int i = 0; i < 4; i++)
+        memset(sums[i]->data, 0, (size_t)cq_tensor_bytes(*sums[i]));
     memset(e->cross, 0, (size_t)(e->n_blocks * e->n_blocks) * sizeof *e->cross);
     memset(e->self, 0, (size_t)e->n_blocks * 2 * sizeof *e->self);
+}
+
+static double *products_of(const cq_eval *e, int64_t block, int64_t g) {
+    return (double *)e->products.data + 4 * (block * e->groups + g);
 }
 
 static int add_cka(cq_eval *e, cq_stream *s, int64_t block, int64_t found) {
@@ -112,20 +133,28 @@ static int add_cka(cq_eval *e, cq_stream *s, int64_t block, int64_t found) {
     int64_t groups = (found + GROUP_ROWS - 1) / GROUP_ROWS;
     for (int64_t g = 0; g < groups; g++) {
         int64_t begin = found * g / groups, n = found * (g + 1) / groups - begin;
-        const int32_t *rows = (const int32_t *)e->candidates.data + begin;
-        double out[4], pairs = (double)n * (double)(n - 3);
+        const int32_t *rows = (const int32_t *)e->rows.data + begin;
         if (n < 4)
             continue;
         CQ_TRY(cq_tap_gram(s, e->dtype, x->data, cq_model_config(e->student)->hidden, rows, n, true,
                            e->xs.data, e->centred.data, e->k.data));
         CQ_TRY(cq_tap_gram(s, e->dtype, y->data, cq_model_config(e->teacher)->hidden, rows, n, true,
                            e->xs.data, e->centred.data, e->l.data));
-        CQ_TRY(
-            CQ_RUN(s, cka, .dtype = e->dtype, .n = n, .k = e->k.data, .l = e->l.data, .out = out));
-        for (int i = 0; i < 3; i++)
-            e->hsic[block][i] += out[i] / pairs;
+        CQ_TRY(CQ_RUN(s, cka, .dtype = e->dtype, .n = n, .k = e->k.data, .l = e->l.data,
+                      .out = products_of(e, block, g)));
     }
     return CQ_OK;
+}
+
+/* After a wait: the sums over the groups of a batch. */
+static void add_products(cq_eval *e, int64_t found) {
+    int64_t groups = (found + GROUP_ROWS - 1) / GROUP_ROWS;
+    for (int64_t block = 0; block < e->n_blocks; block++)
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t n = found * (g + 1) / groups - found * g / groups;
+            for (int i = 0; i < 3 && n >= 4; i++)
+                e->hsic[block][i] += products_of(e, block, g)[i] / ((double)n * (double)(n - 3));
+        }
 }
 
 static void *map_gram(const cq_eval *e, int64_t i, int64_t n) {
@@ -134,10 +163,7 @@ static void *map_gram(const cq_eval *e, int64_t i, int64_t n) {
 
 /* Keeps the two Grams of a block over `n` evenly spaced rows. */
 static int keep_grams(cq_eval *e, cq_stream *s, int64_t block, int64_t found, int64_t n) {
-    const int32_t *candidates = e->candidates.data;
-    int32_t rows[MAP_ROWS];
-    for (int64_t i = 0; i < n; i++)
-        rows[i] = candidates[found * i / n];
+    const int32_t *rows = (const int32_t *)e->rows.data + found;
     for (int side = 0; side < 2; side++) {
         cq_model *m = side ? e->student : e->teacher;
         CQ_TRY(cq_tap_gram(s, e->dtype, cq_model_hidden(m, block)->data, cq_model_config(m)->hidden,
@@ -160,18 +186,24 @@ static int keep_grams(cq_eval *e, cq_stream *s, int64_t block, int64_t found, in
 INNER(inner_f32, float)
 INNER(inner_f64, double)
 
-static double inner(const cq_eval *e, int64_t a, int64_t b, int64_t n) {
-    const void *k = map_gram(e, a, n), *l = map_gram(e, b, n);
+static double inner(const cq_eval *e, const char *grams, int64_t a, int64_t b, int64_t n) {
+    int64_t bytes = n * n * cq_dtype_bytes(e->dtype);
+    const void *k = grams + a * bytes, *l = grams + b * bytes;
     return (e->dtype == CQ_F64 ? inner_f64(k, l, n) : inner_f32(k, l, n)) /
            ((double)n * (double)(n - 3));
 }
 
-static void add_map(cq_eval *e, int64_t n) {
+static int add_map(cq_eval *e, int64_t n) {
+    cq_tensor t;
+    void *owned;
+    CQ_TRY(cq_tensor_on_host(&t, &owned, e->map_grams));
     for (int64_t i = 0; i < 2 * e->n_blocks; i++)
-        e->self[i] += inner(e, i, i, n);
-    for (int64_t t = 0; t < e->n_blocks; t++)
+        e->self[i] += inner(e, t.data, i, i, n);
+    for (int64_t i = 0; i < e->n_blocks; i++)
         for (int64_t l = 0; l < e->n_blocks; l++)
-            e->cross[t * e->n_blocks + l] += inner(e, t, e->n_blocks + l, n);
+            e->cross[i * e->n_blocks + l] += inner(e, t.data, i, e->n_blocks + l, n);
+    free(owned);
+    return CQ_OK;
 }
 
 /* Context of 1, 2-3, 4-7 ... tokens: octave k holds positions from 2^k - 1 to 2^(k + 1) - 2. */
@@ -184,7 +216,8 @@ static int octave(int64_t position) {
 
 /* The losses of one chunk, octave by octave. */
 static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, int64_t n) {
-    int32_t *masked = e->masked.data;
+    int32_t *masked = e->labels;
+    double *nll = e->nll.data;
     uint32_t found = 0;
     for (int64_t i = at; i < at + n; i++)
         if (b->labels[i] >= 0)
@@ -194,10 +227,12 @@ static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, i
             continue;
         for (int64_t i = 0; i < n; i++)
             masked[i] = octave(b->positions[at + i]) == k ? b->labels[at + i] : -100;
+        CQ_TRY(cq_copy(e->masked.data, masked, n * (int64_t)sizeof *masked));
         CQ_TRY(CQ_RUN(s, kl, .dtype = e->dtype, .rows = n, .vocab = e->vocab, .form = CQ_KL_FULL,
-                      .teacher = e->zt.data, .student = e->zs.data, .labels = masked, .scale = 1,
-                      .sum = &e->kl[k], .nll_teacher = &e->nll_teacher,
-                      .nll_student = &e->nll_student, .agree = &e->agree, .valid = &e->valid[k]));
+                      .teacher = e->zt.data, .student = e->zs.data, .labels = e->masked.data,
+                      .scale = 1, .sum = (double *)e->kl_sums.data + k, .nll_teacher = nll,
+                      .nll_student = nll + 1, .agree = e->agree.data,
+                      .valid = (int64_t *)e->valid_counts.data + k));
     }
     return CQ_OK;
 }
@@ -213,9 +248,14 @@ static int add_head(cq_eval *e, cq_stream *s, const cq_batch *b) {
 }
 
 int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b) {
-    int64_t found = cq_tap_candidates(e->candidates.data, b);
+    int64_t found = cq_tap_candidates(e->candidates, b);
     int64_t few = found < MAP_ROWS ? found : MAP_ROWS;
     bool map = e->want_map && few >= 4;
+    int32_t spaced[MAP_ROWS], *rows = e->rows.data;
+    for (int64_t i = 0; i < few; i++)
+        spaced[i] = e->candidates[found * i / few];
+    CQ_TRY(cq_copy(rows, e->candidates, found * (int64_t)sizeof *rows));
+    CQ_TRY(cq_copy(rows + found, spaced, few * (int64_t)sizeof *rows));
     CQ_TRY(cq_model_embed_forward(e->teacher, s, b));
     CQ_TRY(cq_model_embed_forward(e->student, s, b));
     for (int64_t l = 0; l < e->n_blocks; l++) {
@@ -225,11 +265,12 @@ int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b) {
         if (map)
             CQ_TRY(keep_grams(e, s, l, found, few));
     }
-    if (map)
-        add_map(e, few);
     CQ_TRY(cq_model_norm_forward(e->teacher, s, b));
     CQ_TRY(cq_model_norm_forward(e->student, s, b));
-    return add_head(e, s, b);
+    CQ_TRY(add_head(e, s, b));
+    CQ_TRY(cq_stream_wait(s));
+    add_products(e, found);
+    return map ? add_map(e, few) : CQ_OK;
 }
 
 static void finish_map(cq_eval *e) {
@@ -242,27 +283,29 @@ static void finish_map(cq_eval *e) {
 }
 
 int cq_eval_result_get(cq_eval *e, cq_eval_result *out) {
+    const double *sums = e->kl_sums.data, *nll = e->nll.data;
+    const int64_t *counts = e->valid_counts.data, *agree = e->agree.data;
     double kl = 0;
     int64_t valid = 0, octaves = 0;
     for (int64_t k = 0; k < N_OCTAVES; k++) {
-        kl += e->kl[k];
-        valid += e->valid[k];
-        octaves = e->valid[k] ? k + 1 : octaves;
+        kl += sums[k];
+        valid += counts[k];
+        octaves = counts[k] ? k + 1 : octaves;
     }
     if (valid < 1)
         return cq_fail(CQ_EDATA, "compare: no held-out token is a target, wanted at least one");
     double n = (double)valid;
     finish_map(e);
     *out = (cq_eval_result){.kl = kl / n,
-                            .top1 = (double)e->agree / n,
+                            .top1 = (double)*agree / n,
                             .tokens = valid,
                             .cka = e->cka,
-                            .perplexity_teacher = exp(e->nll_teacher / n),
-                            .perplexity_student = exp(e->nll_student / n),
+                            .perplexity_teacher = exp(nll[0] / n),
+                            .perplexity_student = exp(nll[1] / n),
                             .cka_min = INFINITY,
                             .n_octaves = octaves,
-                            .octave_kl = e->kl,
-                            .octave_tokens = e->valid,
+                            .octave_kl = sums,
+                            .octave_tokens = counts,
                             .map = e->want_map ? e->map : NULL};
     for (int64_t l = 0; l < e->n_blocks; l++) {
         double norm = sqrt(e->hsic[l][1]) * sqrt(e->hsic[l][2]);
