@@ -1,31 +1,59 @@
--- device.lua - what runs the operations: a kernel table, its threads, the precision of matrix products.
+-- device.lua - what runs the operations: a kernel table and its device, threads, the precision of matrix products.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
-local C = native.C
+local C, call = native.C, native.call
 local device = {}
 local current
 
---- Chooses kernels ("cpu", "ref"), threads (0: all cores) and compute ("f32", "bf16") for models opened from now on.
---- A run does this from its options.
+-- "cpu", "cuda", "cuda:1" -> kernels, index. "auto" is the first GPU where this build and this machine have one.
+local function place(wanted, kernels)
+  if wanted == "cpu" then return kernels, 0 end
+  local index = wanted == "cuda" and 0 or tonumber(wanted:match("^cuda:(%d+)$"))
+  if not index and wanted ~= "auto" then errors.choose("option --device", wanted, { "cpu", "cuda", "cuda:0", "auto" }) end
+  if kernels ~= "cpu" then errors.usage("option --device: %s does not go with --kernels=%s", wanted, kernels) end
+  if C.cq_kernels_find("cuda") == nil then
+    if not index then return "cpu", 0 end
+    errors.usage("option --device: %s is not in this build, which was made without CUDA (nvcc 12.8 or newer)", wanted)
+  end
+  return "cuda", index
+end
+
+-- Opens the stream; with "auto" a machine without a usable GPU is no error.
+local function open(o)
+  local stream = native.new "cq_stream"
+  local kernels, index = place(o.device, o.kernels)
+  local status = C.cq_stream_open(stream, kernels, index or 0)
+  if status < 0 and not index then
+    kernels, status = "cpu", C.cq_stream_open(stream, "cpu", 0)
+  end
+  native.check(status)
+  return stream, kernels
+end
+
+--- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores) and
+--- compute ("f32", "bf16") for models opened from now on. A run does this from its options.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
 ---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
-  local o = errors.fill("device", given, { kernels = "cpu", threads = 0, compute = "f32" })
-  errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
+  local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32" })
+  if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
+    errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
+  end
   errors.choose("option --compute", o.compute, { "f32", "bf16" })
   if o.threads < 0 or o.threads ~= math.floor(o.threads) then
     errors.usage("option --threads: got %g, wanted a whole number, 0 or more", o.threads)
   end
-  local stream = native.new "cq_stream"
-  stream.table = C.cq_kernels_find(o.kernels)
-  if stream.table == nil then errors.usage("option --kernels: %s is not in this build", o.kernels) end
+  local stream, kernels = open(o)
   stream.threads = C.cq_threads_set(o.threads)
   stream.compute = o.compute == "bf16" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
+  local text = native.new "char[128]"
+  call.cq_stream_describe(stream, text, 128)
+  local name = native.string(text)
   current = {
-    stream = stream, kernels = o.kernels, compute = o.compute, threads = tonumber(stream.threads),
-    isa = o.kernels == "cpu" and native.string(C.cq_cpu_isa()) or "scalar",
+    stream = stream, kernels = kernels, compute = o.compute, threads = tonumber(stream.threads), on_device = stream.table.memory ~= nil,
+    isa = name ~= "" and name or kernels == "cpu" and native.string(C.cq_cpu_isa()) or "scalar",
   }
   return current
 end

@@ -159,16 +159,21 @@ end
 
 local element = { [0] = "float", "double", "uint16_t", "uint16_t", "uint8_t", "uint8_t", "int32_t", "int64_t" }
 
--- A pointer to a tensor's elements (BF16 and F16 as their bits), and their number.
+-- A pointer to a tensor's elements (BF16 and F16 as their bits), and their number. What lies on a device is copied, so that only
+-- host tensors change through it.
 function native.elements(tensor)
-  return ffi.cast(element[tonumber(tensor.dtype)] .. " *", tensor.data), tonumber(C.cq_tensor_elems(tensor))
+  local kind, n = element[tonumber(tensor.dtype)], tonumber(C.cq_tensor_elems(tensor))
+  if not C.cq_on_device(tensor.data) then return ffi.cast(kind .. " *", tensor.data), n end
+  local copy = ffi.new(kind .. "[?]", math.max(1, n))
+  native.check(C.cq_copy(copy, tensor.data, C.cq_tensor_bytes(tensor)))
+  return copy, n
 end
 
 -- A new array of a tensor's values in another float dtype ("CQ_F32" or "CQ_F64").
 function native.convert(tensor, dtype)
   local n = C.cq_tensor_elems(tensor)
   local to = ffi.new(dtype == "CQ_F64" and "double[?]" or "float[?]", math.max(1, tonumber(n)))
-  native.check(C.cq_convert(to, C[dtype], tensor.data, tensor.dtype, n))
+  native.check(C.cq_convert(to, C[dtype], native.elements(tensor), tensor.dtype, n))
   return to, tonumber(n)
 end
 

@@ -10,6 +10,7 @@ local options = {}
 
 local common = {
   { "threads", 0, "processor threads (0: all cores)" },
+  { "device", "cpu", "cpu, cuda, cuda:N, or auto (a GPU where there is one)" },
   { "kernels", "cpu", "kernel table: cpu, or ref (the slow specification)" },
   { "compute", "f32", "matrix products: f32, or bf16 operands with f32 sums" },
   { "memory", 0, "bytes the plan may use, for example 4GiB (0: what the system has)" },

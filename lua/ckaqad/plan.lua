@@ -32,6 +32,7 @@ end
 
 local function declare(o, mode)
   local p = native.open("cq_plan", "cq_plan_open")
+  C.cq_plan_place(p, o.student.device.stream)
   local tokens, longest, trained = o.tokens, o.longest, o.trained
   local models = {}
   if o.teacher then models[1] = { o.teacher, C.CQ_MODE_INFER, false } end
@@ -67,7 +68,7 @@ local function lines_of(self)
   local rows = {}
   for purpose = 0, tonumber(C.CQ_N_PURPOSES) - 1 do
     local bytes = tonumber(C.cq_plan_bytes(self.c, purpose))
-    if bytes > 0 then rows[#rows + 1] = { native.string(C.cq_purpose_name(purpose)), text.bytes(bytes) } end
+    if bytes > 0 and purpose ~= C.CQ_FOR_RESULTS then rows[#rows + 1] = { native.string(C.cq_purpose_name(purpose)), text.bytes(bytes) } end
   end
   if self.library > 0 then rows[#rows + 1] = { "oneDNN's own, about", text.bytes(self.library) } end
   rows[#rows + 1] = { "total", text.bytes(self.bytes) }
@@ -102,7 +103,7 @@ function plan.plan(options)
   local many = o.data ~= nil and o.data.batch > o.data.micro
   for _, terms in ipairs(o.lists) do distill.open(o.teacher, o.student, terms, o.seed, many) end
   if o.eval then eval.open(o.teacher, o.student) end
-  local limit = o.limit > 0 and o.limit or tonumber(C.cq_memory_available())
+  local limit = o.limit > 0 and o.limit or tonumber(C.cq_stream_available(o.student.device.stream))
   local p, mode = declare(o, C.CQ_MODE_SAVE), C.CQ_MODE_SAVE
   local saved_bytes = total(p)
   if o.trained and saved_bytes > limit then

@@ -68,7 +68,7 @@ function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
   local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock() }, Run)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
-  self.device = device.device { threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
+  self.device = device.device { device = opt.device, threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
   local said
   if rawget(opt, "model") then
@@ -92,7 +92,8 @@ function run.run(opt, given)
     end
   end
   current = self
-  self:say("device %s, %d threads, %s kernels (%s)", native.version, self.device.threads, self.device.kernels, self.device.isa)
+  self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
+    self.device.compute == "bf16" and ", bf16 matrix products" or "")
   return self
 end
 

@@ -14,8 +14,21 @@ local opt = cq.options {
   compute = "f32",  -- f32, or f64 (kernels ref)
 }
 local double = opt.compute == "f64"
-local device = cq.device { kernels = double and "ref" or opt.kernels, threads = opt.threads,
+local device = cq.device { device = opt.device, kernels = double and "ref" or opt.kernels, threads = opt.threads,
   compute = double and "f32" or opt.compute }
+
+-- An array where the kernels run: a copy on a device (kept until the end), itself on the host; and its values back.
+local memory = device.stream.table.memory
+local function put(x, bytes)
+  if memory == nil then return x end
+  local out = native.new "void *[1]"
+  native.check(memory.take(out, bytes, false))
+  native.check(memory.copy(device.stream, out[0], x, bytes))
+  return out[0]
+end
+local function get(x, there, bytes)
+  if memory ~= nil then native.check(memory.copy(device.stream, x, there, bytes)) end
+end
 
 local groups, failed = {}, 0
 -- Notes an error of a group; the worst one is printed with its place.
@@ -111,7 +124,9 @@ end
 
 local function logits_of(model, tokens)
   local z = native.new(double and "double[?]" or "float[?]", tokens * model.vocab)
-  call.cq_model_head_forward(model.c, model:stream(), C.cq_model_final(model.c), 0, tokens, z)
+  local there = put(z, native.sizeof(z))
+  call.cq_model_head_forward(model.c, model:stream(), C.cq_model_final(model.c), 0, tokens, there)
+  get(z, there, native.sizeof(z))
   return z
 end
 
@@ -167,10 +182,9 @@ end
 local function set_student(student)
   for p in student:params() do
     local name = native.string(p.name)
-    local to, n = native.elements(p.value)
     local t = find("student." .. name)
     if not t then error(("golden file: student.%s is missing"):format(name), 0) end
-    call.cq_convert(to, p.value.dtype, t.data, t.dtype, n)
+    call.cq_tensor_fill(p.value, t.data, t.dtype)
     if p.quantized then
       local module = name:gsub("%.weight$", "")
       p.amax = values("amax_w." .. module)[0]
@@ -254,9 +268,11 @@ local function check_nvfp4(case)
   note(kind .. "scale_2 that differs", differing(own_scale_2, values(case .. ".scale_2"), 1), 0, case)
   note(kind .. "values that differ", compare(y, expected, rows * cols), 0, case)
   local a = native.new("cq_fake_quant_args", { dtype = C.CQ_F32, rows = rows, cols = cols, x = x, y = y, top = top })
-  local one = native.new("float[1]", amax)
-  a.fq.amax, a.fq.n_groups, a.block_amax = one, 1, block_amax
+  a.x, a.y = put(x, native.sizeof(x)), put(y, native.sizeof(y))
+  a.fq.amax, a.fq.n_groups = put(native.new("float[1]", amax), 4), 1
+  a.block_amax = block_amax and put(block_amax, native.sizeof(block_amax))
   native.check(device.stream.table.fake_quant(device.stream, a))
+  get(y, a.y, native.sizeof(y))
   note(kind .. "fake quantization", compare(y, expected, rows * cols), 0, case)
   if not static then return 0, 0 end
   local found = native.new("float[?]", rows * cols / 16)
