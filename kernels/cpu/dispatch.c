@@ -67,9 +67,17 @@ static choice choose(void) {
     return sets[best];
 }
 
+#ifdef CQ_CUDA
+extern const cq_kernels cq_cuda_kernels;
+#endif
+
 const cq_kernels *cq_kernels_find(const char *name) {
     if (strcmp(name, "cpu") == 0)
         return choose().table;
+#ifdef CQ_CUDA
+    if (strcmp(name, "cuda") == 0)
+        return &cq_cuda_kernels;
+#endif
     return strcmp(name, "ref") == 0 ? &cq_ref_kernels : NULL;
 }
 
