@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, runs every test. Each part prints one line; the last line counts them.
-#   bash tests/run.sh [PART...]      only these parts: gcc clang sanitize lint lua golden recipes install long
+#   bash tests/run.sh [PART...]      only these parts: gcc clang sanitize cuda lint lua golden recipes install long
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . recipes/packages.sh
 # shellcheck disable=SC2086
 need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium || exit 1
 
-want=" ${*:-gcc clang sanitize lint lua golden recipes install long} "
+want=" ${*:-gcc clang sanitize cuda lint lua golden recipes install long} "
 logs=build/logs; mkdir -p "$logs"
 passed=0; failed=0; skipped=0
 part() { # NAME LABEL COMMAND...
@@ -24,15 +24,23 @@ part() { # NAME LABEL COMMAND...
 }
 build() { # FOLDER CMAKE-OPTIONS...
   local dir=$1; shift
-  cmake -S . -B "$dir" -G Ninja -DCKAQAD_WERROR=ON "$@" && cmake --build "$dir"
+  cmake -S . -B "$dir" -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_CUDA=OFF "$@" && cmake --build "$dir"
 }
 each_test() { ctest --test-dir "$1" --output-on-failure --timeout 300 -j 2; }
 without_onednn() {
-  cmake -S . -B build/plain -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF && cmake --build build/plain --target ckaqad &&
+  cmake -S . -B build/plain -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_CUDA=OFF -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF && cmake --build build/plain --target ckaqad &&
     build/plain/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
 }
 sanitized() {
   build build/asan -DCKAQAD_SANITIZE=address,undefined && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
+}
+
+with_nvcc() { # code for every target compiles and links, and a machine without a GPU gets one line
+  local nvcc; nvcc=$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc) || { echo "CUDA: not built, no nvcc"; return 77; }
+  echo "with $nvcc"
+  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
+  [ -e build/cuda/CMakeFiles/ckaqad_cuda.dir ] || { echo "CUDA: not built, nvcc is too old"; return 77; }
+  cmake --build build/cuda --target ckaqad ckaqad_bench && bash tests/gpu.sh --build=build/cuda --no-gpu
 }
 
 part gcc "build with gcc, warnings are errors" build build
@@ -40,6 +48,7 @@ part gcc "unit tests" each_test build
 part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang
 part clang "build without oneDNN" without_onednn
 part sanitize "unit tests under address and undefined sanitizers" sanitized
+part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
 for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
 part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua
 for script in tests/golden/*.sh; do part golden "golden: $(basename "$script" .sh)" bash "$script"; done

@@ -51,15 +51,14 @@ void bench_matmul_grouped(bench *b) {
     }
 }
 
-static const float amax_one = 1.0f;
-
 void bench_rmsnorm_forward(bench *b) {
     MEASURE(b, rmsnorm_forward, "2048x192", 0, 8 * T * D, .rows = T, .dim = D,
             .x = bench_floats(b, T * D), .w = bench_floats(b, D), .eps = 1e-5,
             .y = bench_floats(b, T * D), .rstd = bench_floats(b, T));
     MEASURE(b, rmsnorm_forward, "2048x192 quantized", 0, 8 * T * D, .rows = T, .dim = D,
             .x = bench_floats(b, T * D), .w = bench_floats(b, D), .eps = 1e-5,
-            .yq = bench_floats(b, T * D), .rstd = bench_floats(b, T), .fq = {.amax = &amax_one});
+            .yq = bench_floats(b, T * D), .rstd = bench_floats(b, T),
+            .fq = {.amax = bench_float(b, 1.0f)});
 }
 void bench_rmsnorm_backward(bench *b) {
     MEASURE(b, rmsnorm_backward, "2048x192", 0, 12 * T * D, .rows = T, .dim = D,
@@ -70,7 +69,7 @@ void bench_gatednorm_forward(bench *b) {
     MEASURE(b, gatednorm_forward, "2048x384 quantized", 0, 12 * T * MAMBA, .rows = T, .dim = MAMBA,
             .groups = 2, .y = bench_floats(b, T * MAMBA), .z = bench_floats(b, T * MAMBA),
             .ldz = MAMBA, .w = bench_floats(b, MAMBA), .eps = 1e-5,
-            .outq = bench_floats(b, T * MAMBA), .fq = {.amax = &amax_one},
+            .outq = bench_floats(b, T * MAMBA), .fq = {.amax = bench_float(b, 1.0f)},
             .rstd = bench_floats(b, 2 * T));
 }
 void bench_gatednorm_backward(bench *b) {
@@ -96,7 +95,7 @@ void bench_headnorm_backward(bench *b) {
 void bench_swiglu_forward(bench *b) {
     MEASURE(b, swiglu_forward, "2048x512 quantized", 0, 12 * T * INNER, .rows = T, .dim = INNER,
             .gu = bench_floats(b, 2 * T * INNER), .hq = bench_floats(b, T * INNER),
-            .fq = {.amax = &amax_one});
+            .fq = {.amax = bench_float(b, 1.0f)});
 }
 void bench_swiglu_backward(bench *b) {
     MEASURE(b, swiglu_backward, "2048x512", 0, 20 * T * INNER, .rows = T, .dim = INNER,
@@ -106,7 +105,7 @@ void bench_swiglu_backward(bench *b) {
 void bench_relu2_forward(bench *b) {
     MEASURE(b, relu2_forward, "2048x512 quantized", 0, 8 * T * INNER, .rows = T, .dim = INNER,
             .x = bench_floats(b, T * INNER), .hq = bench_floats(b, T * INNER),
-            .fq = {.amax = &amax_one});
+            .fq = {.amax = bench_float(b, 1.0f)});
 }
 void bench_relu2_backward(bench *b) {
     MEASURE(b, relu2_backward, "2048x512", 0, 12 * T * INNER, .rows = T, .dim = INNER,
@@ -116,13 +115,15 @@ void bench_relu2_backward(bench *b) {
 
 void bench_fake_quant(bench *b) {
     MEASURE(b, fake_quant, "64 MiB", 0, 8.0 * BIG, .rows = BIG / 1024, .cols = 1024,
-            .x = bench_floats(b, BIG), .y = bench_floats(b, BIG), .fq = {.amax = &amax_one});
+            .x = bench_floats(b, BIG), .y = bench_floats(b, BIG),
+            .fq = {.amax = bench_float(b, 1.0f)});
     MEASURE(b, fake_quant, "64 MiB static", 0, 8.25 * BIG, .rows = BIG / 1024, .cols = 1024,
-            .x = bench_floats(b, BIG), .y = bench_floats(b, BIG), .fq = {.amax = &amax_one},
-            .block_amax = bench_floats(b, BIG / 16), .top = 448.0f);
+            .x = bench_floats(b, BIG), .y = bench_floats(b, BIG),
+            .fq = {.amax = bench_float(b, 1.0f)}, .block_amax = bench_floats(b, BIG / 16),
+            .top = 448.0f);
     MEASURE(b, fake_quant, "1 MiB", 0, 8 * (BIG / 64), .rows = BIG / 64 / 1024, .cols = 1024,
             .x = bench_floats(b, BIG / 64), .y = bench_floats(b, BIG / 64),
-            .fq = {.amax = &amax_one});
+            .fq = {.amax = bench_float(b, 1.0f)});
 }
 void bench_amax(bench *b) {
     MEASURE(b, amax, "64 MiB", 0, 4.0 * BIG, .rows = BIG / 1024, .cols = 1024,
@@ -137,8 +138,8 @@ void bench_adamw(bench *b) {
     MEASURE(b, adamw, "16 MiB quantized", 0, 32.0 * N, .rows = N / 1024, .cols = 1024,
             .w = bench_floats(b, N), .m = bench_floats(b, N), .v = bench_zeros(b, 4 * N),
             .g = bench_floats(b, N), .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
-            .grad_scale = 1.0, .step = 10, .wq = bench_floats(b, N), .fq = {.amax = &amax_one},
-            .top = 448.0f);
+            .grad_scale = 1.0, .step = 10, .wq = bench_floats(b, N),
+            .fq = {.amax = bench_float(b, 1.0f)}, .top = 448.0f);
 }
 void bench_sumsq(bench *b) {
     MEASURE_ANY(b, sumsq, "64 MiB", 0, 4.0 * BIG, .dtype = CQ_F32, .n = BIG,

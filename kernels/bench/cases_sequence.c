@@ -112,10 +112,9 @@ void bench_route_sort(bench *b) {
                 .position = bench_ints(b, T * TOP, T));
 }
 void bench_gather_rows(bench *b) {
-    static const float amax = 1.0f;
     MEASURE(b, gather_rows, "4096x192 quantized", 0, 8.0 * TOP * T * D, .rows = TOP * T, .dim = D,
             .x = bench_floats(b, T * D), .index = bench_ints(b, TOP * T, T),
-            .yq = bench_floats(b, TOP * T * D), .fq = {.amax = &amax});
+            .yq = bench_floats(b, TOP * T * D), .fq = {.amax = bench_float(b, 1.0f)});
 }
 void bench_combine_forward(bench *b) {
     MEASURE(b, combine_forward, "2048x2x192", 0, 4.0 * T * D * (TOP + 2), .tokens = T, .top_k = TOP,
