@@ -1,0 +1,429 @@
+/// grouped.cu - products of sorted rows with one weight matrix per expert.
+///
+///     forward  y = x w[e]'        input  x = y w[e]        weight  w[e] += y' x
+///
+/// Only the device knows how many rows a group has. A block of the first two modes goes through the
+/// tiles of all groups with a fixed stride and finds the group of a tile by a running sum over
+/// `offsets`, 32 groups at a time; a block of the third has one tile of one w[e], and its reduction
+/// runs over the group's rows in order. Each element of a result is one thread's sum over r
+/// ascending, so results do not depend on the grid.
+///
+/// Nemotron 3 Nano, 8192 tokens: 49152 rows in 128 groups, [1856, 2688]: 490 GFLOP a call. In FP32
+/// 8.2 ms at 60 TF/s. In BF16 0.6 ms at the tensor rate, but the operands are FP32 in memory:
+/// w 2.6 GB, x 0.5 GB, y 0.4 GB are 0.8 ms at 4.3 TB/s, and tiles of 128 x 256 read 11.5 GB from
+/// the second-level cache, about 2 ms: that is the bound.
+#include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/cq_mma.h"
+
+namespace {
+
+enum { THREADS = 256, PERSISTENT = 1024 };
+
+/// C [m, n] = A B over r, or C += A B. A is [m, r] or, turned, [r, m]; B is [n, r] or, turned,
+/// [r, n]. Pointers to the tile's first element; m, n are what is left of C from there.
+struct tile_job {
+    const float *a, *b;
+    float *c;
+    int64_t lda, ldb, ldc, r;
+    int m, n;
+};
+
+/// What a kernel needs, by value.
+struct grouped {
+    const int64_t *offsets;
+    int64_t groups, n, k;
+    float *x, *w, *y;
+};
+
+/// Tiles of all groups in order, as one warp sees them: 32 groups at a time.
+struct group_walk {
+    int first;       ///< of the groups in view
+    int before;      ///< tiles of the groups before them
+    int tiles, upto; ///< of this lane's group, and the sum from `first` to it
+};
+
+__device__ __forceinline__ void walk_look(group_walk *w, const grouped &g, int rows_per_tile,
+                                          int columns) {
+    int lane = (int)(threadIdx.x % CQ_WARP);
+    int64_t e = (int64_t)w->first + lane;
+    int64_t rows = e < g.groups ? g.offsets[e + 1] - g.offsets[e] : 0;
+    w->tiles = (int)((rows + rows_per_tile - 1) / rows_per_tile) * columns;
+    w->upto = w->tiles;
+    for (int d = 1; d < CQ_WARP; d *= 2) {
+        int other = __shfl_up_sync(0xffffffffu, w->upto, d);
+        w->upto += lane >= d ? other : 0;
+    }
+}
+
+/// Group and place inside it of tile `t`, which is never below the one asked before; false behind
+/// the last tile.
+__device__ __forceinline__ bool walk_find(group_walk *w, const grouped &g, int rows_per_tile,
+                                          int columns, int t, int *group, int *inside) {
+    for (;;) {
+        unsigned hit = __ballot_sync(0xffffffffu, w->before + w->upto > t);
+        if (hit != 0) {
+            int lane = __ffs((int)hit) - 1;
+            int start = __shfl_sync(0xffffffffu, w->upto - w->tiles, lane);
+            *group = w->first + lane;
+            *inside = t - w->before - start;
+            return true;
+        }
+        w->before += __shfl_sync(0xffffffffu, w->upto, CQ_WARP - 1);
+        w->first += CQ_WARP;
+        if (w->first >= g.groups)
+            return false;
+        walk_look(w, g, rows_per_tile, columns);
+    }
+}
+
+__device__ __forceinline__ int least(int64_t a, int b) { return a < b ? (int)a : b; }
+
+/// A tile of an operand on its way from memory: SIDE rows of A or columns of B by DEPTH of r, four
+/// consecutive values at a time. Outside of the matrix it is zero.
+template <bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
+    enum {
+        COLS = TURNED ? SIDE : DEPTH,
+        PER_ROW = COLS / 4,
+        N = SIDE * DEPTH / 4 / THREADS,
+        STEP = THREADS / PER_ROW ///< rows between two of a thread's
+    };
+    static_assert(THREADS % PER_ROW == 0 && N * THREADS * 4 == SIDE * DEPTH, "whole rows");
+    float4 v[N];
+
+    static __device__ __forceinline__ int row(int i) {
+        return (int)threadIdx.x / PER_ROW + i * STEP;
+    }
+    static __device__ __forceinline__ int col() { return (int)threadIdx.x % PER_ROW * 4; }
+
+    /// p [side, depth], or turned [depth, side], is where the tile starts; `side` and `depth` are
+    /// what is left of the matrix from there.
+    __device__ __forceinline__ void load(const float *p, int64_t ld, int side, int depth) {
+        int rows = TURNED ? depth : side, cols = TURNED ? side : depth;
+        int left = cols - col();
+        p += row(0) * ld + col();
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            bool in = row(i) < rows;
+            if (VEC) { /* a chunk is inside as a whole: cols is a multiple of 4 */
+                v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (in && left > 0)
+                    v[i] = *reinterpret_cast<const float4 *>(p);
+            } else {
+                v[i].x = in && left > 0 ? p[0] : 0.0f;
+                v[i].y = in && left > 1 ? p[1] : 0.0f;
+                v[i].z = in && left > 2 ? p[2] : 0.0f;
+                v[i].w = in && left > 3 ? p[3] : 0.0f;
+            }
+            p += STEP * ld;
+        }
+    }
+    /// As FP32 to [DEPTH][LD], r first.
+    template <int LD> __device__ __forceinline__ void store_by_depth(float *to) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (TURNED) {
+                *reinterpret_cast<float4 *>(to + row(i) * LD + col()) = v[i];
+            } else {
+                to[(col() + 0) * LD + row(i)] = v[i].x;
+                to[(col() + 1) * LD + row(i)] = v[i].y;
+                to[(col() + 2) * LD + row(i)] = v[i].z;
+                to[(col() + 3) * LD + row(i)] = v[i].w;
+            }
+        }
+    }
+    /// Rounded to BF16, in the order of memory: rows of LD.
+    template <int LD> __device__ __forceinline__ void store_rounded(__nv_bfloat16 *to) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            uint2 two;
+            two.x = cq_bf16_pair(v[i].x, v[i].y);
+            two.y = cq_bf16_pair(v[i].z, v[i].w);
+            *reinterpret_cast<uint2 *>(to + row(i) * LD + col()) = two;
+        }
+    }
+};
+
+/// One C tile in FP32: 128 x 128 by 256 threads, 8 x 8 sums each, r in steps of 16.
+struct simt {
+    enum { M = 128, N = 128, DEPTH = 16, LD = 128 + 4, STAGE = 2 * DEPTH * LD };
+    enum { BYTES = 2 * STAGE * 4 };
+
+    template <bool TA, bool TB, bool ADD, bool VEC>
+    static __device__ void tile(const tile_job &j, unsigned char *room) {
+        float *stage = reinterpret_cast<float *>(room);
+        int tx = (int)threadIdx.x % 16, ty = (int)threadIdx.x / 16;
+        piece<TA, M, DEPTH, VEC> a;
+        piece<TB, N, DEPTH, VEC> b;
+        float sum[8][8] = {};
+        int64_t a_step = TA ? DEPTH * j.lda : DEPTH, b_step = TB ? DEPTH * j.ldb : DEPTH;
+        const float *pa = j.a, *pb = j.b;
+        a.load(pa, j.lda, j.m, least(j.r, DEPTH));
+        b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
+        a.template store_by_depth<LD>(stage);
+        b.template store_by_depth<LD>(stage + DEPTH * LD);
+        __syncthreads();
+        int steps = (int)((j.r + DEPTH - 1) / DEPTH);
+        for (int s = 0; s < steps; s++) {
+            const float *now = stage + (s & 1) * STAGE;
+            bool more = s + 1 < steps;
+            if (more) {
+                int left = least(j.r - (int64_t)(s + 1) * DEPTH, DEPTH);
+                pa += a_step;
+                pb += b_step;
+                a.load(pa, j.lda, j.m, left);
+                b.load(pb, j.ldb, j.n, left);
+            }
+#pragma unroll
+            for (int r = 0; r < DEPTH; r++) {
+                const float *ra = now + r * LD + ty * 4, *rb = now + (DEPTH + r) * LD + tx * 4;
+                float4 a0 = *reinterpret_cast<const float4 *>(ra);
+                float4 a1 = *reinterpret_cast<const float4 *>(ra + 64);
+                float4 b0 = *reinterpret_cast<const float4 *>(rb);
+                float4 b1 = *reinterpret_cast<const float4 *>(rb + 64);
+                const float av[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+                const float bv[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+#pragma unroll
+                for (int p = 0; p < 8; p++)
+#pragma unroll
+                    for (int q = 0; q < 8; q++)
+                        sum[p][q] = fmaf(av[p], bv[q], sum[p][q]);
+            }
+            if (more) {
+                float *next = stage + (~s & 1) * STAGE;
+                a.template store_by_depth<LD>(next);
+                b.template store_by_depth<LD>(next + DEPTH * LD);
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int p = 0; p < 8; p++) {
+            int row = ty * 4 + (p & 3) + (p >> 2) * 64;
+            float *c = j.c + row * j.ldc;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int col = tx * 4 + h * 64;
+                if (row >= j.m)
+                    continue;
+                if (VEC) {
+                    if (col < j.n) {
+                        float4 *at = reinterpret_cast<float4 *>(c + col);
+                        float4 old = ADD ? *at : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                        *at = make_float4(old.x + sum[p][h * 4], old.y + sum[p][h * 4 + 1],
+                                          old.z + sum[p][h * 4 + 2], old.w + sum[p][h * 4 + 3]);
+                    }
+                } else {
+#pragma unroll
+                    for (int q = 0; q < 4; q++)
+                        if (col + q < j.n)
+                            c[col + q] = (ADD ? c[col + q] : 0.0f) + sum[p][h * 4 + q];
+                }
+            }
+        }
+    }
+};
+
+/// One C tile on tensor cores: operands rounded to BF16 on their way into shared memory, sums in
+/// FP32. 128 x 256 by 8 warps of 64 x 64, r in steps of 32.
+struct tensor {
+    enum { M = 128, N = 256, DEPTH = 32, WARP_M = 64, WARP_N = 64, ACROSS = N / WARP_N };
+    enum { STAGE = (M + N) * (DEPTH + 8), BYTES = 2 * STAGE * 2 };
+    /// Rows are 16 bytes longer than their content: eight rows of a fragment fall into different
+    /// banks.
+    template <bool TURNED, int SIDE> struct place {
+        enum { LD = (TURNED ? SIDE : DEPTH) + 8 };
+    };
+
+    template <bool TA>
+    static __device__ __forceinline__ void load_a(uint32_t f[4], const __nv_bfloat16 *a, int row,
+                                                  int r) {
+        enum { LD = place<TA, M>::LD };
+        int lane = (int)(threadIdx.x % CQ_WARP);
+        if (TA)
+            cq_ldmatrix_x4_trans(f, a + (r + (lane & 7) + 8 * (lane >> 4)) * LD + row +
+                                        8 * ((lane >> 3) & 1));
+        else
+            cq_ldmatrix_x4(f, a + (row + (lane & 15)) * LD + r + 8 * (lane >> 4));
+    }
+    /// Two fragments: columns col .. col + 7 in f[0], f[1], the next eight in f[2], f[3].
+    template <bool TB>
+    static __device__ __forceinline__ void load_b(uint32_t f[4], const __nv_bfloat16 *b, int col,
+                                                  int r) {
+        enum { LD = place<TB, N>::LD };
+        int lane = (int)(threadIdx.x % CQ_WARP);
+        if (TB)
+            cq_ldmatrix_x4_trans(f, b + (r + (lane & 15)) * LD + col + 8 * (lane >> 4));
+        else
+            cq_ldmatrix_x4(f, b + (col + (lane & 7) + 8 * (lane >> 4)) * LD + r +
+                                  8 * ((lane >> 3) & 1));
+    }
+
+    template <bool TA, bool TB, bool ADD, bool VEC>
+    static __device__ void tile(const tile_job &j, unsigned char *room) {
+        __nv_bfloat16 *stage = reinterpret_cast<__nv_bfloat16 *>(room);
+        enum { LDA = place<TA, M>::LD, LDB = place<TB, N>::LD, B_AT = M * (DEPTH + 8) };
+        int warp = (int)threadIdx.x / CQ_WARP, lane = (int)threadIdx.x % CQ_WARP;
+        int row0 = warp / ACROSS * WARP_M, col0 = warp % ACROSS * WARP_N;
+        bool busy = row0 < j.m && col0 < j.n;
+        piece<TA, M, DEPTH, VEC> a;
+        piece<TB, N, DEPTH, VEC> b;
+        float sum[WARP_M / 16][WARP_N / 8][4] = {};
+        int64_t a_step = TA ? DEPTH * j.lda : DEPTH, b_step = TB ? DEPTH * j.ldb : DEPTH;
+        const float *pa = j.a, *pb = j.b;
+        a.load(pa, j.lda, j.m, least(j.r, DEPTH));
+        b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
+        a.template store_rounded<LDA>(stage);
+        b.template store_rounded<LDB>(stage + B_AT);
+        __syncthreads();
+        int steps = (int)((j.r + DEPTH - 1) / DEPTH);
+        for (int s = 0; s < steps; s++) {
+            const __nv_bfloat16 *now = stage + (s & 1) * STAGE;
+            bool more = s + 1 < steps;
+            if (more) {
+                int left = least(j.r - (int64_t)(s + 1) * DEPTH, DEPTH);
+                pa += a_step;
+                pb += b_step;
+                a.load(pa, j.lda, j.m, left);
+                b.load(pb, j.ldb, j.n, left);
+            }
+            if (busy)
+#pragma unroll
+                for (int r = 0; r < DEPTH; r += 16) {
+                    uint32_t fa[WARP_M / 16][4];
+#pragma unroll
+                    for (int p = 0; p < WARP_M / 16; p++)
+                        load_a<TA>(fa[p], now, row0 + p * 16, r);
+#pragma unroll
+                    for (int q = 0; q < WARP_N / 8; q += 2) {
+                        uint32_t fb[4];
+                        load_b<TB>(fb, now + B_AT, col0 + q * 8, r);
+#pragma unroll
+                        for (int p = 0; p < WARP_M / 16; p++) {
+                            cq_mma_bf16(sum[p][q], fa[p], fb);
+                            cq_mma_bf16(sum[p][q + 1], fa[p], fb + 2);
+                        }
+                    }
+                }
+            if (more) {
+                __nv_bfloat16 *next = stage + (~s & 1) * STAGE;
+                a.template store_rounded<LDA>(next);
+                b.template store_rounded<LDB>(next + B_AT);
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int p = 0; p < WARP_M / 16; p++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int row = row0 + p * 16 + h * 8 + (lane >> 2);
+                float *c = j.c + row * j.ldc;
+#pragma unroll
+                for (int q = 0; q < WARP_N / 8; q++) {
+                    int col = col0 + q * 8 + (lane & 3) * 2;
+                    float s0 = sum[p][q][h * 2], s1 = sum[p][q][h * 2 + 1];
+                    if (row >= j.m)
+                        continue;
+                    if (VEC) {
+                        if (col < j.n) {
+                            float2 *at = reinterpret_cast<float2 *>(c + col);
+                            float2 old = ADD ? *at : make_float2(0.0f, 0.0f);
+                            *at = make_float2(old.x + s0, old.y + s1);
+                        }
+                    } else {
+                        if (col < j.n)
+                            c[col] = (ADD ? c[col] : 0.0f) + s0;
+                        if (col + 1 < j.n)
+                            c[col + 1] = (ADD ? c[col + 1] : 0.0f) + s1;
+                    }
+                }
+            }
+    }
+};
+
+/// Rows of y, or with INPUT of x. Neighbouring tiles are of the same columns of w[e]: blocks that
+/// run together read it once from memory.
+template <typename HOW, bool INPUT, bool VEC>
+__global__ void __launch_bounds__(THREADS) grouped_rows(grouped g) {
+    CQ_DYN_SMEM(unsigned char, room);
+    int64_t width = INPUT ? g.k : g.n, depth = INPUT ? g.n : g.k;
+    int columns = (int)((width + HOW::N - 1) / HOW::N), group, inside;
+    group_walk walk = {0, 0, 0, 0};
+    walk_look(&walk, g, HOW::M, columns);
+    for (int t = (int)blockIdx.x; walk_find(&walk, g, HOW::M, columns, t, &group, &inside);
+         t += (int)gridDim.x) {
+        int64_t first = g.offsets[group], end = g.offsets[group + 1];
+        int down = (int)((end - first + HOW::M - 1) / HOW::M);
+        int64_t row = first + (int64_t)(inside % down) * HOW::M;
+        int64_t col = (int64_t)(inside / down) * HOW::N;
+        const float *w = g.w + (int64_t)group * g.n * g.k;
+        tile_job j;
+        j.a = (INPUT ? g.y : g.x) + row * depth;
+        j.b = w + (INPUT ? col : col * g.k);
+        j.c = (INPUT ? g.x : g.y) + row * width + col;
+        j.lda = depth;
+        j.ldb = g.k;
+        j.ldc = width;
+        j.r = depth;
+        j.m = least(end - row, HOW::M);
+        j.n = least(width - col, HOW::N);
+        HOW::template tile<false, INPUT, false, VEC>(j, room);
+    }
+}
+
+/// One tile of one w[e].
+template <typename HOW, bool VEC>
+__global__ void __launch_bounds__(THREADS) grouped_weight(grouped g) {
+    CQ_DYN_SMEM(unsigned char, room);
+    int64_t down = (g.n + HOW::M - 1) / HOW::M, across = (g.k + HOW::N - 1) / HOW::N;
+    int64_t group = blockIdx.x / (down * across), inside = blockIdx.x % (down * across);
+    int64_t row = inside % down * HOW::M, col = inside / down * HOW::N;
+    int64_t first = g.offsets[group], rows = g.offsets[group + 1] - first;
+    if (rows == 0) /* the whole block */
+        return;
+    tile_job j;
+    j.a = g.y + first * g.n + row;
+    j.b = g.x + first * g.k + col;
+    j.c = g.w + (group * g.n + row) * g.k + col;
+    j.lda = g.n;
+    j.ldb = g.k;
+    j.ldc = g.k;
+    j.r = rows;
+    j.m = least(g.n - row, HOW::M);
+    j.n = least(g.k - col, HOW::N);
+    HOW::template tile<true, true, true, VEC>(j, room);
+}
+
+template <typename HOW>
+int launch(void (*kernel)(grouped), int64_t grid, cq_stream *s, const grouped &g) {
+    if (grid > 0x7fffffff)
+        return cq_fail(CQ_ESHAPE, "matmul_grouped: %lld tiles in one call", (long long)grid);
+    CQ_TRY(cq_cuda_shared_bytes((const void *)kernel, HOW::BYTES, "matmul_grouped"));
+    CQ_LAUNCH(kernel, (unsigned)grid, THREADS, HOW::BYTES, s, g);
+    CQ_CUDA_END("matmul_grouped");
+}
+
+template <typename HOW> int run(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
+    bool vec = a->n % 4 == 0 && a->k % 4 == 0 &&
+               (((uintptr_t)a->x | (uintptr_t)a->w | (uintptr_t)a->y) & 15) == 0;
+    if (a->mode == CQ_GROUPED_FORWARD)
+        return launch<HOW>(vec ? grouped_rows<HOW, false, true> : grouped_rows<HOW, false, false>,
+                           PERSISTENT, s, g);
+    if (a->mode == CQ_GROUPED_INPUT)
+        return launch<HOW>(vec ? grouped_rows<HOW, true, true> : grouped_rows<HOW, true, false>,
+                           PERSISTENT, s, g);
+    int64_t tiles = ((a->n + HOW::M - 1) / HOW::M) * ((a->k + HOW::N - 1) / HOW::N);
+    return launch<HOW>(vec ? grouped_weight<HOW, true> : grouped_weight<HOW, false>,
+                       a->groups * tiles, s, g);
+}
+
+} // namespace
+
+extern "C" int cq_cuda_matmul_grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
+    CQ_CUDA_F32("matmul_grouped", a);
+    int64_t width = a->mode == CQ_GROUPED_FORWARD ? a->n
+                    : a->mode == CQ_GROUPED_INPUT ? a->k
+                                                  : a->n * a->k;
+    if (a->groups == 0 || width == 0)
+        return CQ_OK;
+    grouped g = {a->offsets, a->groups, a->n, a->k, (float *)a->x, (float *)a->w, (float *)a->y};
+    return s->compute == CQ_COMPUTE_BF16 ? run<tensor>(s, a, g) : run<simt>(s, a, g);
+}

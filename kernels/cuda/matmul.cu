@@ -1,0 +1,581 @@
+/// matmul.cu - dense products through cuBLASLt.
+///
+///     C[m, n] = alpha op(A) op(B) + beta C        row-major
+///
+/// cuBLASLt counts columns first, so it is asked for C' = op(B)' op(A)': B is its first operand,
+/// and a row-major matrix with distance ld is its transpose with leading dimension ld. FP32
+/// products are FP32 throughout: an algorithm that rounds its inputs (TF32, BF16) is not taken.
+/// With CQ_COMPUTE_BF16 both operands are rounded into the stream's bf16_scratch, in pieces of k if
+/// that is small, and accumulated in FP32.
+///
+/// The same bits again: of the ways to split k only the one that stores partial sums and adds them
+/// in order is allowed, and the algorithm of a shape is chosen once and kept. CKAQAD_CUDA_TUNE=1
+/// times the candidates instead of taking the first, and keeps the winners in
+/// $XDG_CACHE_HOME/ckaqad or ~/.cache/ckaqad; it waits for the device and is not for use while a
+/// graph is captured.
+///
+/// Qwen3-4B, 8192 tokens, gate and up: 8192 x 19456 x 2560, 816 GFLOP: 1.03 ms at 790 TF/s in BF16,
+/// 13.6 ms at 60 TF/s in FP32. Rounding its operands moves 0.42 GB: 0.10 ms at 4.3 TB/s.
+#include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/cq_mma.h"
+#include "kernels/cuda/device.h"
+extern "C" {
+#include "core/base/file.h"
+}
+#include <cublasLt.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+namespace {
+
+enum {
+    WORKSPACE = 32 << 20,
+    CANDIDATES = 8,
+    REPEATS = 5,
+    THREADS = 256,
+    FIRST_SIZE = 256,      ///< of the table; a power of two
+    MOST_ENTRIES = 1 << 16 ///< then it starts anew
+};
+
+/// What an algorithm is chosen for. No padding: compared and hashed as bytes.
+struct lt_key {
+    int64_t m, n, k, lda, ldb, ldc;
+    int32_t form;  ///< FORM_* bits
+    int32_t align; ///< log2 of the alignment of a, b and c in bytes, up to 8, four bits each
+};
+enum { FORM_TA = 1, FORM_TB = 2, FORM_BF16 = 4, FORM_BETA = 8 };
+static_assert(sizeof(lt_key) == 56, "no padding");
+
+struct lt_entry {
+    lt_key key;
+    cublasLtMatmulAlgo_t algo;
+    bool used;
+    bool checked; ///< false: read from a file, not yet held against this device
+    bool tuned;
+};
+
+struct lt_table {
+    lt_entry *entry;
+    int64_t size, used;
+    bool tune;
+    char path[512]; ///< of the tuned algorithms; empty: nowhere to keep them
+};
+
+/// One product as cuBLASLt wants it; `first` is B and `second` is A.
+struct lt_call {
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t first, second, c;
+};
+
+int failed(const cq_matmul_args *a, const char *what, cublasStatus_t status) {
+    return cq_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? CQ_ENOMEM : CQ_EIO,
+                   "cuda: matmul: [%lld, %lld] x [%lld, %lld]: %s: %s", (long long)a->m,
+                   (long long)a->k, (long long)a->k, (long long)a->n, what,
+                   cublasLtGetStatusName(status));
+}
+
+/* Passes a failing cuBLASLt status up as an error that names the product. */
+#define LT_TRY(a, what, call)                                                                      \
+    do {                                                                                           \
+        cublasStatus_t status_ = (call);                                                           \
+        if (status_ != CUBLAS_STATUS_SUCCESS)                                                      \
+            return failed((a), (what), status_);                                                   \
+    } while (0)
+
+int describe(lt_call *call, const cq_matmul_args *a, bool bf16) {
+    cudaDataType_t type = bf16 ? CUDA_R_16BF : CUDA_R_32F;
+    int32_t op_first = a->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    int32_t op_second = a->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+    LT_TRY(a, "describing the product",
+           cublasLtMatmulDescInit(&call->product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LT_TRY(a, "describing the product",
+           cublasLtMatmulDescSetAttribute(&call->product, CUBLASLT_MATMUL_DESC_TRANSA, &op_first,
+                                          sizeof op_first));
+    LT_TRY(a, "describing the product",
+           cublasLtMatmulDescSetAttribute(&call->product, CUBLASLT_MATMUL_DESC_TRANSB, &op_second,
+                                          sizeof op_second));
+    LT_TRY(a, "describing B",
+           cublasLtMatrixLayoutInit(&call->first, type, (uint64_t)(a->tb ? a->k : a->n),
+                                    (uint64_t)(a->tb ? a->n : a->k), a->ldb));
+    LT_TRY(a, "describing A",
+           cublasLtMatrixLayoutInit(&call->second, type, (uint64_t)(a->ta ? a->m : a->k),
+                                    (uint64_t)(a->ta ? a->k : a->m), a->lda));
+    LT_TRY(a, "describing C",
+           cublasLtMatrixLayoutInit(&call->c, CUDA_R_32F, (uint64_t)a->n, (uint64_t)a->m, a->ldc));
+    return CQ_OK;
+}
+
+int32_t alignment_log2(const void *p) {
+    int32_t n = 0;
+    while (n < 8 && ((uintptr_t)p >> n & 1) == 0)
+        n++;
+    return n;
+}
+
+lt_key key_of(const cq_matmul_args *a, bool bf16) {
+    lt_key key = {a->m, a->n, a->k, a->lda, a->ldb, a->ldc, 0, 0};
+    key.form = (a->ta ? FORM_TA : 0) | (a->tb ? FORM_TB : 0) | (bf16 ? FORM_BF16 : 0) |
+               (a->beta != 0.0 ? FORM_BETA : 0);
+    key.align = alignment_log2(a->a) | alignment_log2(a->b) << 4 | alignment_log2(a->c) << 8;
+    return key;
+}
+
+/// The entry of a key, or the free one where it belongs.
+lt_entry *look_up(lt_entry *entry, int64_t size, const lt_key *key) {
+    const unsigned char *bytes = (const unsigned char *)key;
+    uint64_t h = 14695981039346656037ull; /* FNV-1a */
+    for (size_t i = 0; i < sizeof *key; i++)
+        h = (h ^ bytes[i]) * 1099511628211ull;
+    for (uint64_t i = h ^ h >> 32;; i++) {
+        lt_entry *e = &entry[i & (uint64_t)(size - 1)];
+        if (!e->used || memcmp(&e->key, key, sizeof *key) == 0)
+            return e;
+    }
+}
+
+/// The entry of a key, made when there is none; NULL without memory.
+lt_entry *entry_of(lt_table *t, const lt_key *key) {
+    lt_entry *e = look_up(t->entry, t->size, key);
+    if (e->used)
+        return e;
+    if (t->used >= MOST_ENTRIES) {
+        memset(t->entry, 0, (size_t)t->size * sizeof *t->entry);
+        t->used = 0;
+    } else if (2 * t->used >= t->size) {
+        lt_entry *wider = (lt_entry *)calloc((size_t)t->size * 2, sizeof *wider);
+        if (!wider)
+            return NULL;
+        for (int64_t i = 0; i < t->size; i++)
+            if (t->entry[i].used)
+                *look_up(wider, 2 * t->size, &t->entry[i].key) = t->entry[i];
+        free(t->entry);
+        t->entry = wider;
+        t->size *= 2;
+    }
+    return look_up(t->entry, t->size, key);
+}
+
+void put(lt_table *t, lt_entry *e, const lt_key *key, const cublasLtMatmulAlgo_t *algo,
+         bool checked, bool tuned) {
+    t->used += e->used ? 0 : 1;
+    e->key = *key;
+    e->algo = *algo;
+    e->used = true;
+    e->checked = checked;
+    e->tuned = tuned;
+}
+
+/// Sums in a fixed order; FP32 inputs used as they are.
+bool acceptable(const cublasLtMatmulAlgo_t *algo, bool bf16) {
+    const uint64_t rounding =
+        CUBLASLT_NUMERICAL_IMPL_FLAGS_HMMA | CUBLASLT_NUMERICAL_IMPL_FLAGS_INPUT_TF32 |
+        CUBLASLT_NUMERICAL_IMPL_FLAGS_INPUT_16BF | CUBLASLT_NUMERICAL_IMPL_FLAGS_INPUT_16F;
+    uint32_t scheme = 0;
+    uint64_t flags = 0;
+    size_t written = 0;
+    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                             sizeof scheme, &written) != CUBLAS_STATUS_SUCCESS ||
+        (scheme & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) != 0)
+        return false;
+    return bf16 ||
+           (cublasLtMatmulAlgoCapGetAttribute(algo, CUBLASLT_ALGO_CAP_NUMERICAL_IMPL_FLAGS, &flags,
+                                              sizeof flags, &written) == CUBLAS_STATUS_SUCCESS &&
+            (flags & rounding) == 0);
+}
+
+/// Acceptable algorithms, the one believed to be fastest first; at least one, or an error.
+int candidates(cublasLtMatmulAlgo_t *algo, int *n, const cq_cuda_device *d, lt_call *call,
+               const cq_matmul_args *a, const lt_key *key) {
+    uint64_t workspace = d->workspace_bytes;
+    uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    uint32_t align_a = 1u << (key->align & 15), align_b = 1u << (key->align >> 4 & 15);
+    uint32_t align_c = 1u << (key->align >> 8 & 15);
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t attribute;
+        const void *value;
+        size_t bytes;
+    } wish[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &scheme, sizeof scheme},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_b, sizeof align_b},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_a, sizeof align_a},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_c, sizeof align_c},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_c, sizeof align_c},
+    };
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t found[CANDIDATES];
+    int returned = 0;
+    LT_TRY(a, "describing a choice", cublasLtMatmulPreferenceInit(&preference));
+    for (size_t i = 0; i < sizeof wish / sizeof *wish; i++)
+        LT_TRY(a, "describing a choice",
+               cublasLtMatmulPreferenceSetAttribute(&preference, wish[i].attribute, wish[i].value,
+                                                    wish[i].bytes));
+    LT_TRY(a, "choosing an algorithm",
+           cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->lt, &call->product, &call->first,
+                                          &call->second, &call->c, &call->c, &preference,
+                                          CANDIDATES, found, &returned));
+    *n = 0;
+    for (int i = 0; i < returned; i++)
+        if (found[i].state == CUBLAS_STATUS_SUCCESS &&
+            found[i].workspaceSize <= d->workspace_bytes &&
+            acceptable(&found[i].algo, (key->form & FORM_BF16) != 0))
+            algo[(*n)++] = found[i].algo;
+    return *n > 0
+               ? CQ_OK
+               : failed(a, "no algorithm with ordered sums and unrounded inputs among those found",
+                        CUBLAS_STATUS_NOT_SUPPORTED);
+}
+
+/// Whether an algorithm out of a file runs here.
+bool runs_here(const cublasLtMatmulAlgo_t *algo, const cq_cuda_device *d, lt_call *call,
+               bool bf16) {
+    cublasLtMatmulHeuristicResult_t result;
+    return acceptable(algo, bf16) &&
+           cublasLtMatmulAlgoCheck((cublasLtHandle_t)d->lt, &call->product, &call->first,
+                                   &call->second, &call->c, &call->c, algo,
+                                   &result) == CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= d->workspace_bytes;
+}
+
+cublasStatus_t multiply(const cq_cuda_device *d, lt_call *call, const cq_matmul_args *a, void *c,
+                        const cublasLtMatmulAlgo_t *algo) {
+    float alpha = (float)a->alpha, beta = (float)a->beta;
+    return cublasLtMatmul((cublasLtHandle_t)d->lt, &call->product, &alpha, a->b, &call->first, a->a,
+                          &call->second, &beta, c, &call->c, c, &call->c, algo, d->workspace,
+                          d->workspace_bytes, d->queue);
+}
+
+/// Milliseconds of REPEATS products into `c`; negative when it does not run.
+float time_of(const cq_cuda_device *d, lt_call *call, const cq_matmul_args *a, void *c,
+              const cublasLtMatmulAlgo_t *algo, cudaEvent_t begin, cudaEvent_t end) {
+    float ms = -1.0f;
+    bool ran = multiply(d, call, a, c, algo) == CUBLAS_STATUS_SUCCESS &&
+               cudaEventRecord(begin, d->queue) == cudaSuccess;
+    for (int i = 0; i < REPEATS && ran; i++)
+        ran = multiply(d, call, a, c, algo) == CUBLAS_STATUS_SUCCESS;
+    if (!ran || cudaEventRecord(end, d->queue) != cudaSuccess ||
+        cudaEventSynchronize(end) != cudaSuccess ||
+        cudaEventElapsedTime(&ms, begin, end) != cudaSuccess)
+        return -1.0f;
+    return ms;
+}
+
+/// Puts the fastest of n algorithms first. C is left alone: the products go elsewhere. False when
+/// nothing could be timed: no memory, or a graph is being captured.
+bool fastest_first(cublasLtMatmulAlgo_t *algo, int n, const cq_cuda_device *d, lt_call *call,
+                   const cq_matmul_args *a) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    cudaEvent_t begin = NULL, end = NULL;
+    void *c = NULL;
+    size_t bytes = (size_t)(a->m * a->ldc) * sizeof(float);
+    if (cudaStreamIsCapturing(d->queue, &capture) != cudaSuccess ||
+        capture != cudaStreamCaptureStatusNone)
+        return false;
+    bool ready = cudaMalloc(&c, bytes) == cudaSuccess &&
+                 cudaMemsetAsync(c, 0, bytes, d->queue) == cudaSuccess &&
+                 cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess;
+    int best = -1;
+    float best_ms = 0.0f;
+    for (int i = 0; i < n && ready; i++) {
+        float ms = time_of(d, call, a, c, &algo[i], begin, end);
+        if (ms >= 0.0f && (best < 0 || ms < best_ms)) {
+            best = i;
+            best_ms = ms;
+        }
+    }
+    if (best > 0) {
+        cublasLtMatmulAlgo_t first = algo[0];
+        algo[0] = algo[best];
+        algo[best] = first;
+    }
+    if (begin)
+        cudaEventDestroy(begin);
+    if (end)
+        cudaEventDestroy(end);
+    cudaFree(c);
+    cudaGetLastError(); /* what did not run here is no error of the next operation */
+    return best >= 0;
+}
+
+/// $XDG_CACHE_HOME or ~/.cache, then ckaqad/cublaslt-<device>-<version>.txt; empty without either.
+void name_file(char *path, size_t size, int index) {
+    char device[128] = "";
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    cudaDeviceProp p;
+    path[0] = 0;
+    if (cudaGetDeviceProperties(&p, index) != cudaSuccess)
+        return;
+    for (size_t i = 0; i + 1 < sizeof device && p.name[i]; i++) {
+        char ch = p.name[i];
+        bool plain =
+            (ch >= '0' && ch <= '9') || (ch >= 'A' && ch <= 'Z') || (ch >= 'a' && ch <= 'z');
+        device[i] = plain ? ch : '-';
+    }
+    int n = 0;
+    if (cache && cache[0] == '/')
+        n = snprintf(path, size, "%s/ckaqad/cublaslt-%s-%zu.txt", cache, device,
+                     cublasLtGetVersion());
+    else if (home && home[0] == '/')
+        n = snprintf(path, size, "%s/.cache/ckaqad/cublaslt-%s-%zu.txt", home, device,
+                     cublasLtGetVersion());
+    if (n < 0 || (size_t)n >= size)
+        path[0] = 0;
+}
+
+/// A line of the file: the key, then the algorithm as eight words. A file that reads otherwise is
+/// read up to there.
+void read_tuned(lt_table *t) {
+    char *text = NULL;
+    int64_t bytes = 0;
+    if (!t->path[0] || !cq_file_exists(t->path) || cq_file_read(&text, &bytes, t->path) != CQ_OK)
+        return;
+    for (char *line = text; *line;) {
+        lt_key key = {};
+        cublasLtMatmulAlgo_t algo;
+        int used = 0;
+        int n = sscanf(line,
+                       "%" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64 " %" SCNd64
+                       " %" SCNd32 " %" SCNd32 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64
+                       " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 "%n",
+                       &key.m, &key.n, &key.k, &key.lda, &key.ldb, &key.ldc, &key.form, &key.align,
+                       &algo.data[0], &algo.data[1], &algo.data[2], &algo.data[3], &algo.data[4],
+                       &algo.data[5], &algo.data[6], &algo.data[7], &used);
+        lt_entry *e = n == 16 && line[used] == '\n' ? entry_of(t, &key) : NULL;
+        if (!e)
+            break;
+        put(t, e, &key, &algo, false, true);
+        line += used + 1;
+    }
+    free(text);
+}
+
+/// Writes all tuned algorithms. A cache that cannot be written is tuned again by the next run.
+void write_tuned(const lt_table *t) {
+    enum { LINE = 8 * 21 + 8 * 17 + 1 };
+    char folder[sizeof t->path], *slash;
+    char *text = (char *)malloc((size_t)t->used * LINE + 1);
+    size_t at = 0;
+    if (!text || !t->path[0]) {
+        free(text);
+        return;
+    }
+    for (int64_t i = 0; i < t->size; i++) {
+        const lt_entry *e = &t->entry[i];
+        const lt_key *k = &e->key;
+        if (!e->used || !e->tuned)
+            continue;
+        at += (size_t)snprintf(text + at, LINE,
+                               "%" PRId64 " %" PRId64 " %" PRId64 " %" PRId64 " %" PRId64
+                               " %" PRId64 " %" PRId32 " %" PRId32,
+                               k->m, k->n, k->k, k->lda, k->ldb, k->ldc, k->form, k->align);
+        for (int w = 0; w < 8; w++)
+            at += (size_t)snprintf(text + at, 18, " %" PRIx64, e->algo.data[w]);
+        text[at++] = '\n';
+    }
+    snprintf(folder, sizeof folder, "%s", t->path);
+    slash = strrchr(folder, '/');
+    *slash = 0;
+    if (cq_folder_make(folder) == CQ_OK)
+        cq_file_write(t->path, text, (int64_t)at);
+    free(text);
+}
+
+int choose(cublasLtMatmulAlgo_t *out, cq_cuda_device *d, lt_call *call, const cq_matmul_args *a,
+           bool bf16) {
+    lt_table *t = (lt_table *)d->algos;
+    lt_key key = key_of(a, bf16);
+    lt_entry *e = entry_of(t, &key);
+    if (!e)
+        return cq_fail(CQ_ENOMEM, "cuda: matmul: no memory for one more algorithm");
+    if (e->used && !e->checked)
+        e->checked = runs_here(&e->algo, d, call, bf16);
+    if (!e->used || !e->checked) {
+        cublasLtMatmulAlgo_t algo[CANDIDATES];
+        int n = 0;
+        CQ_TRY(candidates(algo, &n, d, call, a, &key));
+        bool tuned = t->tune && fastest_first(algo, n, d, call, a);
+        put(t, e, &key, &algo[0], true, tuned);
+        if (tuned)
+            write_tuned(t);
+    }
+    *out = e->algo;
+    return CQ_OK;
+}
+
+int product(cq_cuda_device *d, const cq_matmul_args *a, bool bf16) {
+    lt_call call;
+    cublasLtMatmulAlgo_t algo;
+    CQ_TRY(describe(&call, a, bf16));
+    CQ_TRY(choose(&algo, d, &call, a, bf16));
+    LT_TRY(a, bf16 ? "in BF16" : "in FP32", multiply(d, &call, a, a->c, &algo));
+    CQ_CUDA_END("matmul");
+}
+
+/// An operand on its way to BF16: rows of cols values, ld apart, to rows of to_ld, a multiple of 8;
+/// what is between them becomes zero.
+struct rounding {
+    const float *x;
+    __nv_bfloat16 *to;
+    int64_t rows, cols, ld, to_ld;
+};
+
+rounding rounding_of(const void *x, int64_t rows, int64_t cols, int64_t ld, __nv_bfloat16 *to) {
+    rounding r = {(const float *)x, to, rows, cols, ld, (cols + 7) / 8 * 8};
+    if (ld == cols && cols % 8 == 0) { /* dense: one long row */
+        r.rows = 1;
+        r.cols = r.ld = r.to_ld = rows * cols;
+    }
+    return r;
+}
+int64_t rounding_blocks(const rounding &r) { return cq_blocks(r.rows * (r.to_ld / 8), THREADS); }
+
+/// Values 8 i to 8 i + 7 of the result.
+__device__ __forceinline__ void round_eight(const rounding &r, int64_t i) {
+    int64_t chunks = r.to_ld / 8;
+    if (i >= r.rows * chunks)
+        return;
+    int64_t row = r.rows == 1 ? 0 : i / chunks, col = (i - row * chunks) * 8;
+    const float *x = r.x + row * r.ld + col;
+    int64_t left = r.cols - col;
+    float v[8];
+    if (left >= 8 && ((uintptr_t)x & 15) == 0) {
+        float4 lo = reinterpret_cast<const float4 *>(x)[0];
+        float4 hi = reinterpret_cast<const float4 *>(x)[1];
+        v[0] = lo.x, v[1] = lo.y, v[2] = lo.z, v[3] = lo.w;
+        v[4] = hi.x, v[5] = hi.y, v[6] = hi.z, v[7] = hi.w;
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = j < left ? x[j] : 0.0f;
+    }
+    uint4 packed;
+    packed.x = cq_bf16_pair(v[0], v[1]);
+    packed.y = cq_bf16_pair(v[2], v[3]);
+    packed.z = cq_bf16_pair(v[4], v[5]);
+    packed.w = cq_bf16_pair(v[6], v[7]);
+    *reinterpret_cast<uint4 *>(r.to + row * r.to_ld + col) = packed;
+}
+
+/// The blocks of the first operand and then those of the second.
+__global__ void __launch_bounds__(THREADS) round_operands(rounding a, rounding b, unsigned of_a) {
+    if (blockIdx.x < of_a)
+        round_eight(a, (int64_t)blockIdx.x * THREADS + threadIdx.x);
+    else
+        round_eight(b, (int64_t)(blockIdx.x - of_a) * THREADS + threadIdx.x);
+}
+
+/// C = beta C, for k = 0.
+__global__ void __launch_bounds__(THREADS)
+    scale_only(float *c, int64_t m, int64_t n, int64_t ldc, float beta) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= m * n)
+        return;
+    float *at = c + i / n * ldc + i % n;
+    *at = beta == 0.0f ? 0.0f : beta * *at;
+}
+
+int64_t up8(int64_t n) { return (n + 7) / 8 * 8; }
+
+/// Bytes of both operands in BF16 for a piece of k.
+int64_t rounded_bytes(const cq_matmul_args *a, int64_t k) {
+    return 2 * ((a->ta ? k * up8(a->m) : a->m * up8(k)) + (a->tb ? a->n * up8(k) : k * up8(a->n)));
+}
+
+int product_bf16(cq_stream *s, const cq_matmul_args *a) {
+    int64_t bytes = s->bf16_scratch ? s->bf16_scratch_bytes : rounded_bytes(a, a->k);
+    void *room = s->bf16_scratch ? s->bf16_scratch : cq_cuda_scratch(s, bytes);
+    if (!room)
+        return CQ_ENOMEM;
+    int64_t depth = a->k;
+    if (rounded_bytes(a, depth) > bytes)
+        depth = bytes / rounded_bytes(a, 16) * 16;
+    if (depth == 0)
+        return cq_fail(CQ_ENOMEM, "cuda: matmul: %lld bytes for BF16 operands, %lld wanted",
+                       (long long)bytes, (long long)rounded_bytes(a, a->k < 16 ? a->k : 16));
+    for (int64_t k0 = 0; k0 < a->k; k0 += depth) {
+        cq_matmul_args part = *a;
+        int64_t k = part.k = a->k - k0 < depth ? a->k - k0 : depth;
+        const float *from_a = (const float *)a->a + (a->ta ? k0 * a->lda : k0);
+        const float *from_b = (const float *)a->b + (a->tb ? k0 : k0 * a->ldb);
+        __nv_bfloat16 *to_a = (__nv_bfloat16 *)room;
+        __nv_bfloat16 *to_b = to_a + (a->ta ? k * up8(a->m) : a->m * up8(k));
+        rounding ra = a->ta ? rounding_of(from_a, k, a->m, a->lda, to_a)
+                            : rounding_of(from_a, a->m, k, a->lda, to_a);
+        rounding rb = a->tb ? rounding_of(from_b, a->n, k, a->ldb, to_b)
+                            : rounding_of(from_b, k, a->n, a->ldb, to_b);
+        int64_t blocks_a = rounding_blocks(ra), blocks = blocks_a + rounding_blocks(rb);
+        CQ_LAUNCH(round_operands, (unsigned)blocks, THREADS, 0, s, ra, rb, (unsigned)blocks_a);
+        CQ_TRY(cq_cuda_status("matmul, rounding its operands"));
+        part.a = to_a;
+        part.b = to_b;
+        part.lda = up8(a->ta ? a->m : k);
+        part.ldb = up8(a->tb ? k : a->n);
+        part.beta = k0 > 0 ? 1.0 : a->beta;
+        CQ_TRY(product((cq_cuda_device *)s->device, &part, true));
+    }
+    return CQ_OK;
+}
+
+} // namespace
+
+extern "C" int cq_cuda_matmul_open(cq_cuda_device *d) {
+    const char *tune = getenv("CKAQAD_CUDA_TUNE");
+    cublasStatus_t status = cublasLtCreate((cublasLtHandle_t *)&d->lt);
+    if (status != CUBLAS_STATUS_SUCCESS) {
+        d->lt = NULL;
+        return cq_fail(status == CUBLAS_STATUS_ALLOC_FAILED ? CQ_ENOMEM : CQ_EIO,
+                       "cuda: matmul: opening cuBLASLt: %s", cublasLtGetStatusName(status));
+    }
+    cudaError_t e = cudaMalloc(&d->workspace, WORKSPACE);
+    lt_table *t = (lt_table *)calloc(1, sizeof *t);
+    lt_entry *entry = (lt_entry *)calloc(FIRST_SIZE, sizeof *entry);
+    if (e != cudaSuccess || !t || !entry) {
+        if (e != cudaSuccess) {
+            cudaGetLastError();
+            d->workspace = NULL;
+        }
+        free(t);
+        free(entry);
+        cq_cuda_matmul_close(d);
+        return cq_fail(CQ_ENOMEM, "cuda: matmul: %d bytes of workspace: %s", (int)WORKSPACE,
+                       e != cudaSuccess ? cudaGetErrorString(e) : "no memory for its table");
+    }
+    d->workspace_bytes = WORKSPACE;
+    t->entry = entry;
+    t->size = FIRST_SIZE;
+    t->tune = tune && tune[0] && strcmp(tune, "0") != 0;
+    d->algos = t;
+    if (t->tune) {
+        name_file(t->path, sizeof t->path, d->index);
+        read_tuned(t);
+    }
+    return CQ_OK;
+}
+
+extern "C" void cq_cuda_matmul_close(cq_cuda_device *d) {
+    lt_table *t = (lt_table *)d->algos;
+    if (t)
+        free(t->entry);
+    free(t);
+    cudaFree(d->workspace);
+    if (d->lt)
+        cublasLtDestroy((cublasLtHandle_t)d->lt);
+    d->algos = d->workspace = d->lt = NULL;
+    d->workspace_bytes = 0;
+}
+
+extern "C" int cq_cuda_matmul(cq_stream *s, const cq_matmul_args *a) {
+    CQ_CUDA_F32("matmul", a);
+    if (a->m == 0 || a->n == 0)
+        return CQ_OK;
+    if (a->k == 0) {
+        CQ_LAUNCH(scale_only, cq_blocks(a->m * a->n, THREADS), THREADS, 0, s, (float *)a->c, a->m,
+                  a->n, a->ldc, (float)a->beta);
+        CQ_CUDA_END("matmul");
+    }
+    if (s->compute == CQ_COMPUTE_BF16)
+        return product_bf16(s, a);
+    return product((cq_cuda_device *)s->device, a, false);
+}
