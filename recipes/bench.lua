@@ -1,11 +1,13 @@
 -- Time a whole distillation step (F32, every projection in NVFP4, full KL) with and without CKA, interleaved; medians.
 --   ckaqad recipes/bench.lua --model=DIR --data=FILE.jsonl --steps=20 --batch=8 --seq=256 --threads=2
+-- --weights=random --data=random need only a config.json in --model: shapes without a checkpoint.
 -- The last line is one JSON object: tokens_per_s, tokens_per_s_cka, peak_bytes. Tokens are real ones; nothing is padded.
 local cq = require "ckaqad"
 
 local opt = cq.options {
   model = "auto",     -- BF16 checkpoint: folder, org/name, or auto (the embedded one)
   data = "auto",      -- documents: JSONL files, or auto (the embedded text)
+  weights = "file",   -- file, or random (from config.json alone)
   preset = "auto",    -- full, tiny (under 100 M parameters: seq 256, batch 8), paper, or auto
   steps = 20,         -- steps of each kind; the first two of each are not counted
   batch = 16,         -- packed rows per step
@@ -19,8 +21,30 @@ local opt = cq.options {
 }
 opt.given.steps, opt.given.rows, opt.given.lr = true, true, true -- a preset has no say in these
 
+-- Documents of random ids, one a row of the batch, in a file that is removed at the end.
+local function random_data()
+  local config = assert(io.open(opt.model .. "/config.json"))
+  local vocab = cq.json.decode(config:read "*a", "config.json").vocab_size
+  config:close()
+  local path = os.tmpname()
+  local f = assert(io.open(path, "w"))
+  local x = 1
+  for _ = 1, math.max(32, 2 * opt.batch) do
+    local ids = {}
+    for i = 1, opt.seq do
+      x = (1103515245 * x + 12345) % 2147483648
+      ids[i] = math.floor(x / 256) % vocab
+    end
+    f:write('{"input_ids": [', table.concat(ids, ","), "]}\n")
+  end
+  f:close()
+  return path
+end
+
+local random_file = opt.data == "random" and random_data()
+opt.data = random_file or opt.data
 local run = cq.run(opt)
-local teacher = cq.model.open(opt.model)
+local teacher = opt.weights == "random" and cq.model.create(opt.model) or cq.model.open(opt.model)
 local student = teacher:quantize { preset = "all" }
 local data = cq.data.open(opt.data, { model = teacher, seq = opt.seq, batch = opt.batch, micro = opt.micro, seed = opt.seed,
   fraction = 0 })
@@ -50,6 +74,11 @@ local function median(list)
   return n % 2 == 1 and list[(n + 1) / 2] or (list[n / 2] + list[n / 2 + 1]) / 2
 end
 local a, b = median(speeds[plain]), median(speeds[cka])
+local operations = cq.operations { teacher = teacher, student = student, adam = adam, terms = plain, data = data }
+local rate = cq.matrix_rate()
+local share = operations / (opt.batch * opt.seq) * a / rate
 run:say("%.0f tokens/s without CKA, %.0f with: CKA costs %.1f %% of the time", a, b, 100 * (a / b - 1))
+run:say("%.3g operations a step: %.1f %% of the %.3g operations/s that matrix products reach here", operations, 100 * share, rate)
+if random_file then os.remove(random_file) end
 print(cq.json.encode(cq.json.object { "tokens_per_s", a, "tokens_per_s_cka", b, "peak_bytes", cq.peak_bytes(),
-  "planned_bytes", plan.bytes, "threads", run.device.threads, "batch", opt.batch, "seq", opt.seq }))
+  "planned_bytes", plan.bytes, "share_of_matrix_rate", share, "device", run.device.isa, "compute", opt.compute, "threads", run.device.threads, "batch", opt.batch, "seq", opt.seq }))

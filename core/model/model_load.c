@@ -150,6 +150,7 @@ int cq_model_init(cq_model *m, uint64_t seed) {
         cq_tensor to;
         void *owned;
         CQ_TRY(stage(&to, &owned, p));
+#pragma omp parallel for schedule(static) if (n > 1 << 16)
         for (int64_t k = 0; k < n; k++)
             put(to, k,
                 bias                ? 0

@@ -4,6 +4,7 @@
 -- that is active), every matrix of the student three times (6 N). CKA adds 6 n^2 d per Gram. Attention scores and scans are
 -- left out: below a tenth at these lengths.
 local native = require "ckaqad.ffi"
+local device = require "ckaqad.device"
 local json = require "ckaqad.json"
 local text = require "ckaqad.text"
 local loss = require "ckaqad.loss"
@@ -27,7 +28,12 @@ function dry.active(model)
   return c.tied and n + model.vocab * model.hidden or n
 end
 
--- Operations of one optimizer step; `o` is what run:plan was given.
+--- Operations (multiplies and adds of matrix products) of one optimizer step of what `run:plan` takes: `teacher`, `student`,
+--- `adam`, `terms`, `data`. Attention scores and scans are left out.
+---
+--- Example:
+---     local teacher = cq.model.open(opt.model)
+---     print(cq.operations { student = teacher:quantize {}, teacher = teacher } == 0) --> true
 function dry.step(o)
   local n = dry.active(o.student)
   local per_token = (o.teacher and 2 or 0) * n + (o.adam and 6 or 2) * n
@@ -43,6 +49,16 @@ function dry.step(o)
   return total
 end
 
+--- Operations per second that matrix products of F32 tensors reach on the device in use, measured now.
+---
+--- Example:
+---     print(cq.matrix_rate() > 1e8) --> true
+function dry.rate()
+  local rate = native.new "double[1]"
+  native.call.cq_matmul_rate(device.current().stream, rate)
+  return rate[0]
+end
+
 -- The lines of --dry-run: resolved options, operations, an estimate of the time.
 function dry.lines(opt, o)
   local lines = { "options:" }
@@ -55,12 +71,11 @@ function dry.lines(opt, o)
     lines[#lines + 1] = ("  %s%s  %s"):format(row[1], (" "):rep(width - #row[1]), row[2])
   end
   if not o.adam then return lines end
-  local step, rate = dry.step(o), native.new "double[1]"
-  native.call.cq_matmul_rate(o.student.device.stream, rate)
+  local step, rate = dry.step(o), dry.rate()
   lines[#lines + 1] = ("operations: %s a step, %s in %d steps (%s tokens a step)"):format(text.count(step), text.count(step * opt.steps),
     opt.steps, text.count(o.data.batch * o.data.seq))
   lines[#lines + 1] = ("time: about %s at 40 %% of the %s operations/s this machine's matrix products reach (no weights were read)"):format(
-    text.duration(step * opt.steps / (0.4 * rate[0])), text.count(rate[0]))
+    text.duration(step * opt.steps / (0.4 * rate)), text.count(rate))
   return lines
 end
 

@@ -180,19 +180,27 @@ local function read_sweep(self, sweep)
   if known then return known end
   local ok, doc = pcall(json.decode, read(("%s/%s/sweep.json"):format(self.root, sweep)) or "", "sweep.json")
   doc = object(ok and doc)
-  known = { names = {}, dropped = object(doc.dropped) }
+  known = { names = {}, dropped = {} }
   self.sweeps_read[sweep] = known
   for _, point in ipairs(object(doc.points)) do
     if type(point) == "table" and text_of(point.hash) and text_of(point.name) then
       known.names[point.hash] = point.name .. (number(point.seed) and not point.name:find "seed=" and (" seed=%d"):format(point.seed) or "")
+      known.dropped[point.hash] = number(point.dropped)
     end
   end
   return known
 end
 
+-- The sweep whose point a run is, and the point's hash; "." when the root itself is a sweep's folder.
+local function sweep_of(name)
+  local hash = name:match("^points/([^/]+)$")
+  if hash then return ".", hash end
+  return name:match("^(.*)/points/([^/]+)$")
+end
+
 -- True for a point that its sweep ended early on purpose (successive halving).
 local function is_dropped(self, name)
-  local sweep, hash = name:match("^(.*)/points/([^/]+)$")
+  local sweep, hash = sweep_of(name)
   return sweep ~= nil and read_sweep(self, sweep).dropped[hash] ~= nil
 end
 
@@ -201,7 +209,7 @@ local function read_run(self, name, growth, held)
   local dir = self.root .. "/" .. name
   local text = read(dir .. "/run.json")
   if not text then return nil end
-  local run = { name = name, sweep = name:match("^(.*)/points/[^/]+$"), final = false }
+  local run = { name = name, sweep = sweep_of(name), final = false }
   local ok, doc = pcall(json.decode, text, dir .. "/run.json")
   if ok and not text:match "^%s*{" then ok, doc = false, dir .. "/run.json: holds no object" end
   if not ok then

@@ -4,6 +4,7 @@ local native = require "ckaqad.ffi"
 local data = require "ckaqad.data"
 local device = require "ckaqad.device"
 local distill = require "ckaqad.distill"
+local dry = require "ckaqad.dry"
 local model = require "ckaqad.model"
 local options = require "ckaqad.options"
 local plan = require "ckaqad.plan"
@@ -42,6 +43,8 @@ return errors.strict({
   save_session = require("ckaqad.session").save_session,
   json = require "ckaqad.json",
   text = require "ckaqad.text",
+  operations = dry.step,
+  matrix_rate = dry.rate,
   clock = native.clock,
   peak_bytes = native.peak_bytes,
 }, "cq")

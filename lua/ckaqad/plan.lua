@@ -122,7 +122,7 @@ function plan.plan(options)
   o.student.plan, o.student.adam = self, o.adam
   if o.teacher then
     o.teacher.plan = self
-    call.cq_model_load(o.teacher.c)
+    if o.teacher.random then o.teacher:init(o.seed) else call.cq_model_load(o.teacher.c) end
   end
   if o.load and not o.student.random then call.cq_model_load(o.student.c) end
   return self

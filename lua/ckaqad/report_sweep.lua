@@ -52,8 +52,9 @@ end
 
 local function status_of(point)
   if point.run.finished then return "finished" end
+  if finite(point.plan.dropped) then return ("dropped at step %d"):format(point.plan.dropped) end
   local a = point.attempts and point.attempts.last
-  if a and finite(a.exit) and a.exit ~= 0 then
+  if a and finite(a.exit) and a.exit ~= 0 and not a.stopped then
     return ("failed, exit %d%s"):format(a.exit, type(a.message) == "string" and a.message ~= "" and ": " .. a.message or "")
   end
   local last = point.run.metrics[#point.run.metrics]

@@ -121,6 +121,15 @@ local function at(where, f, ...)
   error(e, 0)
 end
 
+-- The points that successive halving ended early, as sweep.json says: { [hash] = step }.
+local function dropped_of(doc)
+  local dropped = {}
+  for _, p in ipairs(type(doc) == "table" and type(doc.points) == "table" and doc.points or {}) do
+    if type(p) == "table" and type(p.dropped) == "number" then dropped[p.hash] = p.dropped end
+  end
+  return dropped
+end
+
 -- Opens the sweep folder and locks it. Other points in it stay where they are.
 local function open_folder(plan)
   local path = plan.path
@@ -134,7 +143,10 @@ local function open_folder(plan)
   if old and not plan.fresh and old.recipe ~= plan.recipe:match("[^/]*$") then
     errors.usage("sweep folder %s: belongs to a sweep of %s, wanted a new folder or --fresh", path, tostring(old.recipe))
   end
+  if plan.halving and not plan.fresh then plan.dropped = dropped_of(old) end
   if plan.dry then return end
+  local holder = tonumber(native.C.cq_lock_holder(path .. "/lock"))
+  if holder ~= 0 then errors.usage("sweep folder %s: process %d runs a sweep there, wanted its end or --out=FOLDER", path, holder) end
   call.cq_folder_make(path)
   plan.lock = native.open("cq_lock", "cq_lock_take", path .. "/lock")
   if plan.fresh then
@@ -148,13 +160,13 @@ end
 
 local function write(path, content) call.cq_file_write(path, content, #content) end
 
--- Writes sweep.json. `dropped`: { [hash] = step } of the points that successive halving ended there; without it, what the file said.
-local function describe(plan, dropped)
-  local axes, list, old = {}, {}, not dropped and plan.halving and folder.read_json(plan.path .. "/sweep.json")
-  dropped = dropped or type(old) == "table" and type(old.dropped) == "table" and old.dropped or {}
+-- Writes sweep.json; `plan.dropped`: { [hash] = step } of the points that successive halving ended there.
+local function describe(plan)
+  local axes, list = {}, {}
   for i, axis in ipairs(plan.axes) do axes[i] = json.object { "name", axis.name, "values", json.array(axis.values) } end
   for i, p in ipairs(plan.points) do
-    list[i] = json.object { "hash", p.hash, "name", p.name, "options", p.options, "seed", p.seed }
+    list[i] = json.object { "hash", p.hash, "name", p.name, "options", p.options, "seed", p.seed,
+      "dropped", plan.dropped and plan.dropped[p.hash] }
   end
   local base = {}
   for key, value in pairs(plan.base) do base[key] = value end
@@ -162,7 +174,6 @@ local function describe(plan, dropped)
     "format", sweep.format, "program", "ckaqad", "version", native.version, "recipe", plan.recipe:match("[^/]*$"), "base", base, "axes",
     json.array(axes), "seeds", plan.seeds and json.array(plan.seeds) or nil, "points", json.array(list),
     "stop", plan.halving and json.object { "rungs", json.array(plan.halving.rungs), "keep", plan.halving.keep } or nil,
-    "dropped", next(dropped) and dropped or nil,
   }, true) .. "\n")
 end
 
@@ -207,9 +218,9 @@ end
 local function say_cost(plan, d, left)
   if left == 0 then return end
   local each, jobs = d:seconds_of_a_point(), math.min(plan.jobs, left)
-  local full = worth(plan, left)
+  local full, what = worth(plan, left), left == 1 and "1 point" or ("%d points"):format(left)
   if each then
-    print(("cost: %d points to run%s, about %s with %d at a time (%s a point, as those that ran)"):format(left,
+    print(("cost: %s to run%s, about %s with %d at a time (%s a point, as those that ran)"):format(what,
       full < left and " at most" or "", show_time(each * full / jobs), jobs, show_time(each)))
     return
   end
@@ -217,9 +228,9 @@ local function say_cost(plan, d, left)
     if not d:finished(point) then
       local seconds, why = dry_seconds(plan, point)
       if not seconds then
-        print(("cost: %d points to run, %s"):format(left, why and "and the first says: " .. why or "known when the first has ended"))
+        print(("cost: %s to run, %s"):format(what, why and "and the first says: " .. why or "known when the first has ended"))
       else
-        print(("cost: %d points to run%s, about %s of training steps in all, by the operations of the first"):format(left,
+        print(("cost: %s to run%s, about %s of training steps in all, by the operations of the first"):format(what,
           full < left and (", as many steps as %.1f whole ones"):format(full) or "", show_time(math.max(1, seconds) * full)))
       end
       return
@@ -233,25 +244,33 @@ local function say_plan(plan, d, dropped)
   print(("sweep %s over %s: %d settings%s%s, %s"):format(plan.recipe, #what > 0 and table.concat(what, ", ") or "seed",
     #plan.settings, plan.seeds and (" x %d seeds"):format(#plan.seeds) or "",
     dropped > 0 and (", %d equal points run once"):format(dropped) or "", plan.path))
-  local finished, started = 0, 0
+  local finished, started, gone = 0, 0, 0
   for _, point in ipairs(plan.points) do
     if d:finished(point) then
       finished = finished + 1
+    elseif plan.dropped and plan.dropped[point.hash] then
+      gone = gone + 1
     elseif d:progress(point) > 0 then
       started = started + 1
     end
   end
-  if finished + started > 0 then
-    print(("resume: %d of %d points are finished, %d were stopped on the way"):format(finished, #plan.points, started))
+  if finished + started + gone > 0 then
+    print(("resume: %d of %d points are finished, %d were stopped on the way%s"):format(finished, #plan.points, started,
+      gone > 0 and (", %d were dropped"):format(gone) or ""))
   end
-  return finished
+  return #plan.points - finished - gone
+end
+
+local function status_of(plan, d, point)
+  if d:finished(point) then return "finished" end
+  if plan.dropped and plan.dropped[point.hash] then return "dropped" end
+  return d:progress(point) > 0 and "stopped" or "to run"
 end
 
 local function list_points(plan, d)
   local rows = { { "point", "hash", "status" } }
   for _, p in ipairs(plan.points) do
-    rows[#rows + 1] = { sweep_screen.label(p), p.hash,
-      d:finished(p) and "finished" or d:progress(p) > 0 and "stopped" or "to run" }
+    rows[#rows + 1] = { sweep_screen.label(p), p.hash, status_of(plan, d, p) }
   end
   for _, line in ipairs(text.table(rows, "  ")) do print(line) end
 end
@@ -267,7 +286,8 @@ local function conclude(plan, d, code, word)
   end
   print("")
   io.stdout:write(sweep_table.text(result.table, native.columns() or 120))
-  print(("table %s/table.md, .csv, .tex%s"):format(plan.path, result.report and "; report " .. result.report or ""))
+  print(result.unwritten and "not written, the same command writes it: " .. result.unwritten
+    or ("table %s/table.md, .csv, .tex; report %s"):format(plan.path, result.report or "not drawn"))
   native.close(plan.lock, "cq_lock")
   local failed = {}
   for _, p in ipairs(plan.points) do
@@ -277,6 +297,7 @@ local function conclude(plan, d, code, word)
     errors.raise(errors.IO, "sweep: %d of %d points failed, first %s: %s (%s.log)", #failed, #plan.points,
       sweep_screen.label(failed[1]), d.failed[failed[1].hash], d:folder(failed[1]))
   end
+  if result.unwritten then errors.raise(errors.IO, "sweep: %s", result.unwritten) end
   return result
 end
 
@@ -314,21 +335,24 @@ local function execute(plan)
   end
   open_folder(plan)
   local total = plan.threads > 0 and plan.threads or require "ckaqad.device".current().threads
-  local function halved(points_dropped) describe(plan, points_dropped) end
+  local function halved(dropped_points)
+    plan.dropped = dropped_points
+    describe(plan)
+  end
   plan.jobs = math.min(plan.jobs, #plan.points)
   local d = driver.open {
     path = plan.path, points = plan.points, jobs = plan.jobs, retry = plan.retry, argv = plan.argv, halving = plan.halving,
     threads = math.max(1, math.floor(total / plan.jobs)), max_time = plan.max_time, halved = halved,
   }
-  local finished = say_plan(plan, d, dropped)
+  local left = say_plan(plan, d, dropped)
   if plan.dry then
     list_points(plan, d)
-    say_cost(plan, d, #plan.points - finished)
+    say_cost(plan, d, left)
     errors.exit(0)
   end
   describe(plan)
-  say_cost(plan, d, #plan.points - finished)
-  if plan.jobs > 1 then print(("jobs: %d at a time, %d threads each"):format(plan.jobs, d.threads)) end
+  say_cost(plan, d, left)
+  if plan.jobs > 1 and left > 0 then print(("jobs: %d at a time, %d threads each"):format(plan.jobs, d.threads)) end
   return conclude(plan, d, d:run())
 end
 

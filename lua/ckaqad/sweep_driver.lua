@@ -14,7 +14,7 @@ local C, call = native.C, native.call
 local driver = {}
 local Driver = errors.class("sweep", {})
 
-local TERM, KILL = 15, 9
+local INT, TERM, KILL = 2, 15, 9
 local PATIENCE = 600 -- seconds that a process told to stop may take: a step and a checkpoint of a big model
 
 -- The objects of a file of JSON lines; a line that a killed process left half-written is none.
@@ -83,12 +83,14 @@ local function append(self, record)
   self.attempts[#self.attempts + 1] = record
 end
 
-local function record(self, point, code, seconds, message, stop_at)
+-- `stopped`: it ended because the driver was told to stop, so its exit code is no failure.
+local function record(self, point, code, seconds, message, stop_at, stopped)
   local n = 1
   for _, a in ipairs(self.attempts) do
     if a.hash == point.hash then n = n + 1 end
   end
-  append(self, json.object { "hash", point.hash, "attempt", n, "exit", code, "seconds", seconds, "stop_at", stop_at, "message", message })
+  append(self, json.object { "hash", point.hash, "attempt", n, "exit", code, "seconds", seconds, "stop_at", stop_at,
+    "stopped", stopped, "message", message })
 end
 
 -- Notes the points that ended while no driver was there to see it, so that each has one attempt that ended well.
@@ -181,7 +183,8 @@ local function ended(self, task, code)
   end
   local message = code > 128 and ("ended by signal %d"):format(code - 128) or last_words(task.log, task.from)
   if code == 0 then message = "left without an error, but also without a result" end
-  record(self, point, code, seconds, message, task.stop_at)
+  local told = self.stopping and (code == 128 + INT or code == 128 + TERM)
+  record(self, point, code, seconds, told and "stopped with the sweep" or message, task.stop_at, told or nil)
   if self.stopping then return false end
   self.tried[point.hash] = (self.tried[point.hash] or 0) + 1
   local again = not hopeless[code] and self.tried[point.hash] <= self.retry
@@ -268,27 +271,32 @@ local function run_list(self, list, stop_at)
   end
 end
 
--- How good a setting is at a rung, lower is better: held-out KL where the run evaluates there, else the mean KL of the last five
--- steps (every setting sees the same documents there), over its seeds.
-function Driver:score(list, rung)
-  local sum, n = 0, 0
-  for _, point in ipairs(list) do
-    local value
-    for _, e in ipairs(driver.read_lines(self:folder(point) .. "/evals.jsonl")) do
-      if e.step == rung then value = e.kl end
-    end
-    if not value then
-      local total, count = 0, 0
-      for _, m in ipairs(driver.read_lines(self:folder(point) .. "/metrics.jsonl")) do
-        local kl = m.kl or m.ce
-        if m.step > rung - 5 and m.step <= rung and type(kl) == "number" then total, count = total + kl, count + 1 end
-      end
-      value = count > 0 and total / count or nil
-    end
-    if not value then return nil end
-    sum, n = sum + value, n + 1
+-- How good a point is at a rung, lower is better, and in what: held-out KL where the run evaluates there, else the mean of the last
+-- five steps' loss (every setting sees the same documents there). nil for one that did not get there.
+local function score_of(self, point, rung)
+  for _, e in ipairs(driver.read_lines(self:folder(point) .. "/evals.jsonl")) do
+    if e.step == rung and type(e.kl) == "number" then return e.kl, "held-out KL" end
   end
-  return n > 0 and sum / n or nil
+  local total, count, what, last = 0, 0, nil, 0
+  for _, m in ipairs(driver.read_lines(self:folder(point) .. "/metrics.jsonl")) do
+    local loss = m.kl or m.ce
+    if m.step > rung - 5 and m.step <= rung and type(loss) == "number" then
+      total, count, what = total + loss, count + 1, m.kl and "KL" or "cross-entropy"
+    end
+    last = math.max(last, m.step)
+  end
+  if last >= rung and count > 0 then return total / count, what end
+end
+
+-- How good a setting is at a rung, the mean over its seeds, and in what; nil when one of them failed or did not get there.
+function Driver:score(list, rung)
+  local sum, kind = 0, nil
+  for _, point in ipairs(list) do
+    local value, what = score_of(self, point, rung)
+    if not value or self.failed[point.hash] then return nil end
+    sum, kind = sum + value, what
+  end
+  return #list > 0 and sum / #list or nil, kind
 end
 
 -- Points by the setting they belong to, in order.
@@ -307,11 +315,27 @@ end
 local function halve(self, alive, rung)
   local points = require "ckaqad.sweep_points"
   local names, groups = by_setting(alive)
-  local scores, out = {}, {}
-  for _, name in ipairs(names) do scores[name] = self:score(groups[name], rung) end
+  local scores, out, kinds, n_kinds = {}, {}, {}, 0
+  for _, name in ipairs(names) do
+    local kind
+    scores[name], kind = self:score(groups[name], rung)
+    if kind and not kinds[kind] then kinds[kind], n_kinds = true, n_kinds + 1 end
+  end
   local kept = points.promote(names, scores, self.halving.keep)
+  if n_kinds > 1 then -- a cross-entropy is no worse than a KL: they are not the same measure
+    self.screen:say(("step %d: the settings' losses are not of one kind, so none is dropped; wanted eval_every, which measures KL"):format(
+      rung))
+    for _, name in ipairs(names) do kept[name] = scores[name] ~= nil or nil end
+  end
+  for _, name in ipairs(names) do
+    local left = 0
+    for _, point in ipairs(groups[name]) do left = left + (self.failed[point.hash] and 0 or 1) end
+    if left == 0 then kept[name] = "failed" end
+  end
   for _, point in ipairs(alive) do
-    if kept[point.name] then
+    if self.failed[point.hash] then
+      self.dropped[point.hash] = nil
+    elseif kept[point.name] then
       out[#out + 1] = point
     else
       self.dropped[point.hash] = rung
@@ -331,7 +355,7 @@ function Driver:run()
     for _, rung in ipairs(self.halving and self.halving.rungs or {}) do
       local todo = {}
       for _, point in ipairs(alive) do
-        if not there(self, point, rung) or self:holder(point) ~= 0 then todo[#todo + 1] = point end
+        if not self.failed[point.hash] and (not there(self, point, rung) or self:holder(point) ~= 0) then todo[#todo + 1] = point end
       end
       local c, w = run_list(self, todo, rung)
       if c then return c, w end

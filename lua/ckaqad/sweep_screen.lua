@@ -133,7 +133,7 @@ end
 function Screen:rung(rung, names, scores, kept)
   local rows = { { ("step %d"):format(rung), "KL", "" } }
   for _, name in ipairs(names) do
-    rows[#rows + 1] = { name, fixed(scores[name]), kept[name] and "goes on" or "dropped" }
+    rows[#rows + 1] = { name, fixed(scores[name]), kept[name] == "failed" and "failed" or kept[name] and "goes on" or "dropped" }
   end
   for _, line in ipairs(text.table(rows, "  ")) do self:say(line) end
 end

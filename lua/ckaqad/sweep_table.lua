@@ -234,7 +234,17 @@ function sweep_table.text(t, columns)
   return shown .. (#hidden > 0 and ("too wide for here, so only in the files: %s\n"):format(table.concat(hidden, ", ")) or "")
 end
 
---- Builds the table of a sweep and writes table.md, table.csv, table.tex and report.html. Gives { table, finished, confounded }.
+-- Writes files; what went wrong, or nil. Files that cannot be written must not cost the table of a night.
+local function write_all(path, files)
+  for name, content in pairs(files) do
+    local ok, e = pcall(native.call.cq_file_write, path .. "/" .. name, content, #content)
+    if not ok and type(e) == "table" and e.exit then error(e, 0) end
+    if not ok then return tostring(e) end
+  end
+end
+
+--- Builds the table of a sweep and writes table.md, table.csv, table.tex and report.html. Gives { table, finished, confounded,
+--- report, unwritten = why a file could not be written }.
 function sweep_table.make(plan, d)
   local groups, finished = gather(plan, d)
   local rows, said = rows_of(groups)
@@ -248,15 +258,13 @@ function sweep_table.make(plan, d)
     t.notes[#t.notes + 1] = ("fewer than %d seeds: an interval is a hint, not a proof"):format(stats.FEW)
   end
   local result = { table = t, finished = finished, confounded = confounded, points = plan.points }
-  for name, content in pairs { ["table.md"] = t:markdown(), ["table.csv"] = t:csv(), ["table.tex"] = t:latex() } do
-    native.call.cq_file_write(plan.path .. "/" .. name, content, #content)
-  end
+  result.unwritten = write_all(plan.path, { ["table.md"] = t:markdown(), ["table.csv"] = t:csv(), ["table.tex"] = t:latex() })
   if finished > 0 then
-    -- a drawing that fails must not cost the table of a night
     local ok, html = pcall(function() return require "ckaqad.report".sweep(plan.path) end)
     if ok then
-      native.call.cq_file_write(plan.path .. "/report.html", html, #html)
-      result.report = plan.path .. "/report.html"
+      local why = write_all(plan.path, { ["report.html"] = html })
+      result.unwritten = result.unwritten or why
+      result.report = not why and plan.path .. "/report.html" or nil
     elseif type(html) == "table" and html.exit then
       error(html, 0)
     else

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: builds, tests the kernels against ref, the golden models and the recipe on the device, looks for
+# memory errors and races, and measures. One line per part; no network; ends within 9 minutes. Without a GPU it exits with 77.
+#   bash tests/gpu.sh [--build=DIR] [--out=DIR] [--no-gpu] [PART...]    parts: build kernels golden recipe repeat bench step sanitizer
+#   --build=DIR   programs that were built before (with DIR/lib for libraries that this machine lacks); else builds into build/gpu
+#   --out=DIR     results: table.md, kernels_*.csv, step_*.json, logs [build/gpu-results]
+#   --no-gpu      only checks that a machine without a GPU gets one clear line
+set -u
+cd "$(dirname "$0")/.." || exit 1
+dir=""; out=build/gpu-results; no_gpu=""; want=""
+for a; do
+  case $a in
+    --build=*) dir=${a#*=} ;;
+    --out=*) out=${a#*=} ;;
+    --no-gpu) no_gpu=1 ;;
+    -*) echo "gpu.sh: unknown option $a, wanted --build=DIR, --out=DIR, --no-gpu or parts" >&2; exit 2 ;;
+    *) want="$want $a" ;;
+  esac
+done
+want=" ${want:-build kernels golden recipe repeat bench step sanitizer} "
+[ -n "$dir" ] || { dir=build/gpu; built_here=1; }
+[ ! -d "$dir/lib" ] || export LD_LIBRARY_PATH="$PWD/$dir/lib:${LD_LIBRARY_PATH:-}"
+export PATH="$PATH:/usr/local/cuda/bin"
+
+if [ -n "$no_gpu" ]; then
+  rc=0; said=$(CUDA_VISIBLE_DEVICES='' "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --dry-run 2>&1 >/dev/null) || rc=$?
+  echo "exit $rc: $said"
+  [ "$rc" = 2 ] && [ "$(printf '%s\n' "$said" | wc -l)" = 1 ]; exit
+fi
+nvidia-smi -L >/dev/null 2>&1 || { echo "gpu.sh: no GPU here, nothing was run"; exit 77; }
+mkdir -p "$out"; table=$out/table.md; failed=0
+gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1)
+printf '%s, %s\n\n| part | result | seconds |\n|---|---|---|\n' "$(date -u +%F)" "$gpu" >"$table"
+say() { printf '%-9s %-40s %4d s  %s\n' "$1" "$2" "$3" "$4"; printf '| %s | %s %s | %d |\n' "$2" "$1" "$4" "$3" >>"$table"; }
+part() { # NAME LABEL SECONDS COMMAND...: the command's last line is its result
+  case "$want" in *" $1 "*) ;; *) return 0 ;; esac
+  local label=$2 limit=$3 t=$SECONDS rc=0 log; log="$out/$(printf '%s' "$2" | tr -c 'a-zA-Z0-9\n' '_').log"
+  shift 3
+  ( set -o pipefail; timeout "$limit" bash -c "$(declare -f); dir=$dir out=$out; \"\$@\"" part "$@" ) >"$log" 2>&1 </dev/null || rc=$?
+  if [ $rc = 0 ]; then say ok "$label" $((SECONDS - t)) "$(tail -n 1 "$log" | cut -c 1-160)"
+  else failed=$((failed + 1)); say FAILED "$label" $((SECONDS - t)) "exit $rc"; tail -n 12 "$log" | cut -c 1-300; fi
+}
+
+build() {
+  cmake -S . -B "$dir" -G Ninja -DCKAQAD_CUDA=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_WERROR=ON && cmake --build "$dir"
+}
+kernels() { # PROGRAM
+  "$dir/$1" --verbose=0 && echo "all tests pass"
+}
+golden() { # MODEL
+  "$dir/ckaqad" tests/golden/check.lua --device=cuda --model="tests/golden/$1" --golden="tests/golden/$1.golden.safetensors" && echo "all groups hold"
+}
+golden_quantizer() {
+  for f in nvfp4 nvfp4_static; do "$dir/ckaqad" tests/golden/check.lua --device=cuda --golden=tests/golden/$f.golden.safetensors || return 1; done
+  echo "bit for bit"
+}
+golden_bf16() { # MODEL: errors at most twice those of the processor's own BF16 evaluation
+  local where
+  for where in cpu cuda; do
+    "$dir/ckaqad" tests/golden/check.lua --device=$where --compute=bf16 --report --model="tests/golden/$1" --golden="tests/golden/$1.golden.safetensors" >"$out/bf16-$1-$where.txt" || return 1
+  done
+  paste "$out/bf16-$1-cpu.txt" "$out/bf16-$1-cuda.txt"
+  awk 'FNR == NR { match($0, /worst [^ ]+/); cpu[FNR] = substr($0, RSTART + 6, RLENGTH - 6) + 0; next }
+    { match($0, /worst [^ ]+/); w = substr($0, RSTART + 6, RLENGTH - 6) + 0; r = cpu[FNR] > 0 ? w / cpu[FNR] : w > 0 ? 1e9 : 0; if (r > most) most = r }
+    END { printf "largest error %.2f times that of the processor in BF16\n", most; exit most > 2 }' "$out/bf16-$1-cpu.txt" "$out/bf16-$1-cuda.txt"
+}
+recipe() { # COMPUTE: the embedded run on both devices: the same lines, close numbers
+  local where
+  for where in cpu cuda; do
+    "$dir/ckaqad" recipes/nemotron_nano.lua --device=$where --compute="$1" --steps=20 --out="$out/run-$where-$1" --fresh >"$out/run-$where-$1.txt" 2>&1 || { cat "$out/run-$where-$1.txt"; return 1; }
+    grep -c . "$out/run-$where-$1.txt"
+  done
+  awk -F'"kl":' '{ split($2, a, ","); v[FILENAME] = v[FILENAME] " " a[1]; k[FILENAME, ++n[FILENAME]] = a[1] }
+    END { f = ARGV[1]; g = ARGV[2]; for (i = 1; i <= n[f]; i++) { d = k[f, i] - k[g, i]; if (d < 0) d = -d; d /= k[f, i]; if (d > most) most = d }
+      printf "KL of %d steps differs by at most %.2g of itself, last %s and %s\n", n[f], most, k[f, n[f]], k[g, n[g]]; exit !(n[f] == n[g] && n[f] == 20 && most < 0.05) }' \
+    "$out/run-cpu-$1/metrics.jsonl" "$out/run-cuda-$1/metrics.jsonl"
+}
+repeat() { # two runs, the same bits
+  local i
+  for i in 1 2; do
+    "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --compute=bf16 --steps=10 --out="$out/again-$i" --fresh >"$out/again-$i.txt" 2>&1 || { tail -n 3 "$out/again-$i.txt"; return 1; }
+  done
+  cmp "$out/again-1/nvfp4/model.safetensors" "$out/again-2/nvfp4/model.safetensors" && echo "two runs of 10 steps, the same bits"
+}
+bench() { # COMPUTE
+  "$dir/ckaqad_bench" --kernels=cuda --compute="$1" --seconds=0.1 --csv="$out/kernels_$1.csv" && echo "$(($(wc -l <"$out/kernels_$1.csv") - 2)) cases"
+}
+step() { # MODEL SEQ BATCH MICRO COMPUTE
+  "$dir/ckaqad" recipes/bench.lua --device=cuda --model="kernels/bench/$1" --weights=random --data=random --seq="$2" --batch="$3" --micro="$4" --rows=512 --compute="$5" --steps=6 --calibrate=2 &&
+    tail -n 3 "$out/step__$1__$5_.log" | tee "$out/step_$1_$5.txt" | grep -v '^{'
+}
+sanitizer() { # TOOL PROGRAM
+  CKAQAD_SEEDS=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 "$dir/$2" -j1 --verbose=0 | tail -n 20
+}
+
+[ -z "${built_here:-}" ] || part build "build" 200 build
+for program in "$dir"/test_cuda_*; do
+  case $program in *on_cpu*) continue ;; esac
+  [ -x "$program" ] && part kernels "kernels: $(basename "$program")" 90 kernels "$(basename "$program")"
+done
+part golden "golden: quantizer" 60 golden_quantizer
+for model in nemotron_h_tiny qwen3_tiny; do
+  part golden "golden: $model, f32" 60 golden $model
+  part golden "golden: $model, bf16" 60 golden_bf16 $model
+done
+part recipe "recipe: cpu and cuda, f32" 90 recipe f32
+part recipe "recipe: cpu and cuda, bf16" 90 recipe bf16
+part repeat "repeat: two runs" 60 repeat
+part bench "bench: bf16" 100 bench bf16
+part bench "bench: f32" 100 bench f32
+part step "step (qwen3_4b, bf16)" 150 step qwen3_4b 2048 4 1 bf16
+part step "step (nano_slice, bf16)" 120 step nano_slice 2048 4 1 bf16
+for tool in memcheck racecheck initcheck synccheck; do
+  for program in "$dir"/test_cuda_*; do
+    case $program in *on_cpu*) continue ;; esac
+    [ -x "$program" ] && part sanitizer "$tool: $(basename "$program")" 60 sanitizer $tool "$(basename "$program")"
+  done
+done
+echo "$failed parts failed; $table"
+[ "$failed" = 0 ]
