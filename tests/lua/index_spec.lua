@@ -104,24 +104,32 @@ describe("the index of runs", function()
     run("s/points/ab", { summary = false })
     run("s/points/cd", { summary = false })
     run "s/points/ef"
-    local function sweep(more) write("s/sweep.json", '{"points": [{"hash": "ab", "name": "lr=1"}, {"hash": "cd", "name": "2"}]' .. more) end
+    local function sweep(dropped)
+      write("s/sweep.json", ('{"points": [{"hash": "ab", "name": "1", "dropped": %s}, {"hash": "cd", "name": "2"}]}'):format(dropped))
+    end
     local function statuses()
       local by_name = records()
       return { by_name["s/points/ab"].status, by_name["s/points/cd"].status, by_name["s/points/ef"].status }
     end
-    sweep "}"
+    sweep "null"
     settle "s"
     assert.same({ "stopped", "stopped", "finished" }, statuses())
-    sweep ', "dropped": {"ab": 10, "ef": 10}}' -- the folders of the points stay as they are
+    sweep "10" -- the folders of the points stay as they are
     assert.same({ "dropped", "stopped", "finished" }, statuses())
     assert.equal(1, #select(2, records { status = "stopped" }))
     holders["s/points/ab/lock"] = 17 -- it goes on
     assert.same({ "running", "stopped", "finished" }, statuses())
     holders = {}
-    sweep ', "dropped": null}'
+    sweep "null"
     assert.same({ "stopped", "stopped", "finished" }, statuses())
-    sweep ', "dropped": 3'
+    sweep '"x"'
     assert.same({ "stopped", "stopped", "finished" }, statuses())
+    sweep "10"
+    root = root .. "/s" -- the sweep's own folder as the root
+    assert.equal("dropped", records()["points/ab"].status)
+    assert.equal("1", records()["points/ab"].setting)
+    assert.equal(".", records()["points/ab"].sweep)
+    root = root:match "^(.*)/s$"
   end)
 
   it("finds the points of sweeps down to four folders, and nothing in what is no run", function()

@@ -99,7 +99,7 @@ kill $holder; wait $holder 2>/dev/null
 # points that successive halving ended early are no leftovers: their sweep is finished
 mkdir -p "$root/halved/points"; mv "$root/run-00009" "$root/halved/points/aa"; mv "$root/run-00010" "$root/halved/points/bb"
 rm "$root/halved/points/aa/summary.json" "$root/halved/points/bb/summary.json"
-echo '{"format": 1, "points": [{"hash": "aa", "name": "lr=1"}, {"hash": "bb", "name": "lr=2"}], "dropped": {"aa": 10}}' >"$root/halved/sweep.json"
+echo '{"format": 1, "points": [{"hash": "aa", "name": "lr=1", "dropped": 10}, {"hash": "bb", "name": "lr=2"}]}' >"$root/halved/sweep.json"
 runs list halved >"$work/out"; check "a dropped point" has '^halved/points/aa +dropped' "$work/out"; check "a stopped point" has '^halved/points/bb +stopped' "$work/out"
 runs prune halved --stopped >"$work/out" 2>&1; check "a dropped point is not offered" [ "$(grep -c points/aa "$work/out")" = 0 ]
 runs prune halved --stopped --yes >"$work/out" 2>&1
