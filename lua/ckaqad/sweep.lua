@@ -133,7 +133,11 @@ end
 -- Opens the sweep folder and locks it. Other points in it stay where they are.
 local function open_folder(plan)
   local path = plan.path
-  local old = folder.read_json(path .. "/sweep.json")
+  local whole_file, old = pcall(folder.read_json, path .. "/sweep.json")
+  if not whole_file and not plan.fresh then
+    errors.raise(errors.DATA, "%s; without that file the same command writes it again and keeps the points", tostring(old))
+  end
+  old = whole_file and old or nil
   if old and type(old.format) == "number" and old.format > sweep.format then
     errors.raise(errors.DATA, "%s/sweep.json: format %d, made by a newer version, wanted at most format %d", path, old.format, sweep.format)
   end
@@ -241,8 +245,9 @@ end
 local function say_plan(plan, d, dropped)
   local what = {}
   for _, axis in ipairs(plan.axes) do what[#what + 1] = axis.name end
-  print(("sweep %s over %s: %d settings%s%s, %s"):format(plan.recipe, #what > 0 and table.concat(what, ", ") or "seed",
-    #plan.settings, plan.seeds and (" x %d seeds"):format(#plan.seeds) or "",
+  local function counted(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" or "s") end
+  print(("sweep %s over %s: %s%s%s, %s"):format(plan.recipe, #what > 0 and table.concat(what, ", ") or "seed",
+    counted(#plan.settings, "setting"), plan.seeds and " x " .. counted(#plan.seeds, "seed") or "",
     dropped > 0 and (", %d equal points run once"):format(dropped) or "", plan.path))
   local finished, started, gone = 0, 0, 0
   for _, point in ipairs(plan.points) do

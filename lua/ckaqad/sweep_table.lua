@@ -51,9 +51,10 @@ local function gather(plan, d)
     end
     local dir = d:folder(p)
     local ok, summary = pcall(folder.read_json, dir .. "/summary.json")
-    if ok and summary then
-      local known, run = pcall(folder.read_json, dir .. "/run.json")
-      g.runs[p.seed or 0] = { summary = summary, run = known and run or {} }
+    local known, run = pcall(folder.read_json, dir .. "/run.json")
+    if not (ok and known) then d.failed[p.hash] = tostring(not ok and summary or run) end -- a damaged file is no result
+    if ok and known and summary then
+      g.runs[p.seed or 0] = { summary = summary, run = run or {} }
       finished = finished + 1
     elseif d.failed[p.hash] then
       g.failed = (g.failed or 0) + 1

@@ -233,7 +233,7 @@ describe("the guard against confounded comparisons", function()
     after_each(function() os.execute("rm -rf '" .. root .. "'") end)
 
     -- A sweep of `list` = { { name, options, kls by seed, more facts } } as its folder holds it; gives what make() gives.
-    local function make(list, axes)
+    local function make(list, axes, more)
       local plan = { recipe = "recipes/x.lua", path = root, points = {}, axes = axes or { { name = "lr", values = {} } } }
       local d = { failed = {}, dropped = {}, folder = function(_, p) return root .. "/points/" .. p.hash end }
       for i, s in ipairs(list) do
@@ -252,10 +252,14 @@ describe("the guard against confounded comparisons", function()
           end
         end
       end
+      for _, p in ipairs(more or {}) do
+        p.options, p.keys, p.resolved = {}, {}, {}
+        plan.points[#plan.points + 1] = p
+      end
       local saved = { points = {}, axes = plan.axes, recipe = "x.lua" }
       for i, p in ipairs(plan.points) do saved.points[i] = { hash = p.hash, name = p.name, options = p.options, seed = p.seed } end
       write(root .. "/sweep.json", json.encode(saved))
-      return sweep_table.make(plan, d)
+      return sweep_table.make(plan, d), d
     end
 
     it("compares in pairs of a seed, with recovery between PTQ and the teacher, and flags nothing", function()
@@ -301,6 +305,24 @@ describe("the guard against confounded comparisons", function()
       assert.matches("CONFOUNDED: the runs differ in program version too (0.1.0 / 0.2.0)", said, 1, true)
       assert.is_nil(said:find("best: ", 1, true))
       assert.is_nil(t.table.rows[3].kl.mark)
+    end)
+
+    it("takes no result from a damaged file", function()
+      local printed = stub(_G, "print")
+      local list = { { name = "lr=1", options = { lr = 1 }, kl = { 0.010, 0.012 } },
+        { name = "lr=2", options = { lr = 2 }, kl = { 0.009 } } }
+      lfs.mkdir(root .. "/points/13")
+      write(root .. "/points/13/summary.json", "{")
+      lfs.mkdir(root .. "/points/22")
+      write(root .. "/points/22/summary.json", "{}")
+      write(root .. "/points/22/run.json", "[")
+      local t, d = make(list, nil, { { hash = "13", name = "lr=1", seed = 3 }, { hash = "22", name = "lr=2", seed = 2 } })
+      printed:revert()
+      assert.equal(3, t.finished)
+      assert.matches("13/summary.json: line 1: broken JSON", d.failed["13"], 1, true)
+      assert.matches("22/run.json: line 1: broken JSON", d.failed["22"], 1, true)
+      assert.equal("lr=2 (1 failed)", t.table.rows[3].setting)
+      assert.is_nil(t.table:text():find("CONFOUNDED", 1, true))
     end)
 
     it("says what failed, and gives one seed no interval", function()
