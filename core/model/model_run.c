@@ -6,6 +6,7 @@
 #include "core/base/process.h"
 #include "core/model/model_impl.h"
 #include "core/tensor/device.h"
+#include <stdio.h>
 
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -129,12 +130,21 @@ static void *layer_in(const cq_model *m, int64_t i) {
     return m->env.mode == CQ_MODE_INFER ? m->h[0].data : m->h[i].data;
 }
 
+/* Puts the block before a message about numbers. */
+static int in_block(int status, int64_t block, const char *pass) {
+    char where[64];
+    snprintf(where, sizeof where, "block %ld, %s", (long)block, pass);
+    return status == CQ_ENUMERIC ? cq_fail_in(status, where) : status;
+}
+
 int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block) {
     (void)b;
     CQ_TRY(cq_stop_check());
     cq_model_bind_stream(m, s);
     for (int64_t i = m->first_layer[block]; i < m->first_layer[block + 1]; i++)
-        CQ_TRY(cq_layer_forward(&m->layer[i], s, &m->now, layer_in(m, i), layer_in(m, i + 1)));
+        CQ_TRY(
+            in_block(cq_layer_forward(&m->layer[i], s, &m->now, layer_in(m, i), layer_in(m, i + 1)),
+                     block, "forward"));
     return CQ_OK;
 }
 
@@ -184,8 +194,9 @@ int cq_model_block_backward(cq_model *m, cq_stream *s, const cq_batch *b, int64_
                                                      layer_in(m, i + 1))
                                   : CQ_OK;
         m->env.again = false;
-        CQ_TRY(status);
-        CQ_TRY(cq_layer_backward(&m->layer[i], s, &m->now, layer_in(m, i), m->dh.data));
+        CQ_TRY(in_block(status, block, "forward again"));
+        CQ_TRY(in_block(cq_layer_backward(&m->layer[i], s, &m->now, layer_in(m, i), m->dh.data),
+                        block, "backward"));
     }
     return CQ_OK;
 }

@@ -9,6 +9,7 @@
 #include "core/tensor/device.h"
 #include "core/train/taps.h"
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,7 +25,7 @@ struct cq_distill {
     int32_t *sampled;              ///< [tokens] on the host; the first n_rows are those in `rows`
     cq_tensor sums, counts, stats; ///< results: loss [1], right answers [1], [n_blocks, 4]
     double *loss;
-    int64_t n_rows, given, valid, valid_total;
+    int64_t n_rows, given, valid, valid_total, step;
 };
 
 static bool is_row_loss(const cq_distill *d) {
@@ -208,6 +209,13 @@ static int tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
                             .x = rows, .y = d->of_teacher[l].data, .out = stats_of(d, l) + 3);
 }
 
+/* Puts the step, and whose pass it was, before a message about numbers. */
+static int in_step(const cq_distill *d, int status, const char *who) {
+    char where[64];
+    snprintf(where, sizeof where, "step %ld, %s", (long)d->step, who);
+    return status == CQ_ENUMERIC ? cq_fail_in(status, where) : status;
+}
+
 static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher) {
     cq_model *m = teacher ? d->teacher : d->student;
     CQ_TRY(cq_model_embed_forward(m, s, b));
@@ -295,6 +303,7 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
             CQ_EDATA,
             "distill: %ld of %ld tokens of a micro-batch are targets, wanted at least one",
             (long)b->valid, (long)valid_total);
+    d->step = step;
     d->valid = b->valid;
     d->valid_total = valid_total;
     d->n_rows = 0;
@@ -305,8 +314,8 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
     *sum = 0;
     *right = 0;
     if (d->teacher)
-        CQ_TRY(forward(d, s, b, true));
-    CQ_TRY(forward(d, s, b, false));
+        CQ_TRY(in_step(d, forward(d, s, b, true), "teacher"));
+    CQ_TRY(in_step(d, forward(d, s, b, false), "student"));
     if (d->o.logit_loss == CQ_LOGIT_NONE)
         CQ_TRY(cq_zero(d->dxf.data, b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
     for (int64_t at = 0; at < b->tokens && d->o.logit_loss != CQ_LOGIT_NONE; at += d->o.chunk)
@@ -366,7 +375,7 @@ int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w
                           .y = d->dxs.data, .index = d->rows.data,
                           .x = cq_model_dhidden(d->student)->data));
         }
-        CQ_TRY(cq_model_block_backward(d->student, s, b, l));
+        CQ_TRY(in_step(d, cq_model_block_backward(d->student, s, b, l), "student"));
     }
     return cq_model_embed_backward(d->student, s, b);
 }

@@ -13,7 +13,8 @@ complete.values = {
   scales = { "max", "mse", "four_over_six" }, schedule = { "constant", "cosine", "linear" }, mask = { "all", "assistant" },
   loss = { "kl", "ce" }, tail = { "bucket", "renormalized", "truncated", "full" }, layer = { "cka", "cosine", "mse", "gram", "none" },
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
-  balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" }, device = { "cpu", "cuda", "auto" }, compute = { "f32", "bf16" },
+  balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" },
+  device = { "cpu", "cuda", "auto" }, compute = { "f32", "bf16" },
   template = { "auto", "nano3", "qwen3-thinking" },
 }
 -- Options that name files, the words that may stand for one, and the file names that fit.

@@ -31,13 +31,14 @@ local function open(o)
 end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores) and
---- compute ("f32", "bf16") for models opened from now on. A run does this from its options.
+--- compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf. A run does this from its
+--- options.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
 ---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
-  local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32" })
+  local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", check = false })
   if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
     errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
   end
@@ -46,6 +47,7 @@ function device.device(given)
     errors.usage("option --threads: got %g, wanted a whole number, 0 or more", o.threads)
   end
   local stream, kernels = open(o)
+  if o.check then stream.table = C.cq_kernels_checked(stream.table) end
   stream.threads = C.cq_threads_set(o.threads)
   stream.compute = o.compute == "bf16" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
   local text = native.new "char[128]"

@@ -13,6 +13,7 @@ local common = {
   { "device", "cpu", "cpu, cuda, cuda:N, or auto (a GPU where there is one)" },
   { "kernels", "cpu", "kernel table: cpu, or ref (the slow specification)" },
   { "compute", "f32", "matrix products: f32, or bf16 operands with f32 sums" },
+  { "check", false, "look at every operation's result for NaN and Inf and name the first (slow)" },
   { "memory", 0, "bytes the plan may use, for example 4GiB (0: what the system has)" },
   { "template", "auto", "chat template: nano3, qwen3-thinking, or auto (by its hash)" },
   { "every", 10, "steps between lines when the output is no terminal" },
@@ -43,7 +44,7 @@ for _, item in ipairs(special) do is_special[item[1]] = true end
 -- How a run is shown, kept and stopped, and how much memory it may use, do not make it another run.
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
-  eval_every = true, tensorboard = true, threads = true, out = true, dry_run = true, validate_only = true,
+  eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true,
 }
 
 local units = {

@@ -68,7 +68,8 @@ function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
   local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock() }, Run)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
-  self.device = device.device { device = opt.device, threads = opt.threads, kernels = opt.kernels, compute = opt.compute }
+  self.device = device.device { device = opt.device, threads = opt.threads, kernels = opt.kernels, compute = opt.compute,
+    check = opt.check }
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
   local said
   if rawget(opt, "model") then
