@@ -30,30 +30,38 @@ __device__ __forceinline__ float cq_max_nan(float a, float b) {
 #endif
 }
 
-/// Group of a row: the last one that begins at or before it (groups may be empty).
+/// Group of a row: the last one that begins at or before it (groups may be empty). With `per_row`
+/// `at` counts elements, or quarters of four, instead of rows: `per_row` of them make a row.
 __device__ __forceinline__ int64_t cq_group_of_row(const int64_t *offsets, int64_t n_groups,
-                                                   int64_t row) {
+                                                   int64_t at, int64_t per_row = 1) {
     int64_t low = 0, high = offsets ? n_groups : 1;
     while (high - low > 1) {
         int64_t middle = (low + high) / 2;
-        if (offsets[middle] <= row)
+        if (offsets[middle] * per_row <= at)
             low = middle;
         else
             high = middle;
     }
     return low;
 }
-/// The same for a warp whose lanes all ask for one row: 32 entries at a time.
+/// The same for a warp whose lanes all ask for one place: 32 entries at a time.
 __device__ __forceinline__ int64_t cq_warp_group_of_row(const int64_t *offsets, int64_t n_groups,
-                                                        int64_t row) {
+                                                        int64_t at, int64_t per_row = 1) {
     int lane = (int)(threadIdx.x % CQ_WARP), before = 0;
     if (!offsets || n_groups > 2048)
-        return cq_group_of_row(offsets, n_groups, row);
-    for (int64_t g = 1; g < n_groups; g += CQ_WARP)
-        before += __popc(
-            __ballot_sync(0xffffffffu, g + lane < n_groups &&
-                                           offsets[g + lane < n_groups ? g + lane : 0] <= row));
+        return cq_group_of_row(offsets, n_groups, at, per_row);
+    for (int64_t g = 1; g < n_groups; g += CQ_WARP) {
+        bool begun = g + lane < n_groups && offsets[g + lane] * per_row <= at;
+        before += __popc(__ballot_sync(0xffffffffu, begun));
+    }
     return before;
+}
+/// The group of a place at or after one in group g.
+__device__ __forceinline__ int64_t cq_group_onwards(const int64_t *offsets, int64_t n_groups,
+                                                    int64_t g, int64_t at, int64_t per_row = 1) {
+    while (g + 1 < n_groups && offsets[g + 1] * per_row <= at)
+        g++;
+    return g;
 }
 
 /// What the blocks of one group share.
@@ -247,16 +255,11 @@ struct cq_fake_job {
     cq_fq fq;                ///< fq.amax NULL: `quantized` is a copy; else a multiple of 16 columns
     const float *block_amax; ///< static form, or NULL
     float top;
-    int64_t quarters;   ///< rows * columns / 4
-    cq_divider columns; ///< by columns / 4
-    bool aligned;       ///< both results lie on 16-byte boundaries
+    int64_t quarters; ///< rows * columns / 4
+    int64_t columns;  ///< of a row, / 4
+    bool aligned;     ///< both results lie on 16-byte boundaries
 };
 enum { CQ_FAKE_THREADS = 256, CQ_FAKE_STEPS = 4 };
-
-/// Row of four consecutive elements.
-__device__ __forceinline__ int64_t cq_fake_row(const cq_fake_job &job, int64_t quarter) {
-    return cq_divide(quarter, job.columns);
-}
 
 /// The kernel: source(quarter) gives elements 4 quarter .. 4 quarter + 3 as a float4. A warp works
 /// on 128 quarters in a row, a lane on four of them, 32 apart. Bytes: what the source reads, and 4
@@ -290,10 +293,8 @@ __global__ void __launch_bounds__(CQ_FAKE_THREADS) cq_fake_flat(Source source, c
         own = own < job.quarters ? own : job.quarters - 1;
         int64_t group = 0;
         if (job.fq.offsets && job.fq.n_groups > 1) {
-            int64_t row = cq_fake_row(job, own);
-            group = cq_warp_group_of_row(job.fq.offsets, job.fq.n_groups, cq_fake_row(job, first));
-            while (group + 1 < job.fq.n_groups && job.fq.offsets[group + 1] <= row)
-                group++;
+            group = cq_warp_group_of_row(job.fq.offsets, job.fq.n_groups, first, job.columns);
+            group = cq_group_onwards(job.fq.offsets, job.fq.n_groups, group, own, job.columns);
         }
         cq_fake_group g = cq_fake_group_of(job.fq, group, job.top);
         float chosen = FIXED ? job.block_amax[own / 4] : -1.0f;
@@ -317,19 +318,16 @@ static inline cq_fake_job cq_fake_job_make(int64_t rows, int64_t columns, void *
     job.fq = fq;
     job.top = 448.0f;
     job.quarters = rows * (columns / 4);
-    job.columns = cq_divider_make(columns / 4);
+    job.columns = columns / 4;
     job.aligned = cq_aligned16(plain) && cq_aligned16(quantized);
     return job;
 }
-template <typename Source>
+template <bool FIXED, typename Source>
 static inline void cq_fake_launch(cq_stream *s, const Source &source, const cq_fake_job &job) {
     if (job.quarters <= 0)
         return;
     unsigned blocks = cq_blocks(job.quarters, (int64_t)CQ_FAKE_THREADS * CQ_FAKE_STEPS);
-    if (job.block_amax)
-        CQ_LAUNCH((cq_fake_flat<true, Source>), blocks, CQ_FAKE_THREADS, 0, s, source, job);
-    else
-        CQ_LAUNCH((cq_fake_flat<false, Source>), blocks, CQ_FAKE_THREADS, 0, s, source, job);
+    CQ_LAUNCH((cq_fake_flat<FIXED, Source>), blocks, CQ_FAKE_THREADS, 0, s, source, job);
 }
 
 /// Source: dense values.
