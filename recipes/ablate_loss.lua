@@ -18,7 +18,7 @@ local opt = cq.options {
 cq.sweep(opt, {
   recipe = "nemotron_nano.lua",
   list = {
-    { name = "KL", layer = "none" },
+    { name = "KL alone", layer = "none" },
     { name = "CE (QAT)", layer = "none", loss = "ce" },
     { name = "KL + CKA", layer = "cka" },
     { name = "KL + cosine", layer = "cosine" },

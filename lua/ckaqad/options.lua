@@ -137,7 +137,10 @@ function options.help(parsed, defaults, name)
   for _, item in ipairs(common) do
     if not seen[item[1]] then add(item[1], item[3]) end
   end
-  for _, item in ipairs(special) do lines[#lines + 1] = ("  --%s %s  %s"):format(item[1], item[2], item[3]) end
+  for _, item in ipairs(special) do
+    local label = ("%s %s"):format(item[1], item[2])
+    if defaults[item[1]] == nil then lines[#lines + 1] = ("  --%s%s  %s"):format(label, (" "):rep(width - #label), item[3]) end
+  end
   return table.concat(lines, "\n")
 end
 

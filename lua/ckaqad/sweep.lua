@@ -147,6 +147,7 @@ local function open_folder(plan)
   if old and not plan.fresh and old.recipe ~= plan.recipe:match("[^/]*$") then
     errors.usage("sweep folder %s: belongs to a sweep of %s, wanted a new folder or --fresh", path, tostring(old.recipe))
   end
+  if plan.resume and not old then errors.usage("option --resume: %s holds no sweep, wanted one (or leave --resume out)", path) end
   if plan.halving and not plan.fresh then plan.dropped = dropped_of(old) end
   if plan.dry then return end
   local holder = tonumber(native.C.cq_lock_holder(path .. "/lock"))
@@ -329,6 +330,12 @@ local function whole(name, value, least)
   return value
 end
 
+-- Refuses options that a sweep does not have: each would run something else than was asked for.
+local function refuse(where, opt)
+  if opt.validate_only then errors.usage("%s--validate_only: not for a sweep, wanted one run", where) end
+  if opt.stop_at > 0 then errors.usage("%s--stop_at: not for a sweep, wanted --max_time=10m or a Ctrl-C", where) end
+end
+
 -- Runs a plan: { recipe, base, settings, axes, seeds, path, jobs, retry, halving, threads, argv, where, fresh, dry, max_time }.
 local function execute(plan)
   local dropped
@@ -436,6 +443,7 @@ function sweep.sweep(opt, given)
   local recipe = find_recipe(o.recipe, opt.recipe)
   local hash = os.getenv "CKAQAD_POINT"
   if hash then return run_point(opt, recipe, hash) end
+  refuse((where:gsub("sweep: $", "")), opt)
   local exe, again = program(), {}
   for key in pairs(opt.given) do
     if not own[key] then again[#again + 1] = ("--%s=%s"):format(key, points.typed(opt[key])) end
@@ -444,7 +452,7 @@ function sweep.sweep(opt, given)
   local plan = {
     recipe = recipe, where = where, path = (opt.out:gsub("(.)/+$", "%1")), jobs = at(where, whole, "jobs", o.jobs, 1),
     retry = at(where, whole, "retry", o.retry, 0), halving = at(where, check_halving, o.stop), threads = opt.threads,
-    fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = passed_on(opt, recipe),
+    fresh = opt.fresh, resume = opt.resume, dry = opt.dry_run, max_time = opt.max_time, base = passed_on(opt, recipe),
   }
   for key, value in pairs(o.set or {}) do plan.base[key] = value end
   plan.settings, plan.axes, plan.seeds = at(where, points.expand, o, plan.base.seed)
@@ -473,7 +481,7 @@ function sweep.from_options(opt, specs)
       errors.usage("sweep over %s: the recipe has no such option, nearest is %s", axis.name, errors.nearest(axis.name, opt.order))
     end
   end
-  if opt.validate_only then errors.usage("--validate_only: not with --sweep, wanted one of both") end
+  refuse("", opt)
   local exe, base = program(), {}
   for key in pairs(opt.given) do
     if not own[key] then base[key] = opt[key] end
@@ -482,7 +490,7 @@ function sweep.from_options(opt, specs)
     recipe = opt.recipe, where = "", path = (opt.given.out and opt.out or rawget(opt, "out") .. "-sweep"):gsub("(.)/+$", "%1"),
     jobs = whole("jobs", specs.jobs or rawget(opt, "jobs") or 1, 1),
     retry = whole("retry", specs.retry or rawget(opt, "retry") or 1, 0), threads = opt.threads,
-    fresh = opt.fresh, dry = opt.dry_run, max_time = opt.max_time, base = base,
+    fresh = opt.fresh, resume = opt.resume, dry = opt.dry_run, max_time = opt.max_time, base = base,
   }
   plan.settings, plan.axes, plan.seeds = points.expand { grid = axes }
   if plan.seeds and base.seed then errors.usage("sweep over seed: it is given as --seed=%d too, wanted one of both", base.seed) end

@@ -75,6 +75,9 @@ bad 'sweep over threads: this option does not change what a run computes' "$nano
 bad 'sweep over seed: it is given as --seed=2 too' "$nano" --sweep seed=1..3 --seed=2
 bad 'is a sweep itself' "$top/recipes/ablate_balance.lua" --sweep lr=1e-4,3e-4
 bad 'ablate_balance.lua:[0-9]+: sweep: seeds is -1' "$top/recipes/ablate_balance.lua" --seeds=-1
+bad 'ablate_balance.lua:[0-9]+: --validate_only: not for a sweep' "$top/recipes/ablate_balance.lua" --validate-only --out="$work/none"
+bad '^ckaqad: --stop_at: not for a sweep' "$nano" --sweep lr=1e-4,3e-4 --stop-at=3 --out="$work/none"
+bad '--resume: .*none holds no sweep' "$nano" --sweep lr=1e-4,3e-4 --resume --out="$work/none"
 [ ! -e "$work/none" ] || fail "a refused sweep leaves a folder"
 
 # ---- equal points once; two drivers; Ctrl-C
