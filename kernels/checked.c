@@ -109,6 +109,7 @@ CHECKED(adamw, DENSE(w, a->rows, a->cols); DENSE(m, a->rows, a->cols); DENSE(v, 
         DENSE(wq, a->rows, a->cols))
 CHECKED(sumsq, )
 CHECKED(axpy, DENSE(y, 1, a->n))
+CHECKED(round_bf16, )
 
 const cq_kernels *cq_kernels_checked(const cq_kernels *of) {
     base = of;

@@ -68,6 +68,8 @@ typedef struct cq_matmul_args {
     void *c;
     int64_t ldc;
     double alpha, beta;
+    const void *b16; ///< b rounded to BF16, rows ldb apart as well: saves a pass over b where
+                     ///< products are BF16; may be NULL
 } cq_matmul_args;
 
 /// For each group e, over rows offsets[e] .. offsets[e + 1] of x and y (dense rows), weights w[e]
@@ -83,6 +85,7 @@ typedef struct cq_matmul_grouped_args {
     int64_t groups, n, k;
     const int64_t *offsets; ///< [groups + 1]
     void *x, *w, *y;
+    const void *w16; ///< w rounded to BF16, as b16 of matmul; not read in mode WEIGHT; may be NULL
 } cq_matmul_grouped_args;
 
 /// y = w * x / sqrt(mean(x^2) + eps); yq = fake quantization of y. y or yq may be NULL.
@@ -517,6 +520,14 @@ typedef struct cq_axpy_args {
     const void *x;
     void *y;
 } cq_axpy_args;
+
+/// y = x rounded to BF16, to nearest, ties to even; NaN stays NaN. y holds BF16.
+typedef struct cq_round_bf16_args {
+    cq_dtype dtype; ///< of x
+    int64_t n;
+    const void *x;
+    void *y;
+} cq_round_bf16_args;
 
 /// One backend: a function per operation.
 struct cq_kernels {

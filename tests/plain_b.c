@@ -37,6 +37,7 @@ CQ_PLAIN_OP(rowloss_backward)
 CQ_PLAIN_OP(adamw)
 CQ_PLAIN_OP(sumsq)
 CQ_PLAIN_OP(axpy)
+CQ_PLAIN_OP(round_bf16)
 
 /* whole numbers only: there is no other precision to run it in */
 int cq_plain_route_sort(cq_stream *s, const cq_route_sort_args *a) {

@@ -52,7 +52,7 @@ static void check_matmul(const cq_kernels *table, cq_dtype dtype, bool ta, bool 
     for (int64_t i = 0; i < M; i++)
         for (int64_t j = 0; j < N; j++)
             set(c, dtype, i * (N + 2) + j, beta == 0 ? NAN : c_at(i, j));
-    cq_matmul_args m = {dtype, ta, tb, M, N, K, a, LD - 1, b, LD, c, N + 2, alpha, beta};
+    cq_matmul_args m = {dtype, ta, tb, M, N, K, a, LD - 1, b, LD, c, N + 2, alpha, beta, NULL};
     OK(table->matmul(NULL, &m));
     for (int64_t i = 0; i < M; i++)
         for (int64_t j = 0; j < N + 2; j++) {
@@ -90,9 +90,9 @@ Test(ref_matmul, grouped_forms_are_a_product_and_its_two_gradients_and_skip_empt
            *w = finite_normal(E * N * K, SEED, 2, 1, 0);
     double *g = finite_normal(ROWS * N, SEED, 3, 1, 0), *y = finite_zeros(ROWS * N);
     double *dx = finite_zeros(ROWS * K), *dw = finite_zeros(E * N * K);
-    cq_matmul_grouped_args f = {CQ_F64, CQ_GROUPED_FORWARD, E, N, K, offsets, x, w, y};
-    cq_matmul_grouped_args in = {CQ_F64, CQ_GROUPED_INPUT, E, N, K, offsets, dx, w, g};
-    cq_matmul_grouped_args weight = {CQ_F64, CQ_GROUPED_WEIGHT, E, N, K, offsets, x, dw, g};
+    cq_matmul_grouped_args f = {CQ_F64, CQ_GROUPED_FORWARD, E, N, K, offsets, x, w, y, NULL};
+    cq_matmul_grouped_args in = {CQ_F64, CQ_GROUPED_INPUT, E, N, K, offsets, dx, w, g, NULL};
+    cq_matmul_grouped_args weight = {CQ_F64, CQ_GROUPED_WEIGHT, E, N, K, offsets, x, dw, g, NULL};
     OK(cq_ref_matmul_grouped(NULL, &f));
     NEAR(y[3 * N + 1],
          w[2 * N * K + K] * x[3 * K] + w[2 * N * K + K + 1] * x[3 * K + 1] +

@@ -23,6 +23,7 @@ typedef struct cq_linear {
     cq_tensor value; ///< [groups * n, k] master weights
     cq_tensor fq;    ///< what forward multiplies with
     cq_tensor grad;  ///< no data when none is trainable
+    cq_tensor fq16;  ///< fq in BF16 where products on a device are BF16, else no data
     bool quantized;  ///< all parts are
     bool act_quant;  ///< inputs are fake-quantized too
     float *amax_x;   ///< [groups] frozen input maxima

@@ -10,6 +10,10 @@ static const void *weight_now(const cq_layer *l, const cq_linear *w) {
     return l->env->calibrating ? w->value.data : w->fq.data;
 }
 
+static const void *weight16_now(const cq_layer *l, const cq_linear *w) {
+    return l->env->calibrating ? NULL : w->fq16.data;
+}
+
 bool cq_linear_acts(const cq_layer *l, const cq_linear *w) {
     return w->act_quant && !l->env->calibrating;
 }
@@ -35,7 +39,7 @@ int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
                   .a = x, .lda = w->k, .b = weight_now(l, w), .ldb = w->k, .c = y, .ldc = ldy,
-                  .alpha = 1, .beta = beta);
+                  .alpha = 1, .beta = beta, .b16 = weight16_now(l, w));
 }
 
 int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
@@ -43,7 +47,7 @@ int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, c
     if (dx)
         CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
                       .lda = lddy, .b = w->fq.data, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
-                      .beta = beta));
+                      .beta = beta, .b16 = w->fq16.data));
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .ta = true, .m = w->n, .n = w->k, .k = rows,
@@ -56,14 +60,14 @@ int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *o
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, offsets));
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_FORWARD,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
-                  .w = (void *)weight_now(l, w), .y = y);
+                  .w = (void *)weight_now(l, w), .y = y, .w16 = weight16_now(l, w));
 }
 
 int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
                         const void *x, const void *dy, void *dx) {
     CQ_TRY(CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_INPUT,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = dx,
-                  .w = w->fq.data, .y = (void *)dy));
+                  .w = w->fq.data, .y = (void *)dy, .w16 = w->fq16.data));
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_WEIGHT,

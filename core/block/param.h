@@ -17,6 +17,7 @@ typedef struct cq_param {
     cq_tensor
         fq; ///< what forward multiplies with: the fake-quantized copy, or the same memory as value
     cq_tensor grad;    ///< no data when not trainable
+    cq_tensor fq16;    ///< fq in BF16 where products on a device are BF16, else no data
     float amax;        ///< frozen weight maximum, shared in fused groups
     cq_tensor amax_at; ///< [1] the same where the kernels run
     float *amax_x;     ///< frozen input maximum; points into the model; NULL when the linear is not

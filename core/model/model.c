@@ -264,6 +264,11 @@ static bool stack_trained(const cq_model *m, const cq_linear *w) {
     return m->trained && trainable;
 }
 
+/* Whether products read BF16 copies of the weights. */
+static bool wants_16(const cq_model *m, const cq_plan *p) {
+    return m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p);
+}
+
 static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights) {
     cq_dtype t = m->env.dtype;
     cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k);
@@ -275,6 +280,8 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
                            CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
+    if (wants_16(m, p) && (!stack_shared(m, w) || w->quantized))
+        CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16, shape));
     for (int64_t i = 0; i < w->n_parts && w->quantized && !m->nvfp4; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->amax_at, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(1)));
     if (w->quantized)
@@ -305,6 +312,8 @@ int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
         if (q->trainable || !m->teacher)
             CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, q->buffer ? CQ_F32 : m->env.dtype,
                                q->shape));
+        if (q == m->head && wants_16(m, p) && (q->trainable || !m->teacher))
+            CQ_TRY(cq_plan_add(p, &q->fq16, weights, q->name, CQ_BF16, q->shape));
         if (trained && q->trainable)
             CQ_TRY(cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape));
     }
@@ -327,11 +336,16 @@ int cq_model_bind(cq_model *m) {
         }
         if (!w->fq.data)
             w->fq = w->value;
-        int64_t row = 0, row_fq = 0, row_grad = 0;
+        if (!w->fq16.data && stack_shared(m, w)) /* no data in the teacher: none here */
+            w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[0]->name)->fq16.data,
+                                  CQ_SHAPE2(w->groups * w->n, w->k), CQ_BF16};
+        int64_t row = 0, row_fq = 0, row_16 = 0, row_grad = 0;
         for (int64_t k = 0; k < w->n_parts; k++) {
             cq_param *p = w->part[k];
             p->value = part_of(w->value, p, &row);
             p->fq = part_of(w->fq, p, &row_fq);
+            if (w->fq16.data)
+                p->fq16 = part_of(w->fq16, p, &row_16);
             if (w->grad.data && p->trainable)
                 p->grad = cq_tensor_rows(w->grad, row_grad, p->shape.dim[0]);
             row_grad += p->shape.dim[0];
@@ -341,8 +355,11 @@ int cq_model_bind(cq_model *m) {
         cq_param *p = m->param[i];
         if (cq_param_stacked(m, p))
             continue;
-        if (m->teacher && !p->trainable)
-            p->value = cq_model_find(m->teacher, p->name)->value;
+        if (m->teacher && !p->trainable) {
+            const cq_param *shared = cq_model_find(m->teacher, p->name);
+            p->value = shared->value;
+            p->fq16 = shared->fq16;
+        }
         p->fq = p->value;
     }
     if (m->n_params && !m->param[0]->value.data)

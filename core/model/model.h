@@ -63,6 +63,9 @@ CQ_API int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached)
 /// Takes given maxima instead (golden files, checkpoints): set amax and *amax_x first. Writes the
 /// fake-quantized weights.
 CQ_API int cq_model_requantize(cq_model *m, cq_stream *s);
+/// Writes the BF16 copies that products on a device read (nothing elsewhere): after loading, and
+/// after each change of the weights. Requantizing and the optimizer do it.
+CQ_API int cq_model_round_weights(cq_model *m, cq_stream *s, bool trained_only);
 /// Blocks whose activation or weight scale was clamped since the last call.
 CQ_API int64_t cq_model_saturated(cq_model *m);
 /// The counter behind it, for whoever quantizes weights in another pass.

@@ -142,7 +142,24 @@ int cq_model_requantize(cq_model *m, cq_stream *s) {
             .fq = {.amax = p->amax_at.data, .n_groups = 1, .saturated = m->env.saturated.data},
             .block_amax = p->block_amax.data, .top = p->top));
     }
-    return CQ_OK;
+    return cq_model_round_weights(m, s, false);
+}
+
+static int round_tensor(cq_stream *s, cq_tensor from, cq_tensor to) {
+    return CQ_RUN(s, round_bf16, .dtype = from.dtype, .n = cq_tensor_elems(from), .x = from.data,
+                  .y = to.data);
+}
+
+int cq_model_round_weights(cq_model *m, cq_stream *s, bool trained_only) {
+    for (int64_t i = 0; i < m->n_linears; i++) {
+        const cq_linear *w = m->linear[i];
+        if (w->fq16.data && (w->grad.data || !trained_only))
+            CQ_TRY(round_tensor(s, w->fq, w->fq16));
+    }
+    const cq_param *head = m->head;
+    return head->fq16.data && (head->grad.data || !trained_only)
+               ? round_tensor(s, head->fq, head->fq16)
+               : CQ_OK;
 }
 
 int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached) {

@@ -167,7 +167,7 @@ int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf, int64_
     const char *x = (const char *)xf->data + begin * dim * cq_dtype_bytes(m->env.dtype);
     return CQ_RUN(s, matmul, .dtype = m->env.dtype, .tb = true, .m = n, .n = vocab, .k = dim,
                   .a = x, .lda = dim, .b = m->head->fq.data, .ldb = dim, .c = logits, .ldc = vocab,
-                  .alpha = 1);
+                  .alpha = 1, .b16 = m->head->fq16.data);
 }
 
 int cq_model_forward(cq_model *m, cq_stream *s, const cq_batch *b) {

@@ -116,5 +116,5 @@ int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *no
     for (int64_t i = 0; i < a->n; i++)
         if (a->moment[i][0].data && cq_model_param(a->model, i)->grad.data)
             CQ_TRY(update(a, s, i, lr, step, scale));
-    return CQ_OK;
+    return cq_model_round_weights(a->model, s, true);
 }

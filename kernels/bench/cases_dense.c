@@ -149,3 +149,7 @@ void bench_axpy(bench *b) {
     MEASURE(b, axpy, "64 MiB", 0, 12.0 * BIG, .n = BIG, .alpha = 0.5, .beta = 0.5,
             .x = bench_floats(b, BIG), .y = bench_floats(b, BIG));
 }
+void bench_round_bf16(bench *b) {
+    MEASURE(b, round_bf16, "64 MiB", 0, 6.0 * BIG, .n = BIG, .x = bench_floats(b, BIG),
+            .y = bench_zeros(b, 2 * BIG));
+}

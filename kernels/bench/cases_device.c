@@ -173,6 +173,8 @@ static void quantizer(bench *b) {
             .grad_scale = 1.0, .step = 10, .wq = bench_floats(b, n), .fq = quantized(b));
     MEASURE(b, sumsq, "Qwen gate/up weight", 0, 4 * n, .n = n, .x = bench_floats(b, n),
             .out = bench_zeros(b, 8));
+    MEASURE(b, round_bf16, "Qwen gate/up weight", 0, 6 * n, .n = n, .x = bench_floats(b, n),
+            .y = bench_zeros(b, 2 * n));
     MEASURE(b, axpy, "Qwen gate/up weight", 0, 12 * n, .n = n, .alpha = 0.5, .beta = 1.0,
             .x = bench_floats(b, n), .y = bench_floats(b, n));
 }

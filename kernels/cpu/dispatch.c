@@ -71,6 +71,9 @@ static choice choose(void) {
 extern const cq_kernels cq_cuda_kernels;
 #endif
 
+/* The kernels of `cuda` on the CPU, in test programs that have them (tests/cuda_on_cpu). */
+extern const cq_kernels cq_cuda_on_cpu_kernels __attribute__((weak));
+
 const cq_kernels *cq_kernels_find(const char *name) {
     if (strcmp(name, "cpu") == 0)
         return choose().table;
@@ -78,6 +81,8 @@ const cq_kernels *cq_kernels_find(const char *name) {
     if (strcmp(name, "cuda") == 0)
         return &cq_cuda_kernels;
 #endif
+    if (strcmp(name, "cuda_on_cpu") == 0)
+        return &cq_cuda_on_cpu_kernels;
     return strcmp(name, "ref") == 0 ? &cq_ref_kernels : NULL;
 }
 

@@ -155,7 +155,7 @@ struct simt {
         piece<TA, M, DEPTH, VEC> a;
         piece<TB, N, DEPTH, VEC> b;
         float sum[8][8] = {};
-        int64_t a_step = TA ? DEPTH * j.lda : DEPTH, b_step = TB ? DEPTH * j.ldb : DEPTH;
+        int64_t a_step = DEPTH * (TA ? j.lda : 1), b_step = DEPTH * (TB ? j.ldb : 1);
         const float *pa = j.a, *pb = j.b;
         a.load(pa, j.lda, j.m, least(j.r, DEPTH));
         b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
@@ -267,7 +267,7 @@ struct tensor {
         piece<TA, M, DEPTH, VEC> a;
         piece<TB, N, DEPTH, VEC> b;
         float sum[WARP_M / 16][WARP_N / 8][4] = {};
-        int64_t a_step = TA ? DEPTH * j.lda : DEPTH, b_step = TB ? DEPTH * j.ldb : DEPTH;
+        int64_t a_step = DEPTH * (TA ? j.lda : 1), b_step = DEPTH * (TB ? j.ldb : 1);
         const float *pa = j.a, *pb = j.b;
         a.load(pa, j.lda, j.m, least(j.r, DEPTH));
         b.load(pb, j.ldb, j.n, least(j.r, DEPTH));

@@ -6,3 +6,4 @@
 CQ_REF_OP(adamw)
 CQ_REF_OP(sumsq)
 CQ_REF_OP(axpy)
+CQ_REF_OP(round_bf16)

@@ -46,3 +46,19 @@ static int CQ_FN(axpy)(const cq_axpy_args *a) {
         y[i] = (real)(a->beta == 0 ? alpha * (acc)x[i] : alpha * (acc)x[i] + beta * (acc)y[i]);
     return CQ_OK;
 }
+
+static int CQ_FN(round_bf16)(const cq_round_bf16_args *a) {
+    const real *x = a->x;
+    uint16_t *y = a->y;
+    for (int64_t i = 0; i < a->n; i++) {
+        float f = (float)x[i];
+        uint32_t u;
+        memcpy(&u, &f, 4);
+        if (f != f)
+            u = (u >> 16 | 0x40u) << 16;
+        else
+            u += 0x7fffu + (u >> 16 & 1u);
+        y[i] = (uint16_t)(u >> 16);
+    }
+    return CQ_OK;
+}

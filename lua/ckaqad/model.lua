@@ -61,7 +61,10 @@ function model.count(dir)
 end
 
 --- Random weights from a seed, for a model made by `cq.model.create`; after the plan is committed.
-function Model:init(seed) call.cq_model_init(self.c, seed or 1) end
+function Model:init(seed)
+  call.cq_model_init(self.c, seed or 1)
+  call.cq_model_round_weights(self.c, self:stream(), false)
+end
 
 local scale_methods = { max = "CQ_SCALE_MAX", mse = "CQ_SCALE_MSE", four_over_six = "CQ_SCALE_FOUR_OVER_SIX" }
 

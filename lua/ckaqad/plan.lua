@@ -125,6 +125,9 @@ function plan.plan(options)
     if o.teacher.random then o.teacher:init(o.seed) else call.cq_model_load(o.teacher.c) end
   end
   if o.load and not o.student.random then call.cq_model_load(o.student.c) end
+  for _, model in ipairs { o.teacher or o.student, o.student } do
+    if o.load and not model.random then call.cq_model_round_weights(model.c, model:stream(), false) end
+  end
   return self
 end
 

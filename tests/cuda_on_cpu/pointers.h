@@ -2,8 +2,8 @@
 /// what must lie on the device.
 #pragma once
 
-#define CQ_EMU_POINTERS_matmul P(a) P(b) P(c)
-#define CQ_EMU_POINTERS_matmul_grouped P(offsets) P(x) P(w) P(y)
+#define CQ_EMU_POINTERS_matmul P(a) P(b) P(c) P(b16)
+#define CQ_EMU_POINTERS_matmul_grouped P(offsets) P(x) P(w) P(y) P(w16)
 #define CQ_EMU_POINTERS_rmsnorm_forward                                                            \
     P(x) P(w) P(y) P(yq) P(fq.amax) P(fq.offsets) P(fq.saturated) P(rstd)
 #define CQ_EMU_POINTERS_rmsnorm_backward P(x) P(w) P(rstd) P(dy) P(dx) P(dw)
@@ -52,3 +52,4 @@
     P(w) P(m) P(v) P(g) P(wq) P(fq.amax) P(fq.offsets) P(fq.saturated) P(block_amax)
 #define CQ_EMU_POINTERS_sumsq P(x) P(out)
 #define CQ_EMU_POINTERS_axpy P(x) P(y)
+#define CQ_EMU_POINTERS_round_bf16 P(x) P(y)
