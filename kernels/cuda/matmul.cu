@@ -18,7 +18,6 @@
 /// 13.6 ms at 60 TF/s in FP32. Rounding A moves 0.13 GB, 0.03 ms at 4.3 TB/s; B, where there is no
 /// b16, 0.30 GB, 0.07 ms.
 #include "kernels/cuda/cq_cuda.h"
-#include "kernels/cuda/cq_mma.h"
 #include "kernels/cuda/device.h"
 extern "C" {
 #include "core/base/file.h"
@@ -432,6 +431,10 @@ rounding rounding_of(const void *x, int64_t rows, int64_t cols, int64_t ld, __nv
 }
 int64_t rounding_blocks(const rounding &r) { return cq_blocks(r.rows * (r.to_ld / 8), THREADS); }
 
+__device__ __forceinline__ unsigned pair(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<unsigned *>(&two);
+}
 /// Values 8 i to 8 i + 7 of the result.
 __device__ __forceinline__ void round_eight(const rounding &r, int64_t i) {
     int64_t chunks = r.to_ld / 8;
@@ -452,10 +455,10 @@ __device__ __forceinline__ void round_eight(const rounding &r, int64_t i) {
             v[j] = j < left ? x[j] : 0.0f;
     }
     uint4 packed;
-    packed.x = cq_bf16_pair(v[0], v[1]);
-    packed.y = cq_bf16_pair(v[2], v[3]);
-    packed.z = cq_bf16_pair(v[4], v[5]);
-    packed.w = cq_bf16_pair(v[6], v[7]);
+    packed.x = pair(v[0], v[1]);
+    packed.y = pair(v[2], v[3]);
+    packed.z = pair(v[4], v[5]);
+    packed.w = pair(v[6], v[7]);
     *reinterpret_cast<uint4 *>(r.to + row * r.to_ld + col) = packed;
 }
 
