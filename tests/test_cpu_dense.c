@@ -1,26 +1,17 @@
 /* test_cpu_dense.c - matrix products, norms, activations and updates of cpu against ref in F64 and
    the plain FP32 loops, on odd shapes and strided views, under every instruction set the machine
-   has. */
+   has; with WAYS_CUDA the same of a device. */
 #include "core/base/dtype.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/nvfp4.h"
 #include "tests/three_ways.h"
 
-enum { SEEDS = 5 };
+enum { SEEDS = WAYS_PICK(2, 5) };
 
-/* The ISAs to test: setenv before a table is looked up. */
-static const char *const isas[] = {"generic", "avx2", "avx512"};
-static bool take_isa(int i) {
-    setenv("CKAQAD_ISA", isas[i], 1);
-    cq_threads_set(2);
-    return strcmp(cq_cpu_isa(), isas[i]) == 0;
-}
 /* Runs `body` SEEDS times under each instruction set, then judges; `w` and `seed` are visible. */
 #define EVERY_ISA(first, body)                                                                     \
-    for (int isa_ = 0; isa_ < 3; isa_++) {                                                         \
-        if (!take_isa(isa_))                                                                       \
-            continue;                                                                              \
-        ways w = {.scratch_bytes = 1 << 20};                                                       \
+    for (int at_ = -1; ways_next(&at_);) {                                                         \
+        ways w = {.scratch_bytes = 1 << 20, .at = at_};                                            \
         for (uint64_t seed = (first); seed < (first) + SEEDS; seed++) {                            \
             w.seed = seed, w.drawn = 0;                                                            \
             body                                                                                   \
@@ -42,7 +33,7 @@ static const product_case products[] = {
 };
 static void run_product(ways *w, const product_case *c) {
     snprintf(w->what, sizeof(w->what), "%s matmul %lldx%lldx%lld ta %d tb %d, seed %llu",
-             cq_cpu_isa(), (long long)c->m, (long long)c->n, (long long)c->k, c->ta, c->tb,
+             ways_name(w->at), (long long)c->m, (long long)c->n, (long long)c->k, c->ta, c->tb,
              (unsigned long long)w->seed);
     int64_t ar = c->ta ? c->k : c->m, ac = c->ta ? c->m : c->k;
     int64_t br = c->tb ? c->n : c->k, bc = c->tb ? c->k : c->n;
@@ -81,28 +72,36 @@ Test(cpu_dense, bf16_products_of_bf16_operands_are_as_exact_as_fp32_ones) {
 Test(cpu_dense, bf16_products_round_their_operands_to_the_nearest_even) {
     /* 1 + 2^-8 is a tie and goes down to 1, 1 + 3 2^-8 goes up to 1 + 2^-6 */
     float a[2] = {1.0f + 0x1p-8f, 1.0f + 3 * 0x1p-8f}, b[1] = {1.0f}, c[2];
-    char scratch[256];
-    cq_stream s = {.table = cq_kernels_find("cpu"),
-                   .threads = 1,
-                   .compute = CQ_COMPUTE_BF16,
-                   .bf16_scratch = scratch,
-                   .bf16_scratch_bytes = sizeof(scratch)};
-    cr_assert_eq(CQ_RUN(&s, matmul, .dtype = CQ_F32, .m = 2, .n = 1, .k = 1, .a = a, .lda = 1,
-                        .b = b, .ldb = 1, .c = c, .ldc = 1, .alpha = 1.0),
+    ways w = {.compute = CQ_COMPUTE_BF16, .bf16_bytes = 256};
+    cq_stream s = ways_stream(&w, CPU_WAY);
+    cq_matmul_args args = {.dtype = CQ_F32,
+                           .m = 2,
+                           .n = 1,
+                           .k = 1,
+                           .a = a,
+                           .lda = 1,
+                           .b = b,
+                           .ldb = 1,
+                           .c = c,
+                           .ldc = 1,
+                           .alpha = 1.0};
+    cr_assert_eq(WAYS_CALL(&s, matmul, args, WAYS_AT(a, sizeof(a)), WAYS_AT(b, sizeof(b)),
+                           WAYS_AT(c, sizeof(c))),
                  CQ_OK, "%s", cq_error());
     cr_expect_eq(c[0], 1.0f);
     cr_expect_eq(c[1], 1.0f + 0x1p-6f);
+#ifndef WAYS_CUDA
     s.bf16_scratch_bytes = 4;
-    cr_expect_eq(CQ_RUN(&s, matmul, .dtype = CQ_F32, .m = 2, .n = 1, .k = 1, .a = a, .lda = 1,
-                        .b = b, .ldb = 1, .c = c, .ldc = 1, .alpha = 1.0),
-                 CQ_ENOMEM);
+    cr_expect_eq(s.table->matmul(&s, &args), CQ_ENOMEM);
+#endif
+    ways_stream_free(&s);
 }
 
 static const int64_t group_offsets[] = {0, 0, 5, 90, 90, 91, 160, 300, 300};
 static void run_grouped(ways *w, cq_grouped mode, int64_t n, int64_t k) {
     enum { GROUPS = 8, ROWS = 300 };
-    snprintf(w->what, sizeof(w->what), "%s grouped mode %d [%lld, %lld], seed %llu", cq_cpu_isa(),
-             (int)mode, (long long)n, (long long)k, (unsigned long long)w->seed);
+    snprintf(w->what, sizeof(w->what), "%s grouped mode %d [%lld, %lld], seed %llu",
+             ways_name(w->at), (int)mode, (long long)n, (long long)k, (unsigned long long)w->seed);
     float *x = ways_add(w, "x", offsetof(cq_matmul_grouped_args, x), ROWS, k, k, 1.0, 0.0,
                         mode == CQ_GROUPED_INPUT ? 2 : 0);
     float *weight = ways_add(w, "w", offsetof(cq_matmul_grouped_args, w), GROUPS * n, k, k, 1.0,
@@ -120,6 +119,7 @@ static void run_grouped(ways *w, cq_grouped mode, int64_t n, int64_t k) {
     }
     cq_matmul_grouped_args args = {
         .mode = mode, .groups = GROUPS, .n = n, .k = k, .offsets = group_offsets};
+    WAYS_RAW(w, matmul_grouped, offsets, sizeof(group_offsets));
     WAYS_RUN(w, matmul_grouped, args);
 }
 Test(cpu_dense, grouped_products_in_every_mode_with_empty_groups) {
@@ -132,7 +132,7 @@ Test(cpu_dense, grouped_products_in_every_mode_with_empty_groups) {
 }
 
 static void run_rmsnorm(ways *w, int64_t rows, int64_t dim, bool accumulate) {
-    snprintf(w->what, sizeof(w->what), "%s rmsnorm %lldx%lld, seed %llu", cq_cpu_isa(),
+    snprintf(w->what, sizeof(w->what), "%s rmsnorm %lldx%lld, seed %llu", ways_name(w->at),
              (long long)rows, (long long)dim, (unsigned long long)w->seed);
     WAYS_IN(w, rmsnorm_forward, x, rows, dim, dim, 2.0);
     WAYS_IN(w, rmsnorm_forward, w, 1, dim, dim, 1.0);
@@ -158,8 +158,9 @@ Test(cpu_dense, rmsnorm_of_odd_and_wide_rows) {
 
 static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups) {
     int64_t ldz = dim + 7;
-    snprintf(w->what, sizeof(w->what), "%s gatednorm %lldx%lld in %lld, seed %llu", cq_cpu_isa(),
-             (long long)rows, (long long)dim, (long long)groups, (unsigned long long)w->seed);
+    snprintf(w->what, sizeof(w->what), "%s gatednorm %lldx%lld in %lld, seed %llu",
+             ways_name(w->at), (long long)rows, (long long)dim, (long long)groups,
+             (unsigned long long)w->seed);
     WAYS_IN(w, gatednorm_forward, y, rows, dim, dim, 1.0);
     WAYS_IN(w, gatednorm_forward, z, rows, dim, ldz, 3.0);
     WAYS_IN(w, gatednorm_forward, w, 1, dim, dim, 1.0);
@@ -195,7 +196,7 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
     for (int64_t r = 0; r < rows; r++)
         positions[r] = (int32_t)cq_random_below(w->seed, 99, (uint64_t)r, most);
     snprintf(w->what, sizeof(w->what), "%s headnorm %lldx%lldx%lld norm %d turn %d, seed %llu",
-             cq_cpu_isa(), (long long)rows, (long long)heads, (long long)dim, norm, turn,
+             ways_name(w->at), (long long)rows, (long long)heads, (long long)dim, norm, turn,
              (unsigned long long)w->seed);
     WAYS_IN(w, headnorm_forward, x, rows, width, ld, 2.0);
     if (norm)
@@ -209,6 +210,7 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
                                   .positions = turn ? positions : NULL,
                                   .theta = 1e6,
                                   .ldy = width + 1};
+    WAYS_RAW(w, headnorm_forward, positions, rows * 4);
     WAYS_RUN(w, headnorm_forward, f);
     WAYS_IN(w, headnorm_backward, x, rows, width, ld, 2.0);
     if (norm)
@@ -226,6 +228,7 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
                                    .theta = 1e6,
                                    .lddy = width + 3,
                                    .lddx = ld};
+    WAYS_RAW(w, headnorm_backward, positions, rows * 4);
     WAYS_RUN(w, headnorm_backward, b);
     free(positions);
 }
@@ -260,20 +263,22 @@ Test(cpu_dense, rotations_by_a_million_tokens_keep_their_digits) {
                                   .ldy = DIM};
     cr_assert_eq(cq_ref_headnorm_forward(NULL, &a), CQ_OK);
     a.dtype = CQ_F32, a.x = x, a.y = y;
-    for (int isa = 0; isa < 3; isa++) {
-        if (!take_isa(isa))
-            continue;
-        cq_stream s = {.table = cq_kernels_find("cpu"), .threads = 2};
-        cr_assert_eq(s.table->headnorm_forward(&s, &a), CQ_OK);
+    for (int at = -1; ways_next(&at);) {
+        ways w = {.at = at};
+        cq_stream s = ways_stream(&w, CPU_WAY);
+        cr_assert_eq(WAYS_CALL(&s, headnorm_forward, a, WAYS_AT(x, sizeof(x)),
+                               WAYS_AT(positions, sizeof(positions)), WAYS_AT(y, sizeof(y))),
+                     CQ_OK, "%s", cq_error());
+        ways_stream_free(&s);
         double worst = 0.0;
         for (int i = 0; i < ROWS * DIM; i++)
             worst = fmax(worst, fabs((double)y[i] - right[i]));
-        cr_expect(worst < 0x1p-24, "%s: %g", isas[isa], worst);
+        cr_expect(worst < 0x1p-24, "%s: %g", ways_name(at), worst);
     }
 }
 
 static void run_activations(ways *w, int64_t rows, int64_t dim, double size) {
-    snprintf(w->what, sizeof(w->what), "%s activations %lldx%lld, seed %llu", cq_cpu_isa(),
+    snprintf(w->what, sizeof(w->what), "%s activations %lldx%lld, seed %llu", ways_name(w->at),
              (long long)rows, (long long)dim, (unsigned long long)w->seed);
     WAYS_IN(w, swiglu_forward, gu, rows, 2 * dim, 2 * dim, size);
     WAYS_OUT(w, swiglu_forward, h, rows, dim, dim, 2);
@@ -301,8 +306,9 @@ Test(cpu_dense, activations_of_small_and_of_large_arguments) {
 
 static void run_updates(ways *w, int64_t rows, int64_t cols, int64_t step) {
     int64_t n = rows * cols;
-    snprintf(w->what, sizeof(w->what), "%s updates %lldx%lld at step %lld, seed %llu", cq_cpu_isa(),
-             (long long)rows, (long long)cols, (long long)step, (unsigned long long)w->seed);
+    snprintf(w->what, sizeof(w->what), "%s updates %lldx%lld at step %lld, seed %llu",
+             ways_name(w->at), (long long)rows, (long long)cols, (long long)step,
+             (unsigned long long)w->seed);
     WAYS_OUT(w, adamw, w, rows, cols, cols, 2);
     WAYS_OUT(w, adamw, m, rows, cols, cols, 2);
     float *v = WAYS_OUT(w, adamw, v, rows, cols, cols, 2);
@@ -336,19 +342,21 @@ Test(cpu_dense, adamw_sum_of_squares_and_axpy) {
 }
 Test(cpu_dense, a_sum_of_squares_that_is_not_finite_says_so) {
     float x[40000] = {0};
-    for (int isa = 0; isa < 3; isa++) {
-        if (!take_isa(isa))
-            continue;
-        cq_stream s = {.table = cq_kernels_find("cpu"), .threads = 2};
+    for (int at = -1; ways_next(&at);) {
+        ways w = {.at = at};
+        cq_stream s = ways_stream(&w, CPU_WAY);
         for (int bad = 0; bad < 3; bad++) {
             double out = 0.0;
             x[39999] = bad == 0 ? INFINITY : bad == 1 ? NAN : 1e30f;
-            cr_assert_eq(CQ_RUN(&s, sumsq, .dtype = CQ_F32, .n = 40000, .x = x, .out = &out),
-                         CQ_OK);
-            cr_expect(bad == 2 ? isfinite(out) : !isfinite(out), "%s: %g", isas[isa], out);
+            cq_sumsq_args a = {.dtype = CQ_F32, .n = 40000, .x = x, .out = &out};
+            cr_assert_eq(WAYS_CALL(&s, sumsq, a, WAYS_AT(x, sizeof(x)), WAYS_AT(out, sizeof(out))),
+                         CQ_OK, "%s", cq_error());
+            cr_expect(bad == 2 ? isfinite(out) : !isfinite(out), "%s: %g", ways_name(at), out);
         }
+        ways_stream_free(&s);
     }
 }
+#ifndef WAYS_CUDA
 Test(cpu_dense, vector_exponentials_reach_both_ends) {
     cr_expect_eq(vec_exp(-INFINITY), 0.0f);
     cr_expect_eq(vec_exp(-110.0f), 0.0f);
@@ -367,3 +375,4 @@ Test(cpu_dense, vector_exponentials_reach_both_ends) {
     }
     cr_expect(worst < 1.5, "%g ulp", worst);
 }
+#endif

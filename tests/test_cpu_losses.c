@@ -1,8 +1,8 @@
 /* test_cpu_losses.c - losses on logits and hidden states, routing and row moves of the cpu backend
- * against ref in F64. */
+ * against ref in F64; with WAYS_CUDA the same of a device. */
 #include "tests/three_ways.h"
 
-enum { SEEDS = 4 };
+enum { SEEDS = WAYS_PICK(2, 4) };
 
 static int32_t *labels_of(int64_t rows, int64_t vocab, uint64_t seed) {
     int32_t *labels = malloc((size_t)(rows + 1) * sizeof(*labels));
@@ -33,13 +33,14 @@ static void run_kl(ways *w, cq_kl_form form, int64_t rows, int64_t vocab, int64_
     WAYS_DOUBLE(w, kl, sum, 1);
     WAYS_DOUBLE(w, kl, nll_teacher, 1);
     WAYS_DOUBLE(w, kl, nll_student, 1);
+    WAYS_RAW(w, kl, labels, rows * 4);
     WAYS_RUN(w, kl, a);
     free((void *)(uintptr_t)a.labels);
 }
 static void check_kl(cq_kl_form form, int64_t rows, int64_t vocab, int64_t top_k, double size,
                      bool ties, uint64_t seed) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
             run_kl(&w, form, rows, vocab, top_k, size, ties);
 }
@@ -82,6 +83,7 @@ Test(cpu_losses, a_sure_and_wrong_student_keeps_its_gradient) {
         for (int i = 0; i < 40; i++)
             s[i] -= i == 20 ? 0.0f : 200.0f;
         WAYS_DOUBLE(&w, kl, sum, 1);
+        WAYS_RAW(&w, kl, labels, 4);
         WAYS_RUN(&w, kl, a);
         ways_judge(&w);
     }
@@ -114,7 +116,12 @@ Test(cpu_losses, kl_counts_agreement_and_valid_rows_and_leaves_logits_without_gr
                         .nll_student = &nll[i],
                         .agree = &agree[i],
                         .valid = &valid[i]};
-        cr_assert_eq(i ? cq_ref_kl(NULL, &a) : stream.table->kl(&stream, &a), CQ_OK);
+        cr_assert_eq(i ? cq_ref_kl(NULL, &a)
+                       : WAYS_CALL(&stream, kl, a, WAYS_AT(teacher, sizeof(t)),
+                                   WAYS_AT(student, sizeof(s)), WAYS_AT(labels, ROWS * 4),
+                                   WAYS_AT(sum, 8), WAYS_AT(nll_student, 8), WAYS_AT(agree, 8),
+                                   WAYS_AT(valid, 8)),
+                     CQ_OK, "%s", cq_error());
         cr_expect(memcmp(before, s, sizeof(s)) == 0, "logits changed without gradient");
     }
     cr_expect_eq(valid[0], valid[1]);
@@ -122,6 +129,7 @@ Test(cpu_losses, kl_counts_agreement_and_valid_rows_and_leaves_logits_without_gr
     cr_expect(agree[0] > 5 && valid[0] == 72, "agree %lld", (long long)agree[0]);
     cr_expect_float_eq(sum[0], sum[1], 1e-4);
     cr_expect_float_eq(nll[0], nll[1], 1e-4);
+#ifndef WAYS_CUDA
     cq_kl_args bad = {.dtype = CQ_F32,
                       .rows = 1,
                       .vocab = VOCAB,
@@ -130,6 +138,7 @@ Test(cpu_losses, kl_counts_agreement_and_valid_rows_and_leaves_logits_without_gr
                       .labels = (int32_t[]){VOCAB},
                       .sum = sum};
     cr_expect_eq(stream.table->kl(&stream, &bad), CQ_EDATA);
+#endif
     free(labels);
     ways_stream_free(&stream);
 }
@@ -152,7 +161,10 @@ Test(cpu_losses, a_logit_that_is_not_a_number_shows_in_the_sum) {
                             .labels = (int32_t[]){1},
                             .scale = 1.0,
                             .sum = &sum};
-            cr_assert_eq(stream.table->kl(&stream, &a), CQ_OK);
+            cr_assert_eq(WAYS_CALL(&stream, kl, a, WAYS_AT(teacher, sizeof(t)),
+                                   WAYS_AT(student, sizeof(s)), WAYS_AT(labels, 4),
+                                   WAYS_AT(sum, 8)),
+                         CQ_OK, "%s", cq_error());
             cr_expect(isnan(sum), "form %d, side %d: %g", form, side, sum);
         }
     ways_stream_free(&stream);
@@ -160,7 +172,7 @@ Test(cpu_losses, a_logit_that_is_not_a_number_shows_in_the_sum) {
 
 Test(cpu_losses, cross_entropy_agrees_with_ref) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = 1000; w.seed < 1000 + 3 * SEEDS; w.seed++, w.drawn = 0) {
             int64_t rows = 41, vocab = (int64_t[]){1024, 77, 1}[(w.seed - 1000) % 3];
             cq_cross_entropy_args a = {.rows = rows,
@@ -172,6 +184,7 @@ Test(cpu_losses, cross_entropy_agrees_with_ref) {
                      (unsigned long long)w.seed);
             WAYS_OUT(&w, cross_entropy, logits, rows, vocab, vocab, 3);
             WAYS_DOUBLE(&w, cross_entropy, sum, 1);
+            WAYS_RAW(&w, cross_entropy, labels, rows * 4);
             WAYS_RUN(&w, cross_entropy, a);
             free((void *)(uintptr_t)a.labels);
         }
@@ -179,7 +192,7 @@ Test(cpu_losses, cross_entropy_agrees_with_ref) {
 
 static void check_gram(int64_t n, int64_t dim, bool unbiased, double mean, uint64_t seed) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
             cq_gram_args a = {.n = n, .dim = dim, .unbiased = unbiased};
             snprintf(w.what, sizeof(w.what), "gram %lld x %lld, unbiased %d, seed %llu",
@@ -226,7 +239,7 @@ static void fill_grams(float *k, float *l, int64_t n, double noise, uint64_t see
 
 static void check_cka(cq_gram_loss loss, int64_t n, double noise, uint64_t seed) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
             double stats[4];
             int64_t dim = 29;
@@ -247,6 +260,7 @@ static void check_cka(cq_gram_loss loss, int64_t n, double noise, uint64_t seed)
             fill_grams(k, l, n, noise, w.seed);
             WAYS_IN(&w, cka_backward, x, n, dim, dim, 1.0);
             WAYS_OUT(&w, cka_backward, dx, n, dim, dim, 3);
+            WAYS_RAW(&w, cka_backward, stats, sizeof(stats));
             WAYS_RUN(&w, cka_backward, b);
         }
 }
@@ -264,12 +278,25 @@ Test(cpu_losses, cka_of_a_zero_gram_is_zero_and_so_is_its_gradient) {
         l[i] = i < 12 ? (x[i] = 1.0f) : 2.0f;
     ways w = {.seed = 0};
     cq_stream s = ways_stream(&w, CPU_WAY);
-    cr_assert_eq(CQ_RUN(&s, cka, .dtype = CQ_F32, .n = 6, .k = k, .l = l, .out = out), CQ_OK);
+    cq_cka_args a = {.dtype = CQ_F32, .n = 6, .k = k, .l = l, .out = out};
+    cr_assert_eq(WAYS_CALL(&s, cka, a, WAYS_AT(k, sizeof(k)), WAYS_AT(l, sizeof(l)),
+                           WAYS_AT(out, sizeof(out))),
+                 CQ_OK, "%s", cq_error());
     cr_expect(out[3] == 0.0);
     memset(dx, 1, sizeof(dx));
-    cr_assert_eq(CQ_RUN(&s, cka_backward, .dtype = CQ_F32, .n = 6, .dim = 2, .k = k, .l = l, .x = x,
-                        .weight = 1.0, .stats = out, .dx = dx),
-                 CQ_OK);
+    cq_cka_backward_args b = {.dtype = CQ_F32,
+                              .n = 6,
+                              .dim = 2,
+                              .k = k,
+                              .l = l,
+                              .x = x,
+                              .weight = 1.0,
+                              .stats = out,
+                              .dx = dx};
+    cr_assert_eq(WAYS_CALL(&s, cka_backward, b, WAYS_AT(k, sizeof(k)), WAYS_AT(l, sizeof(l)),
+                           WAYS_AT(x, sizeof(x)), WAYS_AT(stats, sizeof(out)),
+                           WAYS_AT(dx, sizeof(dx))),
+                 CQ_OK, "%s", cq_error());
     for (int i = 0; i < 12; i++)
         cr_expect(dx[i] == 0.0f);
     ways_stream_free(&s);
@@ -279,7 +306,7 @@ Test(cpu_losses, row_losses_agree_with_ref) {
     for (cq_rowloss_form form = CQ_ROWLOSS_COSINE; form <= CQ_ROWLOSS_MSE; form++) {
         ways w = {.seed = 0};
         uint64_t first = 1300 + 50 * (uint64_t)form;
-        for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+        for (w.at = -1; ways_next(&w.at); ways_judge(&w))
             for (w.seed = first; w.seed < first + 2 * SEEDS; w.seed++, w.drawn = 0) {
                 int64_t n = 67, dim = w.seed % 2 ? 192 : 5;
                 snprintf(w.what, sizeof(w.what), "rowloss %d, %lld wide, seed %llu", (int)form,
@@ -308,7 +335,7 @@ static void check_route(int64_t tokens, int64_t experts, int64_t top_k, int64_t 
     float *bias = malloc((size_t)experts * sizeof(*bias));
     int32_t *sel = malloc((size_t)(tokens * top_k) * sizeof(*sel)), *same = NULL;
     cr_assert(bias && sel);
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
             for (int64_t e = 0; e < experts; e++)
                 bias[e] = (float)(0.2 * cq_random_normal(w.seed, 77, (uint64_t)e));
@@ -327,8 +354,10 @@ static void check_route(int64_t tokens, int64_t experts, int64_t top_k, int64_t 
                      (long long)n_group, (unsigned long long)w.seed);
             WAYS_IN(&w, route_forward, logits, tokens, experts, experts, 1.5);
             WAYS_OUT(&w, route_forward, weight, tokens, top_k, top_k, 2);
+            WAYS_RAW(&w, route_forward, bias, experts * 4);
+            WAYS_RAW(&w, route_forward, sel, tokens * top_k * 4);
             WAYS_RUN(&w, route_forward,
-                     a); /* the last of the runs was cpu's, so sel is its choice */
+                     a); /* the last of the runs was the backend's, so sel is its choice */
 
             same = malloc((size_t)(tokens * top_k) * sizeof(*same));
             w.drawn = 0;
@@ -347,6 +376,7 @@ static void check_route(int64_t tokens, int64_t experts, int64_t top_k, int64_t 
                                         .sel = same};
             WAYS_IN(&w, route_backward, dweight, tokens, top_k, top_k, 1.0);
             WAYS_OUT(&w, route_backward, dlogits, tokens, experts, experts, 3);
+            WAYS_RAW(&w, route_backward, sel, tokens * top_k * 4);
             WAYS_RUN(&w, route_backward, b);
             free(same);
         }
@@ -384,6 +414,7 @@ static void run_rows(ways *w, int64_t tokens, int64_t top_k, int64_t dim) {
     WAYS_IN(w, combine_forward, y, rows, dim, dim, 1.0);
     WAYS_IN(w, combine_forward, weight, tokens, top_k, top_k, 1.0);
     WAYS_OUT(w, combine_forward, out, tokens, dim, dim, 2);
+    WAYS_RAW(w, combine_forward, position, rows * 4);
     WAYS_RUN(w, combine_forward,
              ((cq_combine_forward_args){
                  .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
@@ -392,31 +423,36 @@ static void run_rows(ways *w, int64_t tokens, int64_t top_k, int64_t dim) {
     WAYS_IN(w, combine_backward, dout, tokens, dim, dim, 1.0);
     WAYS_OUT(w, combine_backward, dy, rows, dim, dim, 3);
     WAYS_OUT(w, combine_backward, dweight, tokens, top_k, top_k, 3);
+    WAYS_RAW(w, combine_backward, position, rows * 4);
     WAYS_RUN(w, combine_backward,
              ((cq_combine_backward_args){
                  .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
     WAYS_IN(w, ungather_rows, dy, rows, dim, dim, 1.0);
     WAYS_OUT(w, ungather_rows, dx, tokens, dim, dim, 3);
+    WAYS_RAW(w, ungather_rows, position, rows * 4);
     WAYS_RUN(w, ungather_rows,
              ((cq_ungather_rows_args){
                  .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
     WAYS_IN(w, scatter_rows, y, rows / 2, dim, dim, 1.0);
     WAYS_OUT(w, scatter_rows, x, rows, dim, dim, 2);
+    WAYS_RAW(w, scatter_rows, index, rows / 2 * 4);
     WAYS_RUN(w, scatter_rows,
              ((cq_scatter_rows_args){.rows = rows / 2, .dim = dim, .index = position}));
     WAYS_IN(w, embed_forward, table, 23, dim, dim, 1.0);
     WAYS_OUT(w, embed_forward, h, tokens, dim, dim, 2);
+    WAYS_RAW(w, embed_forward, ids, tokens * 4);
     WAYS_RUN(w, embed_forward,
              ((cq_embed_forward_args){.tokens = tokens, .dim = dim, .vocab = 23, .ids = ids}));
     WAYS_IN(w, embed_backward, dh, tokens, dim, dim, 1.0);
     WAYS_OUT(w, embed_backward, dtable, 23, dim, dim, 3);
+    WAYS_RAW(w, embed_backward, ids, tokens * 4);
     WAYS_RUN(w, embed_backward,
              ((cq_embed_backward_args){.tokens = tokens, .dim = dim, .vocab = 23, .ids = ids}));
     free(position);
 }
 Test(cpu_losses, row_moves_agree_with_ref) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = 1500; w.seed < 1500 + SEEDS; w.seed++, w.drawn = 0) {
             run_rows(&w, 61, 2, 96);
             run_rows(&w, 7, 3, 5);
@@ -445,8 +481,12 @@ Test(cpu_losses, gathered_rows_carry_the_fake_quantization_of_their_group) {
             .y = y[i],
             .yq = yq[i],
             .fq = {.amax = amax, .offsets = offsets, .n_groups = 3, .saturated = &saturated[i]}};
-        cr_assert_eq(i ? cq_ref_gather_rows(NULL, &a) : s.table->gather_rows(&s, &a), CQ_OK, "%s",
-                     cq_error());
+        cr_assert_eq(i ? cq_ref_gather_rows(NULL, &a)
+                       : WAYS_CALL(&s, gather_rows, a, WAYS_AT(x, sizeof(x)),
+                                   WAYS_AT(index, sizeof(index)), WAYS_AT(y, sizeof(y[0])),
+                                   WAYS_AT(yq, sizeof(yq[0])), WAYS_AT(fq.amax, sizeof(amax)),
+                                   WAYS_AT(fq.offsets, sizeof(offsets)), WAYS_AT(fq.saturated, 8)),
+                     CQ_OK, "%s", cq_error());
     }
     cr_expect(memcmp(y[0], y[1], sizeof(y[0])) == 0);
     cr_expect(memcmp(yq[0], yq[1], sizeof(yq[0])) == 0, "fake quantization differs from ref's");
@@ -455,6 +495,7 @@ Test(cpu_losses, gathered_rows_carry_the_fake_quantization_of_their_group) {
     ways_stream_free(&s);
 }
 
+#ifndef WAYS_CUDA /* a device's ids are not looked at by the host */
 Test(cpu_losses, a_token_outside_the_vocabulary_is_an_error) {
     ways w = {.seed = 0};
     cq_stream s = ways_stream(&w, CPU_WAY);
@@ -465,3 +506,4 @@ Test(cpu_losses, a_token_outside_the_vocabulary_is_an_error) {
     cr_expect(strstr(cq_error(), "2"), "%s", cq_error());
     ways_stream_free(&s);
 }
+#endif

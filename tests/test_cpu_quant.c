@@ -1,16 +1,18 @@
 /* test_cpu_quant.c - fake quantization in the cpu backend, alone and fused, bit for bit against the
-   codec of kernels/nvfp4.h, under every instruction set the machine has. */
-#include "core/base/rng.h"
+   codec of kernels/nvfp4.h, under every instruction set the machine has; with WAYS_CUDA the same of
+   a device. */
 #include "kernels/nvfp4.h"
-#include "kernels/ref/ref.h"
-#include <criterion/criterion.h>
-#include <stdio.h>
+#include "tests/three_ways.h"
 
-static const char *const isas[] = {"generic", "avx2", "avx512"};
-static bool take_isa(int i, cq_stream *s) {
-    setenv("CKAQAD_ISA", isas[i], 1);
-    *s = (cq_stream){.table = cq_kernels_find("cpu"), .threads = cq_threads_set(2)};
-    return strcmp(cq_cpu_isa(), isas[i]) == 0;
+/* A stream for the next way to run; frees the one before. False at the end. */
+static bool next_stream(int *at, cq_stream *s) {
+    if (*at >= 0)
+        ways_stream_free(s);
+    ways w = {.seed = 0};
+    if (!ways_next(at))
+        return false;
+    *s = ways_stream(&w, CPU_WAY);
+    return true;
 }
 static float *floats(int64_t n) {
     float *x = calloc((size_t)n, sizeof(*x));
@@ -45,8 +47,8 @@ static int64_t differences(const float *x, const float *y, int64_t n) {
 }
 
 /* One tensor through the codec, block by block, and through cpu. */
-static void check_tensor(cq_stream *s, uint64_t seed, int kind, float amax, float top) {
-    enum { ROWS = 2048, COLS = 16 * 33, N = ROWS * COLS };
+static void check_tensor(cq_stream *s, int at, uint64_t seed, int kind, float amax, float top) {
+    enum { ROWS = WAYS_PICK(256, 2048), COLS = 16 * 33, N = ROWS * COLS };
     float *x = floats(N), *right = floats(N), *y = floats(N), *block = floats(N / 16);
     int64_t saturated = 0, counted = 0;
     for (int64_t i = 0; i < N; i++)
@@ -64,27 +66,30 @@ static void check_tensor(cq_stream *s, uint64_t seed, int kind, float amax, floa
                             .fq = {.amax = &amax, .saturated = &counted},
                             .block_amax = top > 0.0f ? block : NULL,
                             .top = top};
-    cr_assert_eq(s->table->fake_quant(s, &a), CQ_OK, "%s", cq_error());
+#define QUANTIZE                                                                                   \
+    WAYS_CALL(s, fake_quant, a, WAYS_AT(x, 4 * N), WAYS_AT(y, 4 * N), WAYS_AT(fq.amax, 4),         \
+              WAYS_AT(fq.saturated, 8), WAYS_AT(block_amax, N / 16 * 4))
+    cr_assert_eq(QUANTIZE, CQ_OK, "%s", cq_error());
     cr_expect_eq(differences(y, right, N), 0,
-                 "%s: kind %d, amax %g, top %g, seed %llu: %lld differ", cq_cpu_isa(), kind,
+                 "%s: kind %d, amax %g, top %g, seed %llu: %lld differ", ways_name(at), kind,
                  (double)amax, (double)top, (unsigned long long)seed,
                  (long long)differences(y, right, N));
     cr_expect_eq(counted, saturated, "%lld counted, %lld saturated", (long long)counted,
                  (long long)saturated);
     a.y = x;
-    cr_assert_eq(s->table->fake_quant(s, &a), CQ_OK);
-    cr_expect_eq(differences(x, right, N), 0, "%s: in place differs", cq_cpu_isa());
+    cr_assert_eq(QUANTIZE, CQ_OK, "%s", cq_error());
+    cr_expect_eq(differences(x, right, N), 0, "%s: in place differs", ways_name(at));
     free(x), free(right), free(y), free(block);
 }
 Test(cpu_quant, every_value_is_the_codecs_on_millions) {
     static const float maxima[] = {0.25f, 3.0e-8f, 7.7e5f, 1.0e-36f};
     static const float tops[] = {0.0f, 448.0f, 256.0f};
-    for (int isa = 0; isa < 3; isa++) {
-        cq_stream s;
-        for (int kind = 0; take_isa(isa, &s) && kind < 5; kind++)
-            check_tensor(&s, 7, kind, maxima[kind % 4], tops[kind % 3]);
-        for (int kind = 0; take_isa(isa, &s) && kind < 5; kind++)
-            check_tensor(&s, 8, kind, maxima[(kind + 1) % 4], tops[(kind + 1) % 3]);
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);) {
+        for (int kind = 0; kind < 5; kind++)
+            check_tensor(&s, at, 7, kind, maxima[kind % 4], tops[kind % 3]);
+        for (int kind = 0; kind < 5; kind++)
+            check_tensor(&s, at, 8, kind, maxima[(kind + 1) % 4], tops[(kind + 1) % 3]);
     }
 }
 
@@ -107,45 +112,51 @@ static int64_t by_codec(float *q, const float *y) {
 }
 
 /* Runs an operation that writes y and yq, then yq alone, and compares with the codec. */
-#define FUSED(op, y_field, q_field, ...)                                                           \
+#define UNPACK(...) __VA_ARGS__
+#define FUSED_CALL(op, args, y_field, q_field, ...)                                                \
+    WAYS_CALL(&s, op, args, WAYS_AT(y_field, ROWS *DIM * 4), WAYS_AT(q_field, ROWS *DIM * 4),      \
+              WAYS_AT(fq.amax, sizeof(group_amax)), WAYS_AT(fq.offsets, sizeof(offsets)),          \
+              WAYS_AT(fq.saturated, 8), __VA_ARGS__)
+#define FUSED(op, y_field, q_field, buffers, ...)                                                  \
     do {                                                                                           \
         float *y_ = floats(ROWS * DIM), *q_ = floats(ROWS * DIM), *alone_ = floats(ROWS * DIM);    \
         float *right_ = floats(ROWS * DIM);                                                        \
         int64_t counted_ = 10;                                                                     \
         cq_fq fq_ = {group_amax, offsets, GROUPS, &counted_};                                      \
-        cq_##op##_args a_ = {                                                                      \
+        cq_##op##_args args_ = {                                                                   \
             .dtype = CQ_F32, .y_field = y_, .q_field = q_, .fq = fq_, __VA_ARGS__};                \
-        cr_assert_eq(s.table->op(&s, &a_), CQ_OK, "%s", cq_error());                               \
+        cr_assert_eq(FUSED_CALL(op, args_, y_field, q_field, UNPACK buffers), CQ_OK, "%s",         \
+                     cq_error());                                                                  \
         int64_t saturated_ = by_codec(right_, y_);                                                 \
-        cr_expect_eq(differences(q_, right_, ROWS *DIM), 0, "%s " #op, cq_cpu_isa());              \
-        cr_expect_eq(counted_, 10 + saturated_, "%s " #op ": %lld", cq_cpu_isa(),                  \
+        cr_expect_eq(differences(q_, right_, ROWS *DIM), 0, "%s " #op, ways_name(at));             \
+        cr_expect_eq(counted_, 10 + saturated_, "%s " #op ": %lld", ways_name(at),                 \
                      (long long)counted_);                                                         \
-        a_.y_field = NULL, a_.q_field = alone_;                                                    \
-        cr_assert_eq(s.table->op(&s, &a_), CQ_OK);                                                 \
-        cr_expect_eq(differences(alone_, q_, ROWS *DIM), 0, "%s " #op " alone", cq_cpu_isa());     \
+        args_.y_field = NULL, args_.q_field = alone_;                                              \
+        cr_assert_eq(FUSED_CALL(op, args_, y_field, q_field, UNPACK buffers), CQ_OK);              \
+        cr_expect_eq(differences(alone_, q_, ROWS *DIM), 0, "%s " #op " alone", ways_name(at));    \
         free(y_), free(q_), free(alone_), free(right_);                                            \
     } while (0)
 
 Test(cpu_quant, norms_and_activations_quantize_what_they_write) {
     float *x = normal(1, ROWS * DIM), *z = normal(2, 2 * ROWS * DIM), *w = normal(3, DIM);
-    for (int isa = 0; isa < 3; isa++) {
-        cq_stream s;
-        if (!take_isa(isa, &s))
-            continue;
-        FUSED(rmsnorm_forward, y, yq, .rows = ROWS, .dim = DIM, .x = x, .w = w, .eps = 1e-5);
-        FUSED(gatednorm_forward, out, outq, .rows = ROWS, .dim = DIM, .groups = 7, .y = x, .z = z,
-              .ldz = DIM, .w = w, .eps = 1e-5);
-        FUSED(swiglu_forward, h, hq, .rows = ROWS, .dim = DIM, .gu = z);
-        FUSED(relu2_forward, h, hq, .rows = ROWS, .dim = DIM, .x = x);
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);) {
+        FUSED(rmsnorm_forward, y, yq, (WAYS_AT(x, ROWS * DIM * 4), WAYS_AT(w, DIM * 4)),
+              .rows = ROWS, .dim = DIM, .x = x, .w = w, .eps = 1e-5);
+        FUSED(gatednorm_forward, out, outq,
+              (WAYS_AT(y, ROWS * DIM * 4), WAYS_AT(z, ROWS * DIM * 4), WAYS_AT(w, DIM * 4)),
+              .rows = ROWS, .dim = DIM, .groups = 7, .y = x, .z = z, .ldz = DIM, .w = w,
+              .eps = 1e-5);
+        FUSED(swiglu_forward, h, hq, (WAYS_AT(gu, 2 * ROWS * DIM * 4)), .rows = ROWS, .dim = DIM,
+              .gu = z);
+        FUSED(relu2_forward, h, hq, (WAYS_AT(x, ROWS * DIM * 4)), .rows = ROWS, .dim = DIM, .x = x);
     }
     free(x), free(z), free(w);
 }
 
 Test(cpu_quant, adamw_quantizes_the_new_weights) {
-    for (int isa = 0; isa < 3; isa++) {
-        cq_stream s;
-        if (!take_isa(isa, &s))
-            continue;
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);) {
         float *w = normal(1, ROWS * DIM), *m = normal(2, ROWS * DIM), *v = normal(3, ROWS * DIM);
         float *g = normal(4, ROWS * DIM), *q = floats(ROWS * DIM), *right = floats(ROWS * DIM);
         for (int64_t i = 0; i < ROWS * DIM; i++)
@@ -167,18 +178,23 @@ Test(cpu_quant, adamw_quantizes_the_new_weights) {
                            .wq = q,
                            .fq = {group_amax, offsets, GROUPS, &counted},
                            .top = 448.0f};
-        cr_assert_eq(s.table->adamw(&s, &a), CQ_OK, "%s", cq_error());
+#define UPDATE                                                                                     \
+    WAYS_CALL(&s, adamw, a, WAYS_AT(w, ROWS *DIM * 4), WAYS_AT(m, ROWS *DIM * 4),                  \
+              WAYS_AT(v, ROWS *DIM * 4), WAYS_AT(g, ROWS *DIM * 4), WAYS_AT(wq, ROWS *DIM * 4),    \
+              WAYS_AT(fq.amax, sizeof(group_amax)), WAYS_AT(fq.offsets, sizeof(offsets)),          \
+              WAYS_AT(fq.saturated, 8), WAYS_AT(block_amax, ROWS *DIM / 16 * 4))
+        cr_assert_eq(UPDATE, CQ_OK, "%s", cq_error());
         cr_expect_eq(by_codec(right, w), counted);
-        cr_expect_eq(differences(q, right, ROWS * DIM), 0, "%s", cq_cpu_isa());
+        cr_expect_eq(differences(q, right, ROWS * DIM), 0, "%s", ways_name(at));
         float block[ROWS * DIM / 16];
         for (int64_t b = 0; b < ROWS * DIM / 16; b++)
             block[b] = 0.1f * (float)(b % 9);
         a.block_amax = block, a.top = 256.0f;
-        cr_assert_eq(s.table->adamw(&s, &a), CQ_OK);
+        cr_assert_eq(UPDATE, CQ_OK, "%s", cq_error());
         for (int64_t i = 0; i < GROUPS; i++)
             for (int64_t b = offsets[i] * DIM / 16; b < offsets[i + 1] * DIM / 16; b++)
                 cq_nvfp4_block_fake(right + 16 * b, w + 16 * b, group_amax[i], block[b], 256.0f);
-        cr_expect_eq(differences(q, right, ROWS * DIM), 0, "%s, static", cq_cpu_isa());
+        cr_expect_eq(differences(q, right, ROWS * DIM), 0, "%s, static", ways_name(at));
         free(w), free(m), free(v), free(g), free(q), free(right);
     }
 }
@@ -186,10 +202,8 @@ Test(cpu_quant, adamw_quantizes_the_new_weights) {
 Test(cpu_quant, maxima_are_refs_and_never_fall) {
     float *x = normal(5, ROWS * DIM);
     x[41 * DIM + 3] = -77.0f;
-    for (int isa = 0; isa < 3; isa++) {
-        cq_stream s;
-        if (!take_isa(isa, &s))
-            continue;
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);) {
         float mine[GROUPS] = {0, 9, 0, 2, 0}, right[GROUPS] = {0, 9, 0, 2, 0};
         cq_amax_args a = {.dtype = CQ_F32,
                           .rows = ROWS,
@@ -198,7 +212,9 @@ Test(cpu_quant, maxima_are_refs_and_never_fall) {
                           .offsets = offsets,
                           .n_groups = GROUPS,
                           .amax = mine};
-        cr_assert_eq(s.table->amax(&s, &a), CQ_OK);
+        cr_assert_eq(WAYS_CALL(&s, amax, a, WAYS_AT(x, ROWS * DIM * 4),
+                               WAYS_AT(offsets, sizeof(offsets)), WAYS_AT(amax, sizeof(mine))),
+                     CQ_OK, "%s", cq_error());
         a.amax = right;
         cr_assert_eq(cq_ref_amax(&s, &a), CQ_OK);
         cr_expect_arr_eq(mine, right, sizeof(mine));
@@ -209,25 +225,28 @@ Test(cpu_quant, maxima_are_refs_and_never_fall) {
 
 Test(cpu_quant, rows_that_are_no_whole_blocks_are_an_error) {
     float x[40] = {0}, y[40], amax = 1.0f;
-    cq_stream s;
-    take_isa(0, &s);
-    cr_expect_eq(CQ_RUN(&s, fake_quant, .dtype = CQ_F32, .rows = 2, .cols = 20, .x = x, .y = y,
-                        .fq = {.amax = &amax}),
+    ways w = {.seed = 0};
+    cq_stream s = ways_stream(&w, CPU_WAY);
+    cq_fake_quant_args a = {
+        .dtype = CQ_F32, .rows = 2, .cols = 20, .x = x, .y = y, .fq = {.amax = &amax}};
+    cr_expect_eq(WAYS_CALL(&s, fake_quant, a, WAYS_AT(x, sizeof(x)), WAYS_AT(y, sizeof(y)),
+                           WAYS_AT(fq.amax, 4)),
                  CQ_ESHAPE);
     cr_expect(strstr(cq_error(), "20"), "%s", cq_error());
+    ways_stream_free(&s);
 }
 
 Test(cpu_quant, a_nan_stays_visible) {
     float x[32] = {0}, y[32], amax = 1.0f;
     x[3] = NAN, x[20] = 1.0f;
-    for (int isa = 0; isa < 3; isa++) {
-        cq_stream s;
-        if (!take_isa(isa, &s))
-            continue;
-        cr_assert_eq(CQ_RUN(&s, fake_quant, .dtype = CQ_F32, .rows = 1, .cols = 32, .x = x, .y = y,
-                            .fq = {.amax = &amax}),
-                     CQ_OK);
-        cr_expect(y[3] != y[3] && y[20] == 1.0f, "%s: %g, %g", isas[isa], (double)y[3],
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);) {
+        cq_fake_quant_args a = {
+            .dtype = CQ_F32, .rows = 1, .cols = 32, .x = x, .y = y, .fq = {.amax = &amax}};
+        cr_assert_eq(WAYS_CALL(&s, fake_quant, a, WAYS_AT(x, sizeof(x)), WAYS_AT(y, sizeof(y)),
+                               WAYS_AT(fq.amax, 4)),
+                     CQ_OK, "%s", cq_error());
+        cr_expect(y[3] != y[3] && y[20] == 1.0f, "%s: %g, %g", ways_name(at), (double)y[3],
                   (double)y[20]);
     }
 }

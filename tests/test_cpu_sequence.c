@@ -1,9 +1,9 @@
 /* test_cpu_sequence.c - attention, convolution and SSD of the cpu backend against ref in F64, over
    documents of odd lengths, document boundaries on and off the edges of blocks and chunks, and
-   strided rows. */
+   strided rows; with WAYS_CUDA the same of a device. */
 #include "tests/three_ways.h"
 
-enum { MOST_DOCS = 16, SEEDS = 3 };
+enum { MOST_DOCS = 16, SEEDS = WAYS_PICK(1, 3) };
 
 typedef struct packing {
     int64_t n_docs, starts[MOST_DOCS + 1];
@@ -63,6 +63,7 @@ static void run_attention(ways *w, const heads_case *c, uint64_t seed) {
     WAYS_IN(w, attention_forward, v, b.tokens, kv, b.ldv, 1.0);
     WAYS_OUT(w, attention_forward, out, b.tokens, width, width, 2);
     WAYS_OUT(w, attention_forward, lse, b.tokens, c->heads, c->heads, 2);
+    WAYS_RAW(w, attention_forward, starts, (c->p.n_docs + 1) * 8);
     WAYS_RUN(w, attention_forward, f);
 
     w->drawn = 0; /* the same q, k and v */
@@ -76,12 +77,13 @@ static void run_attention(ways *w, const heads_case *c, uint64_t seed) {
     WAYS_OUT(w, attention_backward, dq, b.tokens, width, b.lddq, 3);
     WAYS_OUT(w, attention_backward, dk, b.tokens, kv, b.lddk, 3);
     WAYS_OUT(w, attention_backward, dv, b.tokens, kv, b.lddv, 3);
+    WAYS_RAW(w, attention_backward, starts, (c->p.n_docs + 1) * 8);
     WAYS_RUN(w, attention_backward, b);
 }
 
 static void check_attention(const heads_case *c, uint64_t seed) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
             run_attention(&w, c, w.seed);
 }
@@ -108,10 +110,24 @@ Test(cpu_sequence, attention_does_not_see_later_tokens_or_other_documents) {
     for (int i = 0; i < 120 * 16; i++)
         kv[i] = (float)cq_random_normal(8, 2, (uint64_t)i);
     for (int i = 0; i < 2; i++) {
-        cr_assert_eq(CQ_RUN(&s, attention_forward, .dtype = CQ_F32, .tokens = 120, .n_docs = 2,
-                            .starts = c.p.starts, .heads = 2, .kv_heads = 1, .head_dim = 16,
-                            .scale = 0.25, .q = q, .k = kv, .v = kv, .ldq = 32, .ldk = 16,
-                            .ldv = 16, .out = out[i]),
+        cq_attention_forward_args a = {.dtype = CQ_F32,
+                                       .tokens = 120,
+                                       .n_docs = 2,
+                                       .starts = c.p.starts,
+                                       .heads = 2,
+                                       .kv_heads = 1,
+                                       .head_dim = 16,
+                                       .scale = 0.25,
+                                       .q = q,
+                                       .k = kv,
+                                       .v = kv,
+                                       .ldq = 32,
+                                       .ldk = 16,
+                                       .ldv = 16,
+                                       .out = out[i]};
+        cr_assert_eq(WAYS_CALL(&s, attention_forward, a, WAYS_AT(starts, 3 * 8),
+                               WAYS_AT(q, sizeof(q)), WAYS_AT(k, sizeof(kv)),
+                               WAYS_AT(v, sizeof(kv)), WAYS_AT(out, sizeof(out[i]))),
                      CQ_OK, "%s", cq_error());
         for (int t = 33; t < 120; t++)
             for (int j = 0; j < 16; j++)
@@ -141,6 +157,7 @@ static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packin
     if (bias)
         WAYS_IN(w, conv_forward, b, 1, channels, channels, 0.5);
     WAYS_OUT(w, conv_forward, y, tokens, channels, channels, 2);
+    WAYS_RAW(w, conv_forward, starts, (p.n_docs + 1) * 8);
     WAYS_RUN(w, conv_forward, f);
 
     cq_conv_backward_args b = {.tokens = tokens,
@@ -159,12 +176,13 @@ static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packin
         WAYS_OUT(w, conv_backward, dw, channels, width, width, 3);
         WAYS_OUT(w, conv_backward, db, 1, channels, channels, 3);
     }
+    WAYS_RAW(w, conv_backward, starts, (p.n_docs + 1) * 8);
     WAYS_RUN(w, conv_backward, b);
 }
 
 static void check_conv(int64_t channels, int64_t width, bool bias, packing p, uint64_t seed) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
             run_conv(&w, channels, width, bias, p, w.seed);
 }
@@ -217,6 +235,7 @@ static void run_ssd(ways *w, const ssd_case *c, uint64_t seed) {
              (long long)c->chunk, (long long)f.tokens, (unsigned long long)seed);
     SSD_INPUTS(w, ssd_forward, c, f);
     WAYS_OUT(w, ssd_forward, y, f.tokens, width, width, 2);
+    WAYS_RAW(w, ssd_forward, starts, (c->p.n_docs + 1) * 8);
     WAYS_RUN(w, ssd_forward, f);
 
     cq_ssd_backward_args b = {SSD_SHAPE(c), .lddx = width + 5, .lddB = shared + 2,
@@ -232,12 +251,13 @@ static void run_ssd(ways *w, const ssd_case *c, uint64_t seed) {
         WAYS_OUT(w, ssd_backward, da_log, 1, c->heads, c->heads, 3);
         WAYS_OUT(w, ssd_backward, dd, 1, c->heads, c->heads, 3);
     }
+    WAYS_RAW(w, ssd_backward, starts, (c->p.n_docs + 1) * 8);
     WAYS_RUN(w, ssd_backward, b);
 }
 
 static void check_ssd(const ssd_case *c, uint64_t seed) {
     ways w = {.seed = 0};
-    for (int isa = -1; ways_next_isa(&isa); ways_judge(&w))
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
             run_ssd(&w, c, w.seed);
 }
@@ -256,6 +276,7 @@ Test(cpu_sequence, ssd_holds_with_decays_that_underflow_and_steps_that_vanish) {
     check_ssd(&(ssd_case){4, 16, 2, 16, 64, 3.0, 25.0, PACK(130)}, 35);
 }
 
+#ifndef WAYS_CUDA
 Test(cpu_sequence, too_little_scratch_is_an_error_with_both_sizes) {
     int64_t starts[2] = {0, 4};
     float x[64] = {0}, y[64];
@@ -268,3 +289,4 @@ Test(cpu_sequence, too_little_scratch_is_an_error_with_both_sizes) {
     snprintf(wanted, sizeof(wanted), "%lld", (long long)cq_attention_scratch_bytes(4, 16));
     cr_expect(strstr(cq_error(), wanted), "%s", cq_error());
 }
+#endif

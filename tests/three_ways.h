@@ -1,11 +1,13 @@
 /// three_ways.h - one call of an operation done three ways: ref in F64, the plain FP32 loops, and
-/// cpu.
+/// the backend under test, which is cpu, or with WAYS_CUDA the table WAYS_TABLE ("cuda", or
+/// "cuda_on_cpu": its kernels on the CPU, tests/cuda_on_cpu).
 ///
 /// The arguments are written once, with FP32 buffers; a list of fields says which pointers are
-/// buffers, and each way gets its own copies of them. cpu is right when its largest error against
-/// the F64 result is at most `times` that of the plain loops plus one ulp of the largest value.
-/// What lies between the rows of a buffer must stay as it was. cpu runs with two threads, with two
-/// again and with one: the bits must be the same.
+/// buffers, and each way gets its own copies of them. The backend is right when its largest error
+/// against the F64 result is at most `times` that of the plain loops plus one ulp of the largest
+/// value. What lies between the rows of a buffer must stay as it was. cpu runs with two threads,
+/// with two again and with one: the bits must be the same. A device runs twice, and gets copies of
+/// all buffers in memory of its own.
 #pragma once
 #include "core/base/rng.h"
 #include "tests/plain_kernels.h"
@@ -23,7 +25,25 @@ typedef struct ways_field {
     int times; ///< 0: an input; else a result, and its factor: 2, or 3 for a gradient
     bool wide; ///< double in every way
 } ways_field;
+#ifdef WAYS_CUDA
+enum { REF_WAY, PLAIN_WAY, CPU_WAY, AGAIN_WAY, N_WAYS, ALONE_WAY = N_WAYS, MOST_FIELDS = 24 };
+/// Of the emulated device.
+bool cq_emu_set(const char *order, const char *copies) __attribute__((weak));
+#else
+#define WAYS_TABLE "cpu"
 enum { REF_WAY, PLAIN_WAY, CPU_WAY, AGAIN_WAY, ALONE_WAY, N_WAYS, MOST_FIELDS = 24 };
+#endif
+#ifdef WAYS_EMULATED
+#define WAYS_PICK(emulated, real) (emulated) ///< sizes that take long thread by thread
+#else
+#define WAYS_PICK(emulated, real) (real)
+#endif
+/// A pointer in the arguments to `bytes` of whatever type.
+typedef struct ways_raw {
+    size_t offset;
+    int64_t bytes;
+    void *host, *there; ///< while it is on the device
+} ways_raw;
 /// Errors of one result in ulp of its largest value, summed over the runs of one `ways`.
 typedef struct ways_tally {
     const char *op, *name;
@@ -36,6 +56,9 @@ typedef struct ways {
     int n_fields;
     ways_tally tally[MOST_FIELDS];
     int n_tallies;
+    ways_raw raw[4]; ///< pointers that are the same in every way
+    int n_raw;
+    int at; ///< of ways_next
     uint64_t seed, drawn;
     int64_t scratch_bytes;
     bool by_team;       ///< one thread may give other bits than two
@@ -60,6 +83,11 @@ static inline float *ways_add(ways *w, const char *name, size_t offset, int64_t 
     ways_add(w, #name, offsetof(cq_##op##_args, name), rows, cols, ld, size, 0.0, 0)
 #define WAYS_OUT(w, op, name, rows, cols, ld, times)                                               \
     ways_add(w, #name, offsetof(cq_##op##_args, name), rows, cols, ld, 1.0, 0.0, times)
+
+/// Says how much lies behind a pointer of the arguments that is no field.
+#define WAYS_RAW(w, op, name, size_bytes)                                                          \
+    ((w)->raw[(w)->n_raw++] =                                                                      \
+         (ways_raw){.offset = offsetof(cq_##op##_args, name), .bytes = (int64_t)(size_bytes)})
 
 static inline size_t ways_bytes(const ways_field *f, int way) {
     return (size_t)(f->rows * f->ld) * (f->wide || way == REF_WAY ? sizeof(double) : sizeof(float));
@@ -140,8 +168,8 @@ static inline void ways_judge(ways *w) {
     for (int i = 0; i < w->n_tallies; i++) {
         const ways_tally *t = &w->tally[i];
         if (getenv("CQ_TEST_ERRORS"))
-            printf("%s: %s.%s: error in ulp: plain %.2f, cpu %.2f\n", w->what, t->op, t->name,
-                   t->plain / t->runs, t->cpu / t->runs);
+            printf("%s: %s.%s: error in ulp: plain %.2f, " WAYS_TABLE " %.2f\n", w->what, t->op,
+                   t->name, t->plain / t->runs, t->cpu / t->runs);
         cr_expect(
             t->cpu <= t->times * t->plain + t->runs,
             "%s, and %d seeds before: %s.%s is off by %.2f ulp on average, the plain loops by %.2f",
@@ -165,10 +193,15 @@ static inline void ways_compare(ways *w, const char *op, const void *const args[
 }
 
 static inline cq_stream ways_stream(const ways *w, int way) {
-    cq_stream s = {.table = cq_kernels_find("cpu"), .threads = way == ALONE_WAY ? 1 : 2};
+    cq_stream s = {.table = cq_kernels_find(WAYS_TABLE), .threads = way == ALONE_WAY ? 1 : 2};
+    cr_assert_not_null(s.table, "this build has no table %s", WAYS_TABLE);
+    s.compute = w->compute;
+    if (s.table->memory) {
+        cr_assert_eq(s.table->memory->open(&s, 0), CQ_OK, "%s", cq_error());
+        return s;
+    }
     s.scratch_bytes = (w->scratch_bytes + 63) / 64 * 64;
     s.scratch = aligned_alloc(64, (size_t)(s.threads * s.scratch_bytes + 64));
-    s.compute = w->compute;
     s.bf16_scratch_bytes = w->bf16_bytes;
     s.bf16_scratch = aligned_alloc(64, (size_t)(w->bf16_bytes + 63) / 64 * 64 + 64);
     cr_assert(s.scratch && s.bf16_scratch);
@@ -178,18 +211,122 @@ static inline cq_stream ways_stream(const ways *w, int way) {
 static inline void ways_stream_free(cq_stream *s) {
     free(s->scratch);
     free(s->bf16_scratch);
+    if (s->table->memory)
+        s->table->memory->close(s);
 }
 
-/// The next instruction set that runs here after number *at, which starts at -1; false when there
-/// is none. The tables are looked up by CKAQAD_ISA.
-static inline bool ways_next_isa(int *at) {
+/// Puts what the pointers reach on the device of s, and the pointers to there into `args`; pointers
+/// to one place stay so. Nothing to do where the table works in the host's memory.
+static inline void ways_up(cq_stream *s, void *args, ways_raw *raw, int n) {
+    const cq_memory *m = s->table->memory;
+    for (int i = 0; m && i < n; i++) {
+        char *at = (char *)args + raw[i].offset;
+        memcpy(&raw[i].host, at, sizeof(raw[i].host));
+        raw[i].there = NULL;
+        for (int j = 0; j < i && raw[i].host; j++)
+            if (raw[j].host == raw[i].host && raw[j].bytes == raw[i].bytes)
+                raw[i].there = raw[j].there;
+        if (raw[i].host && !raw[i].there) {
+            cr_assert_eq(m->take(&raw[i].there, raw[i].bytes, false), CQ_OK, "%s", cq_error());
+            cr_assert_eq(m->copy(s, raw[i].there, raw[i].host, raw[i].bytes), CQ_OK, "%s",
+                         cq_error());
+        }
+        memcpy(at, &raw[i].there, sizeof(raw[i].there));
+    }
+}
+/// Brings everything back, and waits.
+static inline void ways_down(cq_stream *s, void *args, ways_raw *raw, int n) {
+    const cq_memory *m = s->table->memory;
+    for (int i = 0; m && i < n; i++) {
+        memcpy((char *)args + raw[i].offset, &raw[i].host, sizeof(raw[i].host));
+        bool twice = false;
+        for (int j = 0; j < i; j++)
+            twice |= raw[j].there == raw[i].there;
+        if (!raw[i].there || twice)
+            continue;
+        char *now = malloc((size_t)raw[i].bytes + 1);
+        cr_assert_not_null(now);
+        cr_assert_eq(m->copy(s, now, raw[i].there, raw[i].bytes), CQ_OK, "%s", cq_error());
+        if (memcmp(now, raw[i].host, (size_t)raw[i].bytes) != 0) /* inputs may be constants */
+            memcpy(raw[i].host, now, (size_t)raw[i].bytes);
+        free(now);
+    }
+    for (int i = 0; m && i < n; i++) {
+        bool again = false;
+        for (int j = i + 1; j < n; j++)
+            again |= raw[j].there == raw[i].there;
+        if (raw[i].there && !again)
+            m->give(raw[i].there, raw[i].bytes, false);
+    }
+    if (m)
+        cr_assert_eq(m->wait(s), CQ_OK, "%s", cq_error());
+}
+/// Runs one operation on host buffers, named with their sizes: WAYS_CALL(&s, sumsq, a, WAYS_AT(x, 4
+/// * n), WAYS_AT(out, 8)); the status.
+#define WAYS_AT(name, size_bytes)                                                                  \
+    { .offset = (size_t)((char *)&a_.name - (char *)&a_), .bytes = (int64_t)(size_bytes) }
+#define WAYS_CALL(s, op, a, ...)                                                                   \
+    ({                                                                                             \
+        cq_##op##_args a_ = (a);                                                                   \
+        ways_raw raw_[] = {__VA_ARGS__};                                                           \
+        int n_ = (int)(sizeof(raw_) / sizeof(*raw_));                                              \
+        ways_up((s), &a_, raw_, n_);                                                               \
+        int status_ = (s)->table->op((s), &a_);                                                    \
+        ways_down((s), &a_, raw_, n_);                                                             \
+        status_;                                                                                   \
+    })
+
+/// The next way to run the backend after number *at, which starts at -1; false when there is none.
+/// For cpu an instruction set that runs here: the tables are looked up by CKAQAD_ISA. For an
+/// emulated device an order of its threads.
+static inline bool ways_next(int *at) {
+#ifdef WAYS_CUDA
+    static const char *const orders[] = {"forward", "reverse", "random:1"};
+    ++*at;
+    return cq_emu_set ? *at < 3 && cq_emu_set(orders[*at], "late") : *at < 1;
+#else
     static const char *const isas[] = {"generic", "avx2", "avx512"};
     while (++*at < 3) {
         setenv("CKAQAD_ISA", isas[*at], 1);
+        cq_threads_set(2);
         if (strcmp(cq_cpu_isa(), isas[*at]) == 0)
             return true;
     }
     return false;
+#endif
+}
+/// What ways_next chose, for messages.
+static inline const char *ways_name(int at) {
+#ifdef WAYS_CUDA
+    static const char *const names[] = {WAYS_TABLE ", forward", WAYS_TABLE ", reverse",
+                                        WAYS_TABLE ", random"};
+    return cq_emu_set && at >= 0 && at < 3 ? names[at] : WAYS_TABLE;
+#else
+    (void)at;
+    return cq_cpu_isa();
+#endif
+}
+/// The second run of an emulated device has its threads in another order, and cp.async copies
+/// early.
+static inline void ways_shake(int at, int way) {
+#ifdef WAYS_CUDA
+    static const char *const orders[] = {"forward", "reverse", "random:2"};
+    if (cq_emu_set && way >= CPU_WAY)
+        cq_emu_set(orders[(at + (way == AGAIN_WAY)) % 3], way == AGAIN_WAY ? "eager" : "late");
+#else
+    (void)at, (void)way;
+#endif
+}
+
+/// The fields and the raw pointers of one way as pointers that go to its device.
+static inline int ways_moved(const ways *w, int way, ways_raw out[MOST_FIELDS + 4]) {
+    int n = 0;
+    for (int f = 0; f < w->n_fields; f++)
+        out[n++] = (ways_raw){.offset = w->field[f].offset,
+                              .bytes = (int64_t)ways_bytes(&w->field[f], way)};
+    for (int r = 0; r < w->n_raw; r++)
+        out[n++] = w->raw[r];
+    return n;
 }
 
 /// Runs `op` with the arguments `a` (buffers left NULL) all ways, compares every result and frees
@@ -200,21 +337,31 @@ static inline bool ways_next_isa(int *at) {
         const void *pointers_[N_WAYS];                                                             \
         char *block_[N_WAYS];                                                                      \
         for (int way_ = 0; way_ < N_WAYS; way_++) {                                                \
-            cq_stream s_ = ways_stream((w), way_);                                                 \
             args_[way_] = (a);                                                                     \
             args_[way_].dtype = way_ == REF_WAY ? CQ_F64 : CQ_F32;                                 \
             pointers_[way_] = &args_[way_];                                                        \
             block_[way_] = ways_place((w), &args_[way_], way_);                                    \
-            int status_ = way_ == REF_WAY     ? cq_ref_##op(&s_, &args_[way_])                     \
-                          : way_ == PLAIN_WAY ? cq_plain_##op(&s_, &args_[way_])                   \
-                                              : s_.table->op(&s_, &args_[way_]);                   \
+            int status_;                                                                           \
+            if (way_ < CPU_WAY)                                                                    \
+                status_ = way_ == REF_WAY ? cq_ref_##op(NULL, &args_[way_])                        \
+                                          : cq_plain_##op(NULL, &args_[way_]);                     \
+            else {                                                                                 \
+                cq_stream s_ = ways_stream((w), way_);                                             \
+                ways_raw moved_[MOST_FIELDS + 4];                                                  \
+                int n_ = ways_moved((w), way_, moved_);                                            \
+                ways_shake((w)->at, way_);                                                         \
+                ways_up(&s_, &args_[way_], moved_, n_);                                            \
+                status_ = s_.table->op(&s_, &args_[way_]);                                         \
+                cr_assert_eq(status_, CQ_OK, "%s: %s", (w)->what, cq_error());                     \
+                ways_down(&s_, &args_[way_], moved_, n_);                                          \
+                ways_stream_free(&s_);                                                             \
+            }                                                                                      \
             cr_assert_eq(status_, CQ_OK, "%s: %s", (w)->what, cq_error());                         \
-            ways_stream_free(&s_);                                                                 \
         }                                                                                          \
         ways_compare((w), #op, pointers_);                                                         \
         for (int way_ = 0; way_ < N_WAYS; way_++)                                                  \
             free(block_[way_]);                                                                    \
         for (int f_ = 0; f_ < (w)->n_fields; f_++)                                                 \
             free((w)->field[f_].values);                                                           \
-        (w)->n_fields = 0;                                                                         \
+        (w)->n_fields = (w)->n_raw = 0;                                                            \
     } while (0)

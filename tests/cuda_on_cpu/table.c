@@ -10,7 +10,7 @@
 #define CQ_KERNEL(op) __attribute__((weak)) int cq_cuda_##op(cq_stream *s, const cq_##op##_args *a);
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
-extern const cq_kernels cq_cuda_on_cpu_kernels;
+extern const cq_kernels cq_cuda_on_cpu_kernels, cq_cuda_kernels;
 
 static int check_pointer(const cq_stream *s, const char *op, const char *field, const void *p) {
     int64_t left;
@@ -42,3 +42,7 @@ const cq_kernels cq_cuda_on_cpu_kernels = {
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
 };
+
+/* Where the library has the backend `cuda`, too, this takes its place, so that none of it is
+ * linked. */
+extern const cq_kernels cq_cuda_kernels __attribute__((alias("cq_cuda_on_cpu_kernels")));
