@@ -538,7 +538,8 @@ void cq_emu_run(const cq_emu_launch *l) {
     E.launch = nullptr;
 }
 
-void cq_emu_check_argument(const cq_emu_launch *l, bool open, const void *p, int index) {
+void cq_emu_check_argument(const cq_emu_launch *l, bool open, uintptr_t address, int index) {
+    const void *p = reinterpret_cast<const void *>(address);
     int64_t left;
     char text[96];
     if (!open || !p || cq_emu_memory_has(p, &left))
@@ -608,7 +609,7 @@ static void arrive(const char *file, int line) {
         E.first = E.running;
         E.file = file;
         E.line = line;
-    } else if (E.line != line || strcmp(E.file, file) != 0)
+    } else if (E.line != line || (E.file != file && strcmp(E.file, file) != 0))
         cq_emu_fail("waits at the barrier in %s:%d, thread %d at the one in %s:%d", base_name(file),
                     line, E.first, base_name(E.file), E.line);
     TSAN(__tsan_release(&E.arrived));
@@ -653,7 +654,7 @@ void cq_emu_collective(unsigned mask, void (*fn)(void *const *), void *arguments
         c.line = line;
         c.first = t;
         memset(c.lanes, 0, sizeof c.lanes);
-    } else if (c.line != line || c.fn != fn || strcmp(c.file, file) != 0)
+    } else if (c.line != line || c.fn != fn || (c.file != file && strcmp(c.file, file) != 0))
         cq_emu_fail("is at %s, %s:%d, thread %d of its warp at %s, %s:%d", what, base_name(file),
                     line, c.first, c.what, base_name(c.file), c.line);
     c.arrived |= 1u << lane;

@@ -117,7 +117,7 @@ struct cq_emu_launch {
 /// Runs a kernel over its grid, or notes why not: cq_cuda_status reports it.
 void cq_emu_run(const cq_emu_launch *launch);
 /// A pointer argument of a kernel of a stream that has an open device: it must point there.
-void cq_emu_check_argument(const cq_emu_launch *launch, bool open, const void *p, int index);
+void cq_emu_check_argument(const cq_emu_launch *launch, bool open, uintptr_t p, int index);
 
 /// One declaration of static shared memory.
 struct cq_emu_site {
@@ -171,7 +171,7 @@ template <typename... P> struct cq_emu_call {
 };
 template <typename T> inline void cq_emu_check(const cq_emu_launch *l, bool open, T v, int index) {
     if constexpr (std::is_pointer_v<T>)
-        cq_emu_check_argument(l, open, (const void *)v, index);
+        cq_emu_check_argument(l, open, (uintptr_t)v, index);
     else
         (void)l, (void)open, (void)v, (void)index;
 }

@@ -135,14 +135,18 @@ extern "C" bool cq_emu_memory_explain(const void *p, char *text, size_t size) {
         return true;
     }
     auto next = R.pieces.upper_bound(at);
-    if (next != R.pieces.end() && next->second.at - at <= 8 * PAGE)
-        snprintf(text, size, "%lld bytes before a piece of %lld", (long long)(next->second.at - at),
+    uintptr_t before = REGION, after = REGION;
+    if (next != R.pieces.end())
+        before = next->second.at - at;
+    if (next != R.pieces.begin())
+        after = at - std::prev(next)->second.at - (uintptr_t)std::prev(next)->second.bytes;
+    if (before < after)
+        snprintf(text, size, "%lld bytes before a piece of %lld", (long long)before,
                  (long long)next->second.bytes);
-    else if (next != R.pieces.begin()) {
-        q = &std::prev(next)->second;
-        snprintf(text, size, "%lld bytes after the end of a piece of %lld",
-                 (long long)(int64_t(at - q->at) - q->bytes), (long long)q->bytes);
-    } else
+    else if (after < REGION)
+        snprintf(text, size, "%lld bytes after the end of a piece of %lld", (long long)after,
+                 (long long)std::prev(next)->second.bytes);
+    else
         snprintf(text, size, "memory that was given back or never taken");
     return true;
 }

@@ -21,7 +21,8 @@
 #define CQ_EMU_POINTERS_ssd_backward                                                               \
     P(starts)                                                                                      \
     P(x)                                                                                           \
-    P(B) P(C) P(dt_raw) P(dt_bias) P(a_log) P(d) P(dy) P(dx) P(dB) P(dC) P(ddt_raw) P(ddt_bias)    \
+    P(B)                                                                                           \
+    P(C) P(dt_raw) P(dt_bias) P(a_log) P(d) P(dy) P(dx) P(dB) P(dC) P(ddt_raw) P(ddt_bias)         \
         P(da_log) P(dd)
 #define CQ_EMU_POINTERS_swiglu_forward P(gu) P(h) P(hq) P(fq.amax) P(fq.offsets) P(fq.saturated)
 #define CQ_EMU_POINTERS_swiglu_backward P(gu) P(dh) P(dgu)
