@@ -9,9 +9,10 @@
 /// ascending, so results do not depend on the grid.
 ///
 /// Nemotron 3 Nano, 8192 tokens: 49152 rows in 128 groups, [1856, 2688]: 490 GFLOP a call. In FP32
-/// 8.2 ms at 60 TF/s. In BF16 0.6 ms at the tensor rate, but the operands are FP32 in memory:
-/// w 2.6 GB, x 0.5 GB, y 0.4 GB are 0.8 ms at 4.3 TB/s, and tiles of 128 x 256 read 11.5 GB from
-/// the second-level cache, about 2 ms: that is the bound.
+/// 8.2 ms at 60 TF/s. In BF16 0.6 ms at the tensor rate, but the tiles of 128 x 256 read 3.8 GB of
+/// x in FP32 and 3.8 GB of w16 (7.6 GB of w where there is no w16) from the second-level cache: 1.4
+/// (2.1) ms at 5.5 TB/s. That is the bound; the memory's, 2.2 (3.5) GB at 4.3 TB/s, is 0.5 (0.8)
+/// ms.
 #include "kernels/cuda/cq_cuda.h"
 #include "kernels/cuda/cq_mma.h"
 
@@ -23,6 +24,7 @@ enum { THREADS = 256, PERSISTENT = 1024 };
 /// [r, n]. Pointers to the tile's first element; m, n are what is left of C from there.
 struct tile_job {
     const float *a, *b;
+    const __nv_bfloat16 *b16; ///< b in BF16, or nothing useful
     float *c;
     int64_t lda, ldb, ldc, r;
     int m, n;
@@ -33,6 +35,7 @@ struct grouped {
     const int64_t *offsets;
     int64_t groups, n, k;
     float *x, *w, *y;
+    const __nv_bfloat16 *w16;
 };
 
 /// Tiles of all groups in order, as one warp sees them: 32 groups at a time.
@@ -146,7 +149,7 @@ template <bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
 /// One C tile in FP32: 128 x 128 by 256 threads, 8 x 8 sums each, r in steps of 16.
 struct simt {
     enum { M = 128, N = 128, DEPTH = 16, LD = 128 + 4, STAGE = 2 * DEPTH * LD };
-    enum { BYTES = 2 * STAGE * 4 };
+    enum { BYTES = 2 * STAGE * 4, PER_SM = 2 };
 
     template <bool TA, bool TB, bool ADD, bool VEC>
     static __device__ void tile(const tile_job &j, unsigned char *room) {
@@ -223,10 +226,13 @@ struct simt {
 };
 
 /// One C tile on tensor cores: operands rounded to BF16 on their way into shared memory, sums in
-/// FP32. 128 x 256 by 8 warps of 64 x 64, r in steps of 32.
-struct tensor {
+/// FP32. 128 x 256 by 8 warps of 64 x 64, r in steps of 32. B16: B is BF16 already and is copied
+/// by the hardware, three steps ahead; else it takes the way of A, through registers, one step
+/// ahead.
+template <bool B16> struct tensor {
     enum { M = 128, N = 256, DEPTH = 32, WARP_M = 64, WARP_N = 64, ACROSS = N / WARP_N };
-    enum { STAGE = (M + N) * (DEPTH + 8), BYTES = 2 * STAGE * 2 };
+    enum { A_SIZE = M * (DEPTH + 8), B_SIZE = N * (DEPTH + 8), B_STAGES = B16 ? 4 : 2 };
+    enum { BYTES = 2 * (2 * A_SIZE + B_STAGES * B_SIZE), PER_SM = 1 };
     /// Rows are 16 bytes longer than their content: eight rows of a fragment fall into different
     /// banks.
     template <bool TURNED, int SIDE> struct place {
@@ -256,60 +262,106 @@ struct tensor {
             cq_ldmatrix_x4(f, b + (col + (lane & 7) + 8 * (lane >> 4)) * LD + r +
                                   8 * ((lane >> 3) & 1));
     }
+    template <bool TA, bool TB>
+    static __device__ __forceinline__ void multiply(float sum[WARP_M / 16][WARP_N / 8][4],
+                                                    const __nv_bfloat16 *a, const __nv_bfloat16 *b,
+                                                    int row0, int col0) {
+#pragma unroll
+        for (int r = 0; r < DEPTH; r += 16) {
+            uint32_t fa[WARP_M / 16][4];
+#pragma unroll
+            for (int p = 0; p < WARP_M / 16; p++)
+                load_a<TA>(fa[p], a, row0 + p * 16, r);
+#pragma unroll
+            for (int q = 0; q < WARP_N / 8; q += 2) {
+                uint32_t fb[4];
+                load_b<TB>(fb, b, col0 + q * 8, r);
+#pragma unroll
+                for (int p = 0; p < WARP_M / 16; p++) {
+                    cq_mma_bf16(sum[p][q], fa[p], fb);
+                    cq_mma_bf16(sum[p][q + 1], fa[p], fb + 2);
+                }
+            }
+        }
+    }
+
+    /// Starts the copy of step s of B into its stage, if there is such a step, and closes a group.
+    /// Chunks of 8 values are inside of the matrix as a whole.
+    template <bool TB>
+    static __device__ __forceinline__ void copy_b(__nv_bfloat16 *stages, const tile_job &j, int s,
+                                                  int steps) {
+        enum { LD = place<TB, N>::LD, PER_ROW = (TB ? N : DEPTH) / 8, STEP = THREADS / PER_ROW };
+        if (s < steps) {
+            int depth = least(j.r - (int64_t)s * DEPTH, DEPTH);
+            int rows = TB ? depth : j.n, cols = TB ? j.n : depth;
+            int row = (int)threadIdx.x / PER_ROW, col = (int)threadIdx.x % PER_ROW * 8;
+            const __nv_bfloat16 *from = j.b16 + (int64_t)s * DEPTH * (TB ? j.ldb : 1);
+            __nv_bfloat16 *to = stages + s % B_STAGES * B_SIZE + row * LD + col;
+#pragma unroll
+            for (int i = 0; i < N * DEPTH / 8 / THREADS; i++) {
+                bool in = row + i * STEP < rows && col < cols;
+                cq_cp_async16(to + i * STEP * LD,
+                              in ? from + (row + i * STEP) * j.ldb + col : j.b16, in ? 16 : 0);
+            }
+        }
+        cq_cp_commit();
+    }
 
     template <bool TA, bool TB, bool ADD, bool VEC>
     static __device__ void tile(const tile_job &j, unsigned char *room) {
-        __nv_bfloat16 *stage = reinterpret_cast<__nv_bfloat16 *>(room);
-        enum { LDA = place<TA, M>::LD, LDB = place<TB, N>::LD, B_AT = M * (DEPTH + 8) };
+        enum { LDA = place<TA, M>::LD, LDB = place<TB, N>::LD };
+        __nv_bfloat16 *stage_a = reinterpret_cast<__nv_bfloat16 *>(room);
+        __nv_bfloat16 *stage_b = stage_a + 2 * A_SIZE;
         int warp = (int)threadIdx.x / CQ_WARP, lane = (int)threadIdx.x % CQ_WARP;
         int row0 = warp / ACROSS * WARP_M, col0 = warp % ACROSS * WARP_N;
         bool busy = row0 < j.m && col0 < j.n;
+        int steps = (int)((j.r + DEPTH - 1) / DEPTH);
         piece<TA, M, DEPTH, VEC> a;
         piece<TB, N, DEPTH, VEC> b;
         float sum[WARP_M / 16][WARP_N / 8][4] = {};
         int64_t a_step = DEPTH * (TA ? j.lda : 1), b_step = DEPTH * (TB ? j.ldb : 1);
         const float *pa = j.a, *pb = j.b;
+        if (B16) {
+#pragma unroll
+            for (int s = 0; s < B_STAGES - 1; s++)
+                copy_b<TB>(stage_b, j, s, steps);
+        } else {
+            b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
+        }
         a.load(pa, j.lda, j.m, least(j.r, DEPTH));
-        b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
-        a.template store_rounded<LDA>(stage);
-        b.template store_rounded<LDB>(stage + B_AT);
+        a.template store_rounded<LDA>(stage_a);
+        if (B16)
+            cq_cp_wait<B_STAGES - 2>();
+        else
+            b.template store_rounded<LDB>(stage_b);
         __syncthreads();
-        int steps = (int)((j.r + DEPTH - 1) / DEPTH);
         for (int s = 0; s < steps; s++) {
-            const __nv_bfloat16 *now = stage + (s & 1) * STAGE;
             bool more = s + 1 < steps;
+            int left = least(j.r - (int64_t)(s + 1) * DEPTH, DEPTH);
+            if (B16)
+                copy_b<TB>(stage_b, j, s + B_STAGES - 1, steps);
             if (more) {
-                int left = least(j.r - (int64_t)(s + 1) * DEPTH, DEPTH);
                 pa += a_step;
-                pb += b_step;
                 a.load(pa, j.lda, j.m, left);
-                b.load(pb, j.ldb, j.n, left);
+                if (!B16) {
+                    pb += b_step;
+                    b.load(pb, j.ldb, j.n, left);
+                }
             }
             if (busy)
-#pragma unroll
-                for (int r = 0; r < DEPTH; r += 16) {
-                    uint32_t fa[WARP_M / 16][4];
-#pragma unroll
-                    for (int p = 0; p < WARP_M / 16; p++)
-                        load_a<TA>(fa[p], now, row0 + p * 16, r);
-#pragma unroll
-                    for (int q = 0; q < WARP_N / 8; q += 2) {
-                        uint32_t fb[4];
-                        load_b<TB>(fb, now + B_AT, col0 + q * 8, r);
-#pragma unroll
-                        for (int p = 0; p < WARP_M / 16; p++) {
-                            cq_mma_bf16(sum[p][q], fa[p], fb);
-                            cq_mma_bf16(sum[p][q + 1], fa[p], fb + 2);
-                        }
-                    }
-                }
+                multiply<TA, TB>(sum, stage_a + s % 2 * A_SIZE, stage_b + s % B_STAGES * B_SIZE,
+                                 row0, col0);
             if (more) {
-                __nv_bfloat16 *next = stage + (~s & 1) * STAGE;
-                a.template store_rounded<LDA>(next);
-                b.template store_rounded<LDB>(next + B_AT);
+                a.template store_rounded<LDA>(stage_a + (s + 1) % 2 * A_SIZE);
+                if (!B16)
+                    b.template store_rounded<LDB>(stage_b + (s + 1) % 2 * B_SIZE);
             }
+            if (B16)
+                cq_cp_wait<B_STAGES - 2>();
             __syncthreads();
         }
+        if (B16)
+            cq_cp_wait<0>();
 #pragma unroll
         for (int p = 0; p < WARP_M / 16; p++)
 #pragma unroll
@@ -342,7 +394,7 @@ struct tensor {
 /// Rows of y, or with INPUT of x. Neighbouring tiles are of the same columns of w[e]: blocks that
 /// run together read it once from memory.
 template <typename HOW, bool INPUT, bool VEC>
-__global__ void __launch_bounds__(THREADS) grouped_rows(grouped g) {
+__global__ void __launch_bounds__(THREADS, HOW::PER_SM) grouped_rows(grouped g) {
     CQ_DYN_SMEM(unsigned char, room);
     int64_t width = INPUT ? g.k : g.n, depth = INPUT ? g.n : g.k;
     int columns = (int)((width + HOW::N - 1) / HOW::N), group, inside;
@@ -354,10 +406,11 @@ __global__ void __launch_bounds__(THREADS) grouped_rows(grouped g) {
         int down = (int)((end - first + HOW::M - 1) / HOW::M);
         int64_t row = first + (int64_t)(inside % down) * HOW::M;
         int64_t col = (int64_t)(inside / down) * HOW::N;
-        const float *w = g.w + (int64_t)group * g.n * g.k;
+        int64_t at = (int64_t)group * g.n * g.k + (INPUT ? col : col * g.k);
         tile_job j;
         j.a = (INPUT ? g.y : g.x) + row * depth;
-        j.b = w + (INPUT ? col : col * g.k);
+        j.b = g.w + at;
+        j.b16 = g.w16 + at;
         j.c = (INPUT ? g.x : g.y) + row * width + col;
         j.lda = depth;
         j.ldb = g.k;
@@ -382,6 +435,7 @@ __global__ void __launch_bounds__(THREADS) grouped_weight(grouped g) {
     tile_job j;
     j.a = g.y + first * g.n + row;
     j.b = g.x + first * g.k + col;
+    j.b16 = NULL;
     j.c = g.w + (group * g.n + row) * g.k + col;
     j.lda = g.n;
     j.ldb = g.k;
@@ -401,18 +455,24 @@ int launch(void (*kernel)(grouped), int64_t grid, cq_stream *s, const grouped &g
     CQ_CUDA_END("matmul_grouped");
 }
 
-template <typename HOW> int run(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
-    bool vec = a->n % 4 == 0 && a->k % 4 == 0 &&
-               (((uintptr_t)a->x | (uintptr_t)a->w | (uintptr_t)a->y) & 15) == 0;
+template <typename HOW, bool VEC>
+int run(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
     if (a->mode == CQ_GROUPED_FORWARD)
-        return launch<HOW>(vec ? grouped_rows<HOW, false, true> : grouped_rows<HOW, false, false>,
-                           PERSISTENT, s, g);
+        return launch<HOW>(grouped_rows<HOW, false, VEC>, PERSISTENT, s, g);
     if (a->mode == CQ_GROUPED_INPUT)
-        return launch<HOW>(vec ? grouped_rows<HOW, true, true> : grouped_rows<HOW, true, false>,
-                           PERSISTENT, s, g);
+        return launch<HOW>(grouped_rows<HOW, true, VEC>, PERSISTENT, s, g);
     int64_t tiles = ((a->n + HOW::M - 1) / HOW::M) * ((a->k + HOW::N - 1) / HOW::N);
-    return launch<HOW>(vec ? grouped_weight<HOW, true> : grouped_weight<HOW, false>,
-                       a->groups * tiles, s, g);
+    return launch<HOW>(grouped_weight<HOW, VEC>, a->groups * tiles, s, g);
+}
+
+/// Rows of x, w and y begin at multiples of 16 bytes, of w16, too.
+bool has_whole_chunks(const cq_matmul_grouped_args *a) {
+    return a->n % 4 == 0 && a->k % 4 == 0 &&
+           (((uintptr_t)a->x | (uintptr_t)a->w | (uintptr_t)a->y) & 15) == 0;
+}
+bool has_w16(const cq_matmul_grouped_args *a) {
+    return a->w16 && a->mode != CQ_GROUPED_WEIGHT && a->n % 8 == 0 && a->k % 8 == 0 &&
+           ((uintptr_t)a->w16 & 15) == 0;
 }
 
 } // namespace
@@ -424,6 +484,16 @@ extern "C" int cq_cuda_matmul_grouped(cq_stream *s, const cq_matmul_grouped_args
                                                   : a->n * a->k;
     if (a->groups == 0 || width == 0)
         return CQ_OK;
-    grouped g = {a->offsets, a->groups, a->n, a->k, (float *)a->x, (float *)a->w, (float *)a->y};
-    return s->compute == CQ_COMPUTE_BF16 ? run<tensor>(s, a, g) : run<simt>(s, a, g);
+    grouped g = {a->offsets,    a->groups,     a->n,          a->k,
+                 (float *)a->x, (float *)a->w, (float *)a->y, (const __nv_bfloat16 *)a->w16};
+    bool whole = has_whole_chunks(a);
+    if (s->compute != CQ_COMPUTE_BF16)
+        return whole ? run<simt, true>(s, a, g) : run<simt, false>(s, a, g);
+    if (!whole)
+        return run<tensor<false>, false>(s, a, g);
+    if (!has_w16(a))
+        return run<tensor<false>, true>(s, a, g);
+    return a->mode == CQ_GROUPED_FORWARD
+               ? launch<tensor<true>>(grouped_rows<tensor<true>, false, true>, PERSISTENT, s, g)
+               : launch<tensor<true>>(grouped_rows<tensor<true>, true, true>, PERSISTENT, s, g);
 }
