@@ -21,27 +21,7 @@ local opt = cq.options {
 }
 opt.given.steps, opt.given.rows, opt.given.lr = true, true, true -- a preset has no say in these
 
--- Documents of random ids, one a row of the batch, in a file that is removed at the end.
-local function random_data()
-  local config = assert(io.open(opt.model .. "/config.json"))
-  local vocab = cq.json.decode(config:read "*a", "config.json").vocab_size
-  config:close()
-  local path = os.tmpname()
-  local f = assert(io.open(path, "w"))
-  local x = 1
-  for _ = 1, math.max(32, 2 * opt.batch) do
-    local ids = {}
-    for i = 1, opt.seq do
-      x = (1103515245 * x + 12345) % 2147483648
-      ids[i] = math.floor(x / 256) % vocab
-    end
-    f:write('{"input_ids": [', table.concat(ids, ","), "]}\n")
-  end
-  f:close()
-  return path
-end
-
-local random_file = opt.data == "random" and random_data()
+local random_file = opt.data == "random" and cq.data.random(opt.model, 2 * opt.batch, opt.seq)
 opt.data = random_file or opt.data
 local run = cq.run(opt)
 local teacher = opt.weights == "random" and cq.model.create(opt.model) or cq.model.open(opt.model)
@@ -81,4 +61,5 @@ run:say("%.0f tokens/s without CKA, %.0f with: CKA costs %.1f %% of the time", a
 run:say("%.3g operations a step: %.1f %% of the %.3g operations/s that matrix products reach here", operations, 100 * share, rate)
 if random_file then os.remove(random_file) end
 print(cq.json.encode(cq.json.object { "tokens_per_s", a, "tokens_per_s_cka", b, "peak_bytes", cq.peak_bytes(),
-  "planned_bytes", plan.bytes, "share_of_matrix_rate", share, "device", run.device.isa, "compute", opt.compute, "threads", run.device.threads, "batch", opt.batch, "seq", opt.seq }))
+  "planned_bytes", plan.bytes, "share_of_matrix_rate", share, "device", run.device.isa, "compute", opt.compute,
+  "threads", run.device.threads, "batch", opt.batch, "micro", data.micro, "seq", opt.seq }))

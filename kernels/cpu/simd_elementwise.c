@@ -186,6 +186,4 @@ int CQ_OP(axpy)(cq_stream *s, const cq_axpy_args *a) {
 }
 
 /* Only a device asks for it; `cpu` rounds operands inside its products. */
-int CQ_OP(round_bf16)(cq_stream *s, const cq_round_bf16_args *a) {
-    return cq_ref_round_bf16(s, a);
-}
+int CQ_OP(round_bf16)(cq_stream *s, const cq_round_bf16_args *a) { return cq_ref_round_bf16(s, a); }

@@ -10,8 +10,8 @@
 ///     CQ_DYN_SMEM(float, rows);                                       dynamic: float *rows
 ///
 /// An operation is `extern "C" int cq_cuda_<op>(cq_stream *s, const cq_<op>_args *a)`; its buffers
-/// lie in device memory, and so do the scalars it writes (`sum`, `out`, `saturated` ...). It returns
-/// CQ_CUDA_END("op") after its last launch. Nothing here waits for the device.
+/// lie in device memory, and so do the scalars it writes (`sum`, `out`, `saturated` ...). It
+/// returns CQ_CUDA_END("op") after its last launch. Nothing here waits for the device.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -85,9 +85,9 @@ template <typename T> __device__ __forceinline__ T cq_block_sum(T v, T *room) {
     return total;
 }
 
-/// Fake quantization of one value by a pair of lanes or more is never needed: a thread that holds 16
-/// consecutive values of a block calls cq_nvfp4_block_fake. With 16 lanes per block, one value each,
-/// `lanes16` are the 16 lanes (half a warp) and this is the same arithmetic.
+/// Fake quantization of one value by a pair of lanes or more is never needed: a thread that holds
+/// 16 consecutive values of a block calls cq_nvfp4_block_fake. With 16 lanes per block, one value
+/// each, `lanes16` are the 16 lanes (half a warp) and this is the same arithmetic.
 __device__ __forceinline__ float cq_fake_lane16(float x, float amax, float block_amax, float top,
                                                 int *saturated) {
     *saturated = 0;
@@ -99,9 +99,8 @@ __device__ __forceinline__ float cq_fake_lane16(float x, float amax, float block
         unsigned other = __shfl_xor_sync(0xffffffffu, bits, d);
         bits = bits > other ? bits : other;
     }
-    uint8_t s8 = block_amax >= 0.0f
-                     ? cq_nvfp4_scale_static(block_amax, amax, top)
-                     : cq_nvfp4_scale_dynamic(__uint_as_float(bits), ws2, saturated);
+    uint8_t s8 = block_amax >= 0.0f ? cq_nvfp4_scale_static(block_amax, amax, top)
+                                    : cq_nvfp4_scale_dynamic(__uint_as_float(bits), ws2, saturated);
     float den = cq_e4m3_decode(s8) * ws2;
     return cq_e2m1_decode(cq_e2m1_encode(x / den)) * den;
 }

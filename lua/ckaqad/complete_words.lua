@@ -14,7 +14,7 @@ complete.values = {
   loss = { "kl", "ce" }, tail = { "bucket", "renormalized", "truncated", "full" }, layer = { "cka", "cosine", "mse", "gram", "none" },
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
   balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" },
-  device = { "cpu", "cuda", "auto" }, compute = { "f32", "bf16" },
+  device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
   template = { "auto", "nano3", "qwen3-thinking" },
 }
 -- Options that name files, the words that may stand for one, and the file names that fit.

@@ -101,6 +101,30 @@ function data.open(paths, options)
   return self
 end
 
+--- Writes `n` documents of `seq` random token ids of the model in `dir` (its config.json is enough) to a new file in the folder
+--- for temporary files, for benches. Returns the path; the caller removes it.
+---
+--- Example:
+---     local path = cq.data.random(opt.model, 4, 32)
+---     os.remove(path)
+function data.random(dir, n, seq)
+  local config = native.new "cq_config"
+  call.cq_config_load(config, dir)
+  local vocab, path, x = tonumber(config.vocab), os.tmpname(), 1
+  local f, why = io.open(path, "w")
+  if not f then errors.raise(errors.IO, "%s", why) end
+  for _ = 1, n do
+    local ids = {}
+    for i = 1, seq do
+      x = (1103515245 * x + 12345) % 2147483648
+      ids[i] = math.floor(x / 256) % vocab
+    end
+    f:write('{"input_ids": [', table.concat(ids, ","), "]}\n")
+  end
+  f:close()
+  return path
+end
+
 local function open_loader(self, corpus, batch, shuffle, once)
   local o = native.new "cq_loader_options"
   o.seq, o.batch, o.micro, o.seed, o.shuffle, o.once = self.seq, batch, self.micro, self.seed, shuffle, once

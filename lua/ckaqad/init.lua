@@ -21,7 +21,7 @@ return errors.strict({
   device = device.device,
   plan = plan.plan,
   model = errors.strict({ open = model.open, create = model.create }, "model"),
-  data = errors.strict({ open = data.open, show = data.show }, "data"),
+  data = errors.strict({ open = data.open, show = data.show, random = data.random }, "data"),
   blocks = select_.blocks,
   distill = distill.distill,
   loss = require "ckaqad.loss",

@@ -22,8 +22,9 @@
     P(starts)                                                                                      \
     P(x)                                                                                           \
     P(B)                                                                                           \
-    P(C) P(dt_raw) P(dt_bias) P(a_log) P(d) P(dy) P(dx) P(dB) P(dC) P(ddt_raw) P(ddt_bias)         \
-        P(da_log) P(dd)
+    P(C)                                                                                           \
+    P(dt_raw)                                                                                      \
+    P(dt_bias) P(a_log) P(d) P(dy) P(dx) P(dB) P(dC) P(ddt_raw) P(ddt_bias) P(da_log) P(dd)
 #define CQ_EMU_POINTERS_swiglu_forward P(gu) P(h) P(hq) P(fq.amax) P(fq.offsets) P(fq.saturated)
 #define CQ_EMU_POINTERS_swiglu_backward P(gu) P(dh) P(dgu)
 #define CQ_EMU_POINTERS_relu2_forward P(x) P(h) P(hq) P(fq.amax) P(fq.offsets) P(fq.saturated)
