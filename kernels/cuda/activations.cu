@@ -8,9 +8,9 @@
 /// 25 instructions.
 #include "kernels/cuda/fake.cuh"
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-__device__ __forceinline__ float swiglu(float gate, float up) { return gate * sigmoid(gate) * up; }
+static __device__ __forceinline__ float swiglu(float gate, float up) {
+    return gate * cq_sigmoid(gate) * up;
+}
 struct swiglu_source {
     const float *gu;
     int64_t dim;
@@ -24,7 +24,7 @@ struct swiglu_source {
     }
 };
 /// Rows that are no whole quarters.
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     swiglu_singly(int64_t n, int64_t dim, const float *gu, float *h, float *hq) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n)
@@ -55,13 +55,13 @@ extern "C" int cq_cuda_swiglu_forward(cq_stream *s, const cq_swiglu_forward_args
     CQ_CUDA_END("swiglu_forward");
 }
 
-__device__ __forceinline__ void swiglu_slopes(float gate, float up, float dh, float *dgate,
-                                              float *dup) {
-    float s = sigmoid(gate);
+static __device__ __forceinline__ void swiglu_slopes(float gate, float up, float dh, float *dgate,
+                                                     float *dup) {
+    float s = cq_sigmoid(gate);
     *dgate = dh * up * s * (1.0f + gate * (1.0f - s));
     *dup = dh * gate * s;
 }
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     swiglu_backward_quarters(int64_t n, int64_t dim, cq_divider quarters, const float *gu,
                              const float *dh, float *dgu) {
     int64_t quarter = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(256)
     cq_store4(dgu + at, dgate, true);
     cq_store4(dgu + at + dim, dup, true);
 }
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     swiglu_backward_singly(int64_t n, int64_t dim, const float *gu, const float *dh, float *dgu) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n)
@@ -104,7 +104,7 @@ extern "C" int cq_cuda_swiglu_backward(cq_stream *s, const cq_swiglu_backward_ar
     CQ_CUDA_END("swiglu_backward");
 }
 
-__device__ __forceinline__ float relu2(float x) {
+static __device__ __forceinline__ float relu2(float x) {
     float v = x > 0.0f ? x : 0.0f;
     return v * v;
 }
@@ -116,7 +116,7 @@ struct relu2_source {
         return make_float4(relu2(v.x), relu2(v.y), relu2(v.z), relu2(v.w));
     }
 };
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     relu2_singly(int64_t n, const float *x, float *h, float *hq) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n)
@@ -144,11 +144,11 @@ extern "C" int cq_cuda_relu2_forward(cq_stream *s, const cq_relu2_forward_args *
     CQ_CUDA_END("relu2_forward");
 }
 
-__device__ __forceinline__ float relu2_slope(float x, float dh) {
+static __device__ __forceinline__ float relu2_slope(float x, float dh) {
     return x > 0.0f ? 2.0f * x * dh : 0.0f;
 }
 /// Two quarters per thread; dx may be dh.
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     relu2_backward_quarters(int64_t n, const float *x, const float *dh, float *dx) {
     int64_t first = (int64_t)blockIdx.x * 512 + threadIdx.x;
     float4 v[2], d[2];
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(256)
                       true);
     }
 }
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     relu2_backward_singly(int64_t n, const float *x, const float *dh, float *dx) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n)

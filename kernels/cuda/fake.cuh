@@ -17,7 +17,7 @@
 /// An element costs about 17 instructions: the exact quotient from a reciprocal that the block
 /// shares (Markstein), the nearest E2M1 value from one addition of a power of two.
 #pragma once
-#include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/float4.cuh"
 
 /// The larger one; NaN if either is NaN.
 __device__ __forceinline__ float cq_max_nan(float a, float b) {
@@ -235,18 +235,6 @@ __device__ __forceinline__ int64_t cq_divide(int64_t n, const cq_divider &d) {
         return d.by == 1 ? n : n / d.by;
     uint32_t low = (uint32_t)n, t = (uint32_t)(((uint64_t)d.multiplier * low) >> 32);
     return (int64_t)((t + ((low - t) >> 1)) >> d.shift);
-}
-
-/// True when p is NULL or on a 16-byte boundary.
-static inline bool cq_aligned16(const void *p) { return ((uintptr_t)p & 15u) == 0; }
-__device__ __forceinline__ float4 cq_load4(const float *p, bool aligned) {
-    return aligned ? *(const float4 *)p : make_float4(p[0], p[1], p[2], p[3]);
-}
-__device__ __forceinline__ void cq_store4(float *p, float4 v, bool aligned) {
-    if (aligned)
-        *(float4 *)p = v;
-    else
-        p[0] = v.x, p[1] = v.y, p[2] = v.z, p[3] = v.w;
 }
 
 /// Dense rows of a multiple of 4 columns, written plain, quantized or both.

@@ -6,7 +6,7 @@
 #include "kernels/cuda/fake.cuh"
 
 /// y = x where rows are no whole quarters.
-__global__ void __launch_bounds__(256) copy_singly(int64_t n, const float *x, float *y) {
+static __global__ void __launch_bounds__(256) copy_singly(int64_t n, const float *x, float *y) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n)
         y[i] = x[i];
@@ -49,7 +49,7 @@ enum { AMAX_THREADS = 256, AMAX_AHEAD = 4, AMAX_STEPS = 16 };
 
 /// Magnitudes order like their bits. A maximum that is already as large is left alone, so that few
 /// warps meet at one address.
-__device__ __forceinline__ void amax_raise(float *amax, float v) {
+static __device__ __forceinline__ void amax_raise(float *amax, float v) {
     if (v > *amax)
         atomicMax((int *)amax, __float_as_int(v));
 }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void amax_raise(float *amax, float v) {
 /// A warp takes 32 * AMAX_STEPS units of V floats in a row. The maximum of integers does not depend
 /// on the order of the warps; fmaxf leaves out a NaN.
 template <int V>
-__global__ void __launch_bounds__(AMAX_THREADS)
+static __global__ void __launch_bounds__(AMAX_THREADS)
     amax_units(int64_t units, int64_t per_row, const float *x, const int64_t *offsets,
                int64_t n_groups, float *amax) {
     int lane = (int)(threadIdx.x % CQ_WARP);

@@ -1,0 +1,47 @@
+/// float4.cuh - four neighbouring values of a row in one thread, and what norms and activations
+/// compute of them.
+#pragma once
+#include "kernels/cuda/cq_cuda.h"
+
+/// True when p is NULL or on a 16-byte boundary.
+static inline bool cq_aligned16(const void *p) { return ((uintptr_t)p & 15u) == 0; }
+__device__ __forceinline__ float4 cq_load4(const float *p, bool aligned) {
+    return aligned ? *(const float4 *)p : make_float4(p[0], p[1], p[2], p[3]);
+}
+__device__ __forceinline__ void cq_store4(float *p, float4 v, bool aligned) {
+    if (aligned)
+        *(float4 *)p = v;
+    else
+        p[0] = v.x, p[1] = v.y, p[2] = v.z, p[3] = v.w;
+}
+__device__ __forceinline__ float4 cq_zero4() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
+/// The values at an aligned p, or zeros.
+__device__ __forceinline__ float4 cq_load4_if(bool there, const float *p) {
+    return there ? *(const float4 *)p : cq_zero4();
+}
+__device__ __forceinline__ float cq_dot4(float4 a, float4 b) {
+    return a.x * b.x + a.y * b.y + (a.z * b.z + a.w * b.w);
+}
+__device__ __forceinline__ float4 cq_times4(float4 a, float4 b) {
+    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+__device__ __forceinline__ float4 cq_scale4(float4 a, float by) {
+    return make_float4(a.x * by, a.y * by, a.z * by, a.w * by);
+}
+__device__ __forceinline__ float4 cq_plus4(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ __forceinline__ float cq_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float4 cq_sigmoid4(float4 v) {
+    return make_float4(cq_sigmoid(v.x), cq_sigmoid(v.y), cq_sigmoid(v.z), cq_sigmoid(v.w));
+}
+
+/// 1 / rms of n values from the sum of their squares.
+__device__ __forceinline__ float cq_rstd(float sum, int64_t n, float eps) {
+    return 1.0f / sqrtf(sum / (float)n + eps);
+}
+/// by (g - x m): the gradient of x / rms(x) from g, with m = by^2 mean(g x).
+__device__ __forceinline__ float4 cq_norm_slope4(float4 g, float4 x, float m, float by) {
+    return make_float4(by * (g.x - x.x * m), by * (g.y - x.y * m), by * (g.z - x.z * m),
+                       by * (g.w - x.w * m));
+}
