@@ -1,0 +1,34 @@
+/// attention.cuh - what the FP32 and the BF16 attention share.
+#pragma once
+#include "kernels/cuda/docs.cuh"
+
+struct cq_heads {
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    int64_t heads, kv_heads, dim;
+    float scale;
+    const float *q, *k, *v;
+    int64_t ldq, ldk, ldv;
+};
+template <typename Args> static inline cq_heads cq_heads_of(const Args *a) {
+    cq_heads h = {};
+    h.tokens = a->tokens, h.n_docs = a->n_docs, h.starts = a->starts;
+    h.heads = a->heads, h.kv_heads = a->kv_heads, h.dim = a->head_dim, h.scale = (float)a->scale;
+    h.q = (const float *)a->q, h.k = (const float *)a->k, h.v = (const float *)a->v;
+    h.ldq = a->ldq, h.ldk = a->ldk, h.ldv = a->ldv;
+    return h;
+}
+
+/// begin[i]: where the document of token q0 + i begins, for i < n; the threads of a block together.
+__device__ __forceinline__ void cq_find_begins(int32_t *begin, const cq_heads &a, int64_t q0,
+                                               int n) {
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
+        begin[i] = (int32_t)a.starts[cq_document_of(a.starts, a.n_docs, q0 + i)];
+}
+
+/// Whether attention_bf16.cu has this head_dim.
+static inline bool cq_attention_has_bf16(int64_t dim) { return dim == 64 || dim == 128; }
+int cq_attention_bf16_forward(cq_stream *s, const cq_heads &a, float *out, float *lse);
+/// delta [tokens, heads] = <dout, out> is made already; it lies in the stream's scratch.
+int cq_attention_bf16_backward(cq_stream *s, const cq_heads &a, const float *dout, const float *lse,
+                               const float *delta, const cq_attention_backward_args *args);
