@@ -90,7 +90,7 @@ runs prune --yes >/dev/null 2>&1; check "checkpoints are deleted" [ ! -e "$root/
 check "and nothing else" [ -e "$root/run-00001/summary.json" ]
 "$program" -e 'local n = require "ckaqad.ffi"; local out = n.new "cq_lock *[1]"; n.call.cq_lock_take(out, arg[1]); print "held"; io.stdout:flush(); io.read()' \
   "$root/run-00007/lock" < <(sleep 20) >"$work/held" 2>/dev/null & holder=$!
-until [ -s "$work/held" ]; do sleep 0.05; done
+until [ -s "$work/held" ]; do sleep 0.05; kill -0 $holder 2>/dev/null || { fail "no lock is held"; exit 1; }; done
 runs list --status=running >"$work/out"; check "a held run is running" has '^run-00007 +running' "$work/out"
 runs prune --stopped --yes >/dev/null 2>&1
 check "a stopped run is deleted" [ ! -e "$root/run-00006" ]
