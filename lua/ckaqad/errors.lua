@@ -27,6 +27,15 @@ function errors.exit(code)
   error(setmetatable({ exit = code, quiet = true, message = "exit " .. code }, Error), 0)
 end
 
+-- Writes to an open file and hands it to the system; an error names `path`. Never compiled: where fflush fails in a trace, LuaJIT
+-- leaves the trace and calls it again, which finds nothing left to write and says that all is well.
+function errors.write(file, path, bytes)
+  local ok, why = file:write(bytes)
+  if ok then ok, why = file:flush() end
+  if not ok then errors.raise(errors.IO, "%s: %s", path, tostring(why)) end
+end
+jit.off(errors.write)
+
 -- Edit distance in which swapping two neighbours counts one (optimal string alignment).
 function errors.distance(a, b)
   local before, last = nil, {}

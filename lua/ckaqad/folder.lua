@@ -162,9 +162,7 @@ function Folder:append(name, line)
     if not f then errors.raise(errors.IO, "%s", why) end
     self.streams[name] = f
   end
-  local ok, why = self.streams[name]:write(line, "\n")
-  if ok then ok, why = self.streams[name]:flush() end
-  if not ok then errors.raise(errors.IO, "%s: %s", path, why) end
+  errors.write(self.streams[name], path, line .. "\n")
 end
 
 function Folder:close()

@@ -75,11 +75,9 @@ local function append(self, record)
   if bytes > 0 then f:seek("set", bytes - 1) end
   local torn = bytes > 0 and f:read(1) ~= "\n"
   f:seek("end")
-  local ok
-  ok, why = f:write((torn and "\n" or "") .. json.encode(record) .. "\n")
-  if ok then ok, why = f:flush() end
+  local ok, e = pcall(errors.write, f, path, (torn and "\n" or "") .. json.encode(record) .. "\n")
   f:close()
-  if not ok then errors.raise(errors.IO, "%s: %s", path, tostring(why)) end
+  if not ok then error(e, 0) end
   self.attempts[#self.attempts + 1] = record
 end
 

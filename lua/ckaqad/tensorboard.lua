@@ -231,9 +231,7 @@ function Writer:flush()
   if #self.queue == 0 then return end
   local bytes = table.concat(self.queue)
   self.queue, self.waiting = {}, 0
-  local ok, why = self.file:write(bytes)
-  if ok then ok, why = self.file:flush() end
-  if not ok then errors.raise(errors.IO, "%s: %s", self.path, why) end
+  errors.write(self.file, self.path, bytes)
 end
 
 --- Writes what waits and closes the file. A second call does nothing.

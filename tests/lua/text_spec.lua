@@ -54,6 +54,21 @@ describe("json", function()
 end)
 
 describe("errors", function()
+  it("say that the disk is full in a loop that is compiled too", function()
+    local full = io.open("/dev/full", "wb")
+    if not full then return pending "no /dev/full here" end
+    local good = assert(io.open("/dev/null", "wb"))
+    local at
+    local ok, e = pcall(function()
+      for i = 1, 2000 do
+        at = i
+        errors.write(i <= 1000 and good or full, "metrics", "a line\n")
+      end
+    end)
+    assert.is_false(ok)
+    assert.same({ 1001, "metrics: No space left on device", errors.IO }, { at, e.message, e.status })
+  end)
+
   it("count edits, a swap as one", function()
     assert.equal(0, errors.distance("steps", "steps"))
     assert.equal(1, errors.distance("stpes", "steps"))
