@@ -40,8 +40,8 @@ __device__ __forceinline__ float4 cq_sigmoid4(float4 v) {
 __device__ __forceinline__ float cq_rstd(float sum, int64_t n, float eps) {
     return 1.0f / sqrtf(sum / (float)n + eps);
 }
-/// by (g - x m): the gradient of x / rms(x) from g, with m = by^2 mean(g x).
-__device__ __forceinline__ float4 cq_norm_slope4(float4 g, float4 x, float m, float by) {
-    return make_float4(by * (g.x - x.x * m), by * (g.y - x.y * m), by * (g.z - x.z * m),
-                       by * (g.w - x.w * m));
+/// The gradient of x / rms(x) from g, with xhat = x by and m = mean(g xhat).
+__device__ __forceinline__ float4 cq_norm_slope4(float4 g, float4 xhat, float m, float by) {
+    return make_float4(by * (g.x - xhat.x * m), by * (g.y - xhat.y * m), by * (g.z - xhat.z * m),
+                       by * (g.w - xhat.w * m));
 }

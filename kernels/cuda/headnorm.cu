@@ -182,11 +182,13 @@ static __global__ void __launch_bounds__(THREADS)
                     float squares = cq_dot4(v[k].low, v[k].low) + cq_dot4(v[k].high, v[k].high);
                     float along = cq_dot4(g.low, v[k].low) + cq_dot4(g.high, v[k].high);
                     float by = cq_rstd(lanes_sum<LANES>(squares), h.dim, h.eps);
-                    float m = lanes_sum<LANES>(along) * by * by / (float)h.dim;
-                    dw.low = cq_plus4(dw.low, cq_times4(d[k].low, cq_scale4(v[k].low, by)));
-                    dw.high = cq_plus4(dw.high, cq_times4(d[k].high, cq_scale4(v[k].high, by)));
-                    d[k].low = cq_scale4(cq_plus4(g.low, cq_scale4(v[k].low, -m)), by);
-                    d[k].high = cq_scale4(cq_plus4(g.high, cq_scale4(v[k].high, -m)), by);
+                    float m = lanes_sum<LANES>(along) * by / (float)h.dim;
+                    v[k].low = cq_scale4(v[k].low, by);
+                    v[k].high = cq_scale4(v[k].high, by);
+                    dw.low = cq_plus4(dw.low, cq_times4(d[k].low, v[k].low));
+                    dw.high = cq_plus4(dw.high, cq_times4(d[k].high, v[k].high));
+                    d[k].low = cq_norm_slope4(g.low, v[k].low, m, by);
+                    d[k].high = cq_norm_slope4(g.high, v[k].high, m, by);
                 }
                 if (!p[k].live)
                     continue;
@@ -295,14 +297,14 @@ static __global__ void __launch_bounds__(THREADS)
         float sum = 0.0f;
         by = rstd[task];
         for (int64_t i = lane; i < n; i += CQ_WARP)
-            sum += w[i] * any_dn(a, dy, r, i) * x[i];
-        m = cq_warp_sum(sum) * by * by / (float)n;
+            sum += w[i] * any_dn(a, dy, r, i) * (x[i] * by);
+        m = cq_warp_sum(sum) / (float)n;
     }
     for (int64_t i = lane; i < pairs; i += CQ_WARP) { /* both of a pair are read first */
         float low = any_dn(a, dy, r, i), high = half ? any_dn(a, dy, r, i + half) : 0.0f;
-        dx[i] = w ? by * (w[i] * low - x[i] * m) : low;
+        dx[i] = w ? by * (w[i] * low - x[i] * by * m) : low;
         if (half)
-            dx[i + half] = w ? by * (w[i + half] * high - x[i + half] * m) : high;
+            dx[i + half] = w ? by * (w[i + half] * high - x[i + half] * by * m) : high;
     }
 }
 

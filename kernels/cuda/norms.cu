@@ -191,12 +191,13 @@ static __global__ void __launch_bounds__(512)
         for (int k = 0; k < STEPS; k++) {
             int64_t at = threadIdx.x + (int64_t)k * blockDim.x;
             float4 w = cq_load4_if(at < quarters, (const float *)a.w + 4 * at);
-            dw[k] = cq_plus4(dw[k], cq_times4(g[k], cq_scale4(x[k], by)));
+            x[k] = cq_scale4(x[k], by);
+            dw[k] = cq_plus4(dw[k], cq_times4(g[k], x[k]));
             g[k] = cq_times4(w, g[k]);
             sum += cq_dot4(g[k], x[k]);
             old[k] = cq_load4_if(a.accumulate && at < quarters, DX + 4 * at);
         }
-        float m = cq_block_sum(sum, room) * by * by / (float)a.dim;
+        float m = cq_block_sum(sum, room) / (float)a.dim;
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
             int64_t at = threadIdx.x + (int64_t)k * blockDim.x;
@@ -232,10 +233,10 @@ static __global__ void __launch_bounds__(256) rmsnorm_backward_any(cq_rmsnorm_ba
     float *dx = (float *)a.dx + r * a.dim;
     float by = ((const float *)a.rstd)[r], sum = 0.0f;
     for (int64_t i = threadIdx.x; i < a.dim; i += blockDim.x)
-        sum += w[i] * dy[i] * x[i];
-    float m = cq_block_sum(sum, room) * by * by / (float)a.dim;
+        sum += w[i] * dy[i] * (x[i] * by);
+    float m = cq_block_sum(sum, room) / (float)a.dim;
     for (int64_t i = threadIdx.x; i < a.dim; i += blockDim.x) {
-        float d = by * (w[i] * dy[i] - x[i] * m);
+        float d = by * (w[i] * dy[i] - x[i] * by * m);
         dx[i] = a.accumulate ? dx[i] + d : d;
     }
 }
@@ -379,7 +380,7 @@ extern "C" int cq_cuda_gatednorm_forward(cq_stream *s, const cq_gatednorm_forwar
     CQ_CUDA_END("gatednorm_forward");
 }
 
-/// dy and dz of one element: du = by (g - u m), u = y z s.
+/// dy and dz of one element: du is the gradient of u = y z s.
 static __device__ __forceinline__ void gate_slopes(float y, float z, float du, float *dy,
                                                    float *dz) {
     float s = cq_sigmoid(z);
@@ -419,12 +420,12 @@ static __global__ void __launch_bounds__(GATE_WARPS *CQ_WARP)
         }
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            u[k] = cq_times4(cq_times4(y[k], z[k]), cq_sigmoid4(z[k]));
-            dw[k] = cq_plus4(dw[k], cq_times4(g[k], cq_scale4(u[k], by)));
+            u[k] = cq_scale4(cq_times4(cq_times4(y[k], z[k]), cq_sigmoid4(z[k])), by);
+            dw[k] = cq_plus4(dw[k], cq_times4(g[k], u[k]));
             g[k] = cq_times4(w[k], g[k]);
             sum += cq_dot4(g[k], u[k]);
         }
-        float m = cq_warp_sum(sum) * by * by / (float)(4 * quarters);
+        float m = cq_warp_sum(sum) / (float)(4 * quarters);
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
             int64_t at = k * CQ_WARP + lane;
@@ -479,10 +480,10 @@ static __global__ void __launch_bounds__(128) gatednorm_backward_any(cq_gatednor
     float *dz = (float *)a.dz + r * a.lddz + g * width;
     float by = ((const float *)a.rstd)[blockIdx.x], sum = 0.0f;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x)
-        sum += w[i] * dout[i] * (y[i] * z[i] * cq_sigmoid(z[i]));
-    float m = cq_block_sum(sum, room) * by * by / (float)width;
+        sum += w[i] * dout[i] * (y[i] * z[i] * cq_sigmoid(z[i]) * by);
+    float m = cq_block_sum(sum, room) / (float)width;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = y[i], gate = z[i], u = v * gate * cq_sigmoid(gate), a_slope, b_slope;
+        float v = y[i], gate = z[i], u = v * gate * cq_sigmoid(gate) * by, a_slope, b_slope;
         gate_slopes(v, gate, by * (w[i] * dout[i] - u * m), &a_slope, &b_slope);
         dy[i] = a_slope;
         dz[i] = b_slope;
