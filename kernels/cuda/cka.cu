@@ -1,0 +1,546 @@
+/// cka.cu - losses on hidden states: Gram matrices, CKA and Gram-Frobenius between two of them, and
+/// the row-wise rivals cosine and relative MSE. Formulas are kernels/ref/geometry.inc.h's.
+///
+/// Products are matmul's, always in FP32; the sums here are double. A sum over a whole matrix is
+/// made of parts, one for each block, and the parts are added in an order that only their number
+/// decides, by whoever needs the total. n is small and there is a call for every layer, so kernels
+/// are few: gram 4 with the product (2 when biased), cka 2, cka_backward 3, rowloss 2,
+/// rowloss_backward 1 or 2.
+///
+/// Qwen3-4B, n 512 of 2560: x is 5.2 MB, a Gram 1 MB. gram: 1.3 GFLOP, 22 us at 60 TF/s in FP32;
+/// centring moves 16 MB, U-centring 3 MB, all in the second-level cache. cka reads 4 MB,
+/// cka_backward 3 MB and 1.3 GFLOP. All but the products are bound by their launches, 2 to 3 us
+/// each.
+#include "kernels/cuda/cq_cuda.h"
+
+namespace {
+
+enum {
+    THREADS = 256,
+    COLUMN_LANES = 8, ///< threads side by side in a row of columns that is centred
+    ROW_LANES = 64,   ///< threads one below the other
+    MOST_PARTS = 128
+};
+
+/// W consecutive floats.
+template <int W> struct __align__(4 * W) pack { float v[W]; };
+template <int W> __device__ __forceinline__ pack<W> load(const float *x, int64_t i) {
+    return reinterpret_cast<const pack<W> *>(x)[i];
+}
+template <int W> __device__ __forceinline__ void store(float *x, int64_t i, const pack<W> &p) {
+    reinterpret_cast<pack<W> *>(x)[i] = p;
+}
+
+__device__ __forceinline__ bool is_norm(double squared) {
+    return squared > 0.0 && isfinite(squared);
+}
+
+/// to = x - column means. A block takes COLUMN_LANES * W columns; `groups` packs are a row.
+template <int W>
+__global__ void __launch_bounds__(COLUMN_LANES *ROW_LANES)
+    centre(const float *__restrict__ x, float *__restrict__ to, int64_t n, int64_t groups) {
+    CQ_SHARED(double, sums, [ROW_LANES][COLUMN_LANES * W + 1]);
+    int lane = (int)(threadIdx.x % COLUMN_LANES), row = (int)(threadIdx.x / COLUMN_LANES);
+    int64_t group = (int64_t)blockIdx.x * COLUMN_LANES + lane;
+    bool there = group < groups;
+    double mean[W] = {};
+    if (there)
+        for (int64_t i = row; i < n; i += ROW_LANES) {
+            pack<W> p = load<W>(x, i * groups + group);
+#pragma unroll
+            for (int e = 0; e < W; e++)
+                mean[e] += (double)p.v[e];
+        }
+#pragma unroll
+    for (int e = 0; e < W; e++)
+        sums[row][lane * W + e] = mean[e];
+    for (int half = ROW_LANES / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (row < half)
+#pragma unroll
+            for (int e = 0; e < W; e++)
+                sums[row][lane * W + e] += sums[row + half][lane * W + e];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < W; e++)
+        mean[e] = sums[0][lane * W + e] / (double)n;
+    if (there)
+        for (int64_t i = row; i < n; i += ROW_LANES) {
+            pack<W> p = load<W>(x, i * groups + group);
+#pragma unroll
+            for (int e = 0; e < W; e++)
+                p.v[e] = (float)((double)p.v[e] - mean[e]);
+            store<W>(to, i * groups + group, p);
+        }
+}
+
+/// sum[i] = row i of g without the diagonal; a warp for each row.
+__global__ void __launch_bounds__(THREADS)
+    row_sums(const float *__restrict__ g, double *__restrict__ sum, int64_t n) {
+    int lane = (int)(threadIdx.x % CQ_WARP);
+    int64_t i = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + (int64_t)(threadIdx.x / CQ_WARP);
+    double total = 0.0;
+    if (i < n)
+        for (int64_t j = lane; j < n; j += CQ_WARP)
+            total += j == i ? 0.0 : (double)g[i * n + j];
+    total = cq_warp_sum(total);
+    if (i < n && lane == 0)
+        sum[i] = total;
+}
+/// g_ij - (r_i + r_j) / (n-2) + t / ((n-1)(n-2)), diagonal 0, in place. A warp for each row.
+__global__ void __launch_bounds__(THREADS)
+    u_centre(float *__restrict__ g, const double *__restrict__ r, int64_t n) {
+    CQ_SHARED(double, room, [32]);
+    double total = 0.0, by = 1.0 / (double)(n - 2);
+    for (int64_t j = (int64_t)threadIdx.x; j < n; j += THREADS)
+        total += r[j];
+    total = cq_block_sum(total, room);
+    int64_t i = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + (int64_t)(threadIdx.x / CQ_WARP);
+    if (i >= n)
+        return;
+    double shift = total / (double)(n - 1) * by - r[i] * by;
+    for (int64_t j = (int64_t)(threadIdx.x % CQ_WARP); j < n; j += CQ_WARP)
+        g[i * n + j] = j == i ? 0.0f : (float)((double)g[i * n + j] + (shift - r[j] * by));
+}
+
+/// What lies in scratch between the two kernels of cka.
+struct cka_parts {
+    double product[MOST_PARTS][3]; ///< <K, L>, <K, K>, <L, L>
+    double loss[MOST_PARTS];
+    unsigned done; ///< blocks of the second kernel that left their part
+};
+
+/// The sum of `count` <= MOST_PARTS values `stride` apart to every lane of a warp.
+__device__ __forceinline__ double sum_of_parts(const double *part, int stride, int count) {
+    int lane = (int)(threadIdx.x % CQ_WARP);
+    double sum = 0.0;
+    for (int p = lane; p < count; p += CQ_WARP)
+        sum += __ldcg(part + p * stride);
+    return cq_warp_sum(sum);
+}
+
+/// Each block's part of the three inner products of k and l, `groups` packs.
+template <int W>
+__global__ void __launch_bounds__(THREADS)
+    inner_products(const float *__restrict__ k, const float *__restrict__ l, int64_t groups,
+                   cka_parts *to) {
+    CQ_SHARED(double, room, [32]);
+    double kl = 0.0, kk = 0.0, ll = 0.0;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < groups;
+         i += (int64_t)gridDim.x * THREADS) {
+        pack<W> a = load<W>(k, i), b = load<W>(l, i);
+#pragma unroll
+        for (int e = 0; e < W; e++) {
+            double x = (double)a.v[e], y = (double)b.v[e];
+            kl += x * y;
+            kk += x * x;
+            ll += y * y;
+        }
+    }
+    kl = cq_block_sum(kl, room);
+    kk = cq_block_sum(kk, room);
+    ll = cq_block_sum(ll, room);
+    if (threadIdx.x != 0)
+        return;
+    to->product[blockIdx.x][0] = kl;
+    to->product[blockIdx.x][1] = kk;
+    to->product[blockIdx.x][2] = ll;
+    if (blockIdx.x == 0)
+        to->done = 0;
+}
+
+/// |of_k K - of_l L|^2: each block's part, and from the last block to be done the loss. The grid is
+/// that of inner_products.
+template <int W>
+__global__ void __launch_bounds__(THREADS)
+    gram_distance(const float *__restrict__ k, const float *__restrict__ l, int64_t groups,
+                  bool is_cka, cka_parts *parts, double *out) {
+    CQ_SHARED(double, room, [32]);
+    CQ_SHARED(double, share, [3]);
+    CQ_SHARED(int, is_last, [1]);
+    int warp = (int)(threadIdx.x / CQ_WARP), count = (int)gridDim.x;
+    if (warp < 3) {
+        double total = sum_of_parts(&parts->product[0][warp], 3, count);
+        if (threadIdx.x % CQ_WARP == 0)
+            share[warp] = total;
+    }
+    __syncthreads();
+    double kl = share[0], kk = share[1], ll = share[2], of_k = 1.0, of_l = 1.0, sum = 0.0;
+    bool known = is_cka ? is_norm(kk) && is_norm(ll) : is_norm(ll) && isfinite(kk);
+    if (is_cka) {
+        of_k = known ? 1.0 / sqrt(kk) : 0.0;
+        of_l = known ? 1.0 / sqrt(ll) : 0.0;
+    }
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; known && i < groups;
+         i += (int64_t)gridDim.x * THREADS) {
+        pack<W> a = load<W>(k, i), b = load<W>(l, i);
+#pragma unroll
+        for (int e = 0; e < W; e++) {
+            double d = __dsub_rn(__dmul_rn((double)a.v[e], of_k), __dmul_rn((double)b.v[e], of_l));
+            sum += d * d;
+        }
+    }
+    sum = cq_block_sum(sum, room);
+    if (threadIdx.x == 0) {
+        parts->loss[blockIdx.x] = sum;
+        __threadfence();
+        *is_last = atomicAdd(&parts->done, 1u) == (unsigned)count - 1;
+    }
+    __syncthreads();
+    if (!*is_last || warp != 0)
+        return;
+    __threadfence();
+    double loss = sum_of_parts(parts->loss, 1, count);
+    if (threadIdx.x != 0)
+        return;
+    out[0] = kl;
+    out[1] = kk;
+    out[2] = ll;
+    out[3] = known ? loss / (is_cka ? 2.0 : ll) : 0.0;
+}
+
+/// dx = (of_k K + of_l L) x; both are 0 where the loss is defined as 0.
+struct pulls {
+    double of_k, of_l;
+};
+__device__ __forceinline__ pulls pulls_of(const double *stats, double weight, bool is_cka) {
+    double kk = stats[1], ll = stats[2];
+    pulls p = {0.0, 0.0};
+    if (is_cka && is_norm(kk) && is_norm(ll)) {
+        double b = sqrt(kk), c = sqrt(ll), factor = -2.0 * weight / b;
+        p.of_k = -factor * (stats[0] / (b * c)) / b;
+        p.of_l = factor / c;
+    }
+    if (!is_cka && is_norm(ll) && isfinite(kk)) {
+        p.of_k = 4.0 * weight / ll;
+        p.of_l = -p.of_k;
+    }
+    return p;
+}
+
+template <int W>
+__global__ void __launch_bounds__(THREADS)
+    pull_matrix(float *__restrict__ k, const float *__restrict__ l, int64_t groups,
+                const double *__restrict__ stats, double weight, bool is_cka) {
+    CQ_SHARED(pulls, both, [1]);
+    if (threadIdx.x == 0)
+        *both = pulls_of(stats, weight, is_cka);
+    __syncthreads();
+    pulls f = *both;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < groups;
+         i += (int64_t)gridDim.x * THREADS) {
+        pack<W> a = load<W>(k, i), b = load<W>(l, i);
+#pragma unroll
+        for (int e = 0; e < W; e++)
+            a.v[e] = (float)(f.of_k * (double)a.v[e] + f.of_l * (double)b.v[e]);
+        store<W>(k, i, a);
+    }
+}
+
+/// Zeroes dx where the loss is defined as 0: the product would be 0 times what may be a NaN.
+__global__ void __launch_bounds__(THREADS)
+    clear_if_unknown(float *dx, int64_t count, const double *__restrict__ stats, double weight,
+                     bool is_cka) {
+    CQ_SHARED(int, unknown, [1]);
+    if (threadIdx.x == 0)
+        *unknown = pulls_of(stats, weight, is_cka).of_l == 0.0;
+    __syncthreads();
+    if (!*unknown)
+        return;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count;
+         i += (int64_t)gridDim.x * THREADS)
+        dx[i] = 0.0f;
+}
+
+/// <x, y>, <x, x> and <y, y> of a row to every thread of its block; `groups` packs are a row.
+struct products {
+    double xy, xx, yy;
+};
+template <int W>
+__device__ __forceinline__ products row_products(const float *x, const float *y, int64_t groups,
+                                                 double *room) {
+    products p = {0.0, 0.0, 0.0};
+    for (int64_t i = (int64_t)threadIdx.x; i < groups; i += THREADS) {
+        pack<W> a = load<W>(x, i), b = load<W>(y, i);
+#pragma unroll
+        for (int e = 0; e < W; e++) {
+            double u = (double)a.v[e], v = (double)b.v[e];
+            p.xy += u * v;
+            p.xx += u * u;
+            p.yy += v * v;
+        }
+    }
+    p.xy = cq_block_sum(p.xy, room);
+    p.xx = cq_block_sum(p.xx, room);
+    p.yy = cq_block_sum(p.yy, room);
+    return p;
+}
+
+/// part[2 i], part[2 i + 1]: of row i |x/|x| - y/|y||^2 / 2 and nothing (cosine), or |x - y|^2 and
+/// |y|^2 (mse). A block for each row.
+template <int W>
+__global__ void __launch_bounds__(THREADS)
+    row_distances(const float *__restrict__ x, const float *__restrict__ y, int64_t groups,
+                  bool cosine, double *part) {
+    CQ_SHARED(double, room, [32]);
+    int64_t row = (int64_t)blockIdx.x;
+    double of_x = 1.0, of_y = 1.0, sum = 0.0, squares = 0.0;
+    bool known = true;
+    x += row * groups * W;
+    y += row * groups * W;
+    if (cosine) {
+        products p = row_products<W>(x, y, groups, room);
+        known = is_norm(p.xx) && is_norm(p.yy);
+        of_x = known ? 1.0 / sqrt(p.xx) : 0.0;
+        of_y = known ? 1.0 / sqrt(p.yy) : 0.0;
+    }
+    for (int64_t i = (int64_t)threadIdx.x; known && i < groups; i += THREADS) {
+        pack<W> a = load<W>(x, i), b = load<W>(y, i);
+#pragma unroll
+        for (int e = 0; e < W; e++) {
+            double u = (double)a.v[e], v = (double)b.v[e];
+            double d = __dsub_rn(__dmul_rn(u, of_x), __dmul_rn(v, of_y));
+            sum += d * d;
+            squares += v * v;
+        }
+    }
+    sum = cq_block_sum(sum, room);
+    squares = cq_block_sum(squares, room);
+    if (threadIdx.x != 0)
+        return;
+    part[2 * row] = cosine ? sum / 2.0 : sum;
+    part[2 * row + 1] = squares;
+}
+
+/// The mean of the rows, or the ratio of two sums over them.
+__global__ void __launch_bounds__(THREADS)
+    sum_distances(const double *__restrict__ part, int64_t n, bool cosine, double *out) {
+    CQ_SHARED(double, room, [32]);
+    double sum = 0.0, squares = 0.0;
+    for (int64_t i = (int64_t)threadIdx.x; i < n; i += THREADS) {
+        sum += part[2 * i];
+        squares += part[2 * i + 1];
+    }
+    sum = cq_block_sum(sum, room);
+    squares = cq_block_sum(squares, room);
+    if (threadIdx.x != 0)
+        return;
+    if (cosine)
+        *out = n > 0 ? sum / (double)n : 0.0;
+    else
+        *out = is_norm(squares) ? sum / squares : 0.0;
+}
+
+/// part[i] = |y_i|^2
+template <int W>
+__global__ void __launch_bounds__(THREADS)
+    row_squares(const float *__restrict__ y, int64_t groups, double *part) {
+    CQ_SHARED(double, room, [32]);
+    double sum = 0.0;
+    y += (int64_t)blockIdx.x * groups * W;
+    for (int64_t i = (int64_t)threadIdx.x; i < groups; i += THREADS) {
+        pack<W> p = load<W>(y, i);
+#pragma unroll
+        for (int e = 0; e < W; e++)
+            sum += (double)p.v[e] * (double)p.v[e];
+    }
+    sum = cq_block_sum(sum, room);
+    if (threadIdx.x == 0)
+        part[blockIdx.x] = sum;
+}
+
+/// One row of dx = of_x x - of_y y; `part` holds |y_i|^2 of all rows (mse) or is NULL (cosine).
+template <int W>
+__global__ void __launch_bounds__(THREADS)
+    row_gradients(const float *__restrict__ x, const float *__restrict__ y, float *__restrict__ dx,
+                  int64_t n, int64_t groups, double weight, const double *__restrict__ part) {
+    CQ_SHARED(double, room, [32]);
+    int64_t at = (int64_t)blockIdx.x * groups * W;
+    double of_x = 0.0, of_y = 0.0;
+    if (part) {
+        double squares = 0.0;
+        for (int64_t i = (int64_t)threadIdx.x; i < n; i += THREADS)
+            squares += part[i];
+        squares = cq_block_sum(squares, room);
+        of_x = of_y = is_norm(squares) ? 2.0 * weight / squares : 0.0;
+    } else {
+        products p = row_products<W>(x + at, y + at, groups, room);
+        if (is_norm(p.xx) && is_norm(p.yy)) {
+            double unit = weight / ((double)n * sqrt(p.xx)), yn = sqrt(p.yy);
+            of_x = unit * p.xy / p.xx / yn;
+            of_y = unit / yn;
+        }
+    }
+    for (int64_t i = (int64_t)threadIdx.x; i < groups; i += THREADS) {
+        pack<W> a = load<W>(x + at, i), b = load<W>(y + at, i);
+#pragma unroll
+        for (int e = 0; e < W; e++) {
+            double u = (double)a.v[e], v = (double)b.v[e];
+            /* mse: the difference first, which near agreement is exact */
+            double d = part ? of_x * (u - v) : of_x * u - of_y * v;
+            a.v[e] = of_y == 0.0 ? 0.0f : (float)d;
+        }
+        store<W>(dx + at, i, a);
+    }
+}
+
+bool aligned(const void *p) { return (uintptr_t)p % 16 == 0; }
+
+/// Blocks for a sum over `groups` packs.
+unsigned parts_for(int64_t groups) {
+    unsigned blocks = cq_blocks(groups, 2 * THREADS);
+    return blocks < MOST_PARTS ? blocks : static_cast<unsigned>(MOST_PARTS);
+}
+
+/// matmul with FP32 operands, whatever the stream computes in.
+int product(cq_stream *s, const cq_matmul_args *a) {
+    cq_stream f32 = *s;
+    f32.compute = CQ_COMPUTE_F32;
+    return cq_cuda_matmul(&f32, a);
+}
+
+int check_rows(const char *op, int64_t n) {
+    if (n > INT32_MAX)
+        return cq_fail(CQ_ESHAPE, "cuda: %s: %lld rows", op, (long long)n);
+    return CQ_OK;
+}
+
+} // namespace
+
+extern "C" int cq_cuda_gram(cq_stream *s, const cq_gram_args *a) {
+    CQ_CUDA_F32("gram", a);
+    int64_t n = a->n, dim = a->dim, least = a->unbiased ? 4 : 2;
+    if (n < least)
+        return cq_fail(CQ_ESHAPE, "gram: %lld rows, wanted at least %lld", (long long)n,
+                       (long long)least);
+    const auto *x = static_cast<const float *>(a->x);
+    auto *rows = static_cast<float *>(a->scratch), *gram = static_cast<float *>(a->gram);
+    bool wide = dim % 4 == 0 && aligned(x) && aligned(rows);
+    int64_t groups = wide ? dim / 4 : dim;
+    unsigned threads = COLUMN_LANES * ROW_LANES;
+    if (wide)
+        CQ_LAUNCH(centre<4>, cq_blocks(groups, COLUMN_LANES), threads, 0, s, x, rows, n, groups);
+    else
+        CQ_LAUNCH(centre<1>, cq_blocks(groups, COLUMN_LANES), threads, 0, s, x, rows, n, groups);
+    cq_matmul_args m = {};
+    m.dtype = CQ_F32;
+    m.tb = true;
+    m.m = m.n = n;
+    m.k = dim;
+    m.a = m.b = rows;
+    m.lda = m.ldb = dim;
+    m.c = gram;
+    m.ldc = n;
+    m.alpha = 1.0;
+    CQ_TRY(product(s, &m));
+    if (a->unbiased) {
+        auto *sums =
+            static_cast<double *>(cq_cuda_scratch(s, n * static_cast<int64_t>(sizeof(double))));
+        if (!sums)
+            return CQ_ENOMEM;
+        unsigned grid = cq_blocks(n, THREADS / CQ_WARP);
+        CQ_LAUNCH(row_sums, grid, THREADS, 0, s, gram, sums, n);
+        CQ_LAUNCH(u_centre, grid, THREADS, 0, s, gram, sums, n);
+    }
+    CQ_CUDA_END("gram");
+}
+
+extern "C" int cq_cuda_cka(cq_stream *s, const cq_cka_args *a) {
+    CQ_CUDA_F32("cka", a);
+    const auto *k = static_cast<const float *>(a->k), *l = static_cast<const float *>(a->l);
+    bool wide = a->n % 2 == 0 && aligned(k) && aligned(l), is_cka = a->loss == CQ_GRAM_CKA;
+    int64_t count = a->n * a->n, groups = wide ? count / 4 : count;
+    unsigned grid = parts_for(groups);
+    auto *parts = static_cast<cka_parts *>(cq_cuda_scratch(s, sizeof(cka_parts)));
+    if (!parts)
+        return CQ_ENOMEM;
+    if (wide) {
+        CQ_LAUNCH(inner_products<4>, grid, THREADS, 0, s, k, l, groups, parts);
+        CQ_LAUNCH(gram_distance<4>, grid, THREADS, 0, s, k, l, groups, is_cka, parts, a->out);
+    } else {
+        CQ_LAUNCH(inner_products<1>, grid, THREADS, 0, s, k, l, groups, parts);
+        CQ_LAUNCH(gram_distance<1>, grid, THREADS, 0, s, k, l, groups, is_cka, parts, a->out);
+    }
+    CQ_CUDA_END("cka");
+}
+
+extern "C" int cq_cuda_cka_backward(cq_stream *s, const cq_cka_backward_args *a) {
+    CQ_CUDA_F32("cka_backward", a);
+    int64_t n = a->n, dim = a->dim, count = n * n;
+    if (n < 1 || dim < 1)
+        return CQ_OK;
+    auto *k = static_cast<float *>(a->k), *dx = static_cast<float *>(a->dx);
+    const auto *l = static_cast<const float *>(a->l);
+    bool wide = n % 2 == 0 && aligned(k) && aligned(l), is_cka = a->loss == CQ_GRAM_CKA;
+    int64_t groups = wide ? count / 4 : count;
+    unsigned grid = cq_blocks(groups, THREADS);
+    grid = grid < 1024 ? grid : 1024;
+    if (wide)
+        CQ_LAUNCH(pull_matrix<4>, grid, THREADS, 0, s, k, l, groups, a->stats, a->weight, is_cka);
+    else
+        CQ_LAUNCH(pull_matrix<1>, grid, THREADS, 0, s, k, l, groups, a->stats, a->weight, is_cka);
+    cq_matmul_args m = {};
+    m.dtype = CQ_F32;
+    m.m = m.k = n;
+    m.n = dim;
+    m.a = k;
+    m.lda = n;
+    m.b = a->x;
+    m.ldb = dim;
+    m.c = dx;
+    m.ldc = dim;
+    m.alpha = 1.0;
+    CQ_TRY(product(s, &m));
+    grid = cq_blocks(n * dim, 4 * THREADS);
+    CQ_LAUNCH(clear_if_unknown, grid < 132 ? grid : 132, THREADS, 0, s, dx, n * dim, a->stats,
+              a->weight, is_cka);
+    CQ_CUDA_END("cka_backward");
+}
+
+extern "C" int cq_cuda_rowloss(cq_stream *s, const cq_rowloss_args *a) {
+    CQ_CUDA_F32("rowloss", a);
+    CQ_TRY(check_rows("rowloss", a->n));
+    const auto *x = static_cast<const float *>(a->x), *y = static_cast<const float *>(a->y);
+    bool wide = a->dim % 4 == 0 && aligned(x) && aligned(y), cosine = a->form == CQ_ROWLOSS_COSINE;
+    int64_t groups = wide ? a->dim / 4 : a->dim;
+    auto *part = static_cast<double *>(
+        cq_cuda_scratch(s, (2 * a->n + 1) * static_cast<int64_t>(sizeof(double))));
+    if (!part)
+        return CQ_ENOMEM;
+    unsigned grid = static_cast<unsigned>(a->n);
+    if (grid > 0 && wide)
+        CQ_LAUNCH(row_distances<4>, grid, THREADS, 0, s, x, y, groups, cosine, part);
+    else if (grid > 0)
+        CQ_LAUNCH(row_distances<1>, grid, THREADS, 0, s, x, y, groups, cosine, part);
+    CQ_LAUNCH(sum_distances, 1, THREADS, 0, s, part, a->n, cosine, a->out);
+    CQ_CUDA_END("rowloss");
+}
+
+extern "C" int cq_cuda_rowloss_backward(cq_stream *s, const cq_rowloss_backward_args *a) {
+    CQ_CUDA_F32("rowloss_backward", a);
+    CQ_TRY(check_rows("rowloss_backward", a->n));
+    if (a->n < 1)
+        return CQ_OK;
+    const auto *x = static_cast<const float *>(a->x), *y = static_cast<const float *>(a->y);
+    auto *dx = static_cast<float *>(a->dx);
+    bool wide = a->dim % 4 == 0 && aligned(x) && aligned(y) && aligned(dx);
+    int64_t groups = wide ? a->dim / 4 : a->dim;
+    unsigned grid = static_cast<unsigned>(a->n);
+    double *part = nullptr;
+    if (a->form == CQ_ROWLOSS_MSE) {
+        part =
+            static_cast<double *>(cq_cuda_scratch(s, a->n * static_cast<int64_t>(sizeof(double))));
+        if (!part)
+            return CQ_ENOMEM;
+        if (wide)
+            CQ_LAUNCH(row_squares<4>, grid, THREADS, 0, s, y, groups, part);
+        else
+            CQ_LAUNCH(row_squares<1>, grid, THREADS, 0, s, y, groups, part);
+    }
+    if (wide)
+        CQ_LAUNCH(row_gradients<4>, grid, THREADS, 0, s, x, y, dx, a->n, groups, a->weight, part);
+    else
+        CQ_LAUNCH(row_gradients<1>, grid, THREADS, 0, s, x, y, dx, a->n, groups, a->weight, part);
+    CQ_CUDA_END("rowloss_backward");
+}
