@@ -13,7 +13,7 @@
 
 namespace {
 
-enum { THREADS = 256, ROWS = 64, KEYS = 32, SIDE = 32 };
+constexpr int THREADS = 256, ROWS = 64, KEYS = 32, SIDE = 32;
 
 /// A block: ROWS queries of one head. Thread (y, x) of 16 x 16 has rows 4 y .. 4 y + 3 and columns
 /// x + 16 c of the scores and of the result.
@@ -220,18 +220,16 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/// delta[t, h] = <dout, out>: a warp each.
+/// delta[t, h] = <dout, out>, summed as dP is, so that a token that sees itself alone gets zero.
 __global__ void __launch_bounds__(THREADS)
     row_products(const float *dout, const float *out, float *delta, int64_t rows, int64_t dim) {
-    int64_t row = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + threadIdx.x / CQ_WARP;
-    if (row >= rows) /* the whole warp */
+    int64_t row = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (row >= rows)
         return;
     float sum = 0.0f;
-    for (int64_t d = threadIdx.x % CQ_WARP; d < dim; d += CQ_WARP)
+    for (int64_t d = 0; d < dim; d++)
         sum += dout[row * dim + d] * out[row * dim + d];
-    sum = cq_warp_sum(sum);
-    if (threadIdx.x % CQ_WARP == 0)
-        delta[row] = sum;
+    delta[row] = sum;
 }
 
 template <int NC> int forward_in(cq_stream *s, const cq_heads &a, float *out, float *lse) {
@@ -278,8 +276,8 @@ extern "C" int cq_cuda_attention_backward(cq_stream *s, const cq_attention_backw
     if (!delta)
         return CQ_ENOMEM;
     const float *dout = (const float *)a->dout, *lse = (const float *)a->lse;
-    CQ_LAUNCH(row_products, cq_blocks(rows, THREADS / CQ_WARP), THREADS, 0, s, dout,
-              (const float *)a->out, delta, rows, a->head_dim);
+    CQ_LAUNCH(row_products, cq_blocks(rows, THREADS), THREADS, 0, s, dout, (const float *)a->out,
+              delta, rows, a->head_dim);
     if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(a->head_dim))
         return cq_attention_bf16_backward(s, h, dout, lse, delta, a);
     int64_t pairs = 2 * SIDE * (SIDE + 1);

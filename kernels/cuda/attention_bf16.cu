@@ -13,7 +13,7 @@
 
 namespace {
 
-enum { THREADS = 128, SIDE = 64, PAIRS = SIDE + 8 };
+constexpr int THREADS = 128, SIDE = 64, PAIRS = SIDE + 8;
 
 /// n rows of D values as BF16 into a tile of SIDE rows of D + 8; what is missing becomes zero.
 template <int D>

@@ -8,7 +8,7 @@
 
 namespace {
 
-enum { THREADS = 128, TILE = 32, MOST_WIDTH = 8 };
+constexpr int THREADS = 128, TILE = 32, MOST_WIDTH = 32;
 
 struct conv_shape {
     int64_t tokens, n_docs;
@@ -21,29 +21,30 @@ struct conv_shape {
 };
 
 /// Runs over the tokens of a tile: each(t, sum, window), window[k] the input under weight k.
-template <typename Each>
+/// MOST: places of the window, at least the width.
+template <int MOST, typename Each>
 __device__ __forceinline__ void over_tile(const conv_shape &a, int64_t c, int64_t from, int64_t to,
                                           const int64_t *begins, const Each &each) {
-    float w[MOST_WIDTH], window[MOST_WIDTH];
-    int pad = MOST_WIDTH - a.width; /* the last `width` places are used */
+    float w[MOST], window[MOST];
+    int pad = MOST - a.width; /* the last `width` places are used */
     float bias = a.b ? a.b[c] : 0.0f;
 #pragma unroll
-    for (int k = 0; k < MOST_WIDTH; k++) {
+    for (int k = 0; k < MOST; k++) {
         w[k] = k >= pad ? a.w[c * a.width + k - pad] : 0.0f;
-        int64_t at = from - MOST_WIDTH + k;
+        int64_t at = from - MOST + k;
         window[k] = k > pad && at >= 0 ? a.x[at * a.ldx + c] : 0.0f;
     }
     for (int64_t t = from; t < to; t++) {
         int64_t begin = begins[t - from];
         float sum = bias;
 #pragma unroll
-        for (int k = 0; k + 1 < MOST_WIDTH; k++)
+        for (int k = 0; k + 1 < MOST; k++)
             window[k] = window[k + 1];
-        window[MOST_WIDTH - 1] = a.x[t * a.ldx + c];
-        float seen[MOST_WIDTH];
+        window[MOST - 1] = a.x[t * a.ldx + c];
+        float seen[MOST];
 #pragma unroll
-        for (int k = 0; k < MOST_WIDTH; k++) {
-            seen[k] = t - (MOST_WIDTH - 1) + k >= begin ? window[k] : 0.0f;
+        for (int k = 0; k < MOST; k++) {
+            seen[k] = t - (MOST - 1) + k >= begin ? window[k] : 0.0f;
             sum += w[k] * seen[k];
         }
         each(t, sum, seen);
@@ -58,19 +59,20 @@ __device__ __forceinline__ void find_begins(const conv_shape &a, int64_t from, i
     __syncthreads();
 }
 
-__global__ void __launch_bounds__(THREADS) conv(conv_shape a, float *y) {
+template <int MOST> __global__ void __launch_bounds__(THREADS) conv(conv_shape a, float *y) {
     CQ_SHARED(int64_t, begins, [TILE]);
     int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x, from = (int64_t)blockIdx.y * TILE;
     int64_t to = from + TILE < a.tokens ? from + TILE : a.tokens;
     find_begins(a, from, to, begins);
     if (c >= a.channels)
         return;
-    over_tile(a, c, from, to, begins, [=](int64_t t, float sum, const float *) {
+    over_tile<MOST>(a, c, from, to, begins, [=](int64_t t, float sum, const float *) {
         y[t * a.channels + c] = sum / (1.0f + expf(-sum));
     });
 }
 
 /// slope[t, c] = dy silu'(sum), and the tile's parts of dw and db.
+template <int MOST>
 __global__ void __launch_bounds__(THREADS)
     conv_slopes(conv_shape a, const float *dy, float *slope, float *dw_part, float *db_part) {
     CQ_SHARED(int64_t, begins, [TILE]);
@@ -79,23 +81,23 @@ __global__ void __launch_bounds__(THREADS)
     find_begins(a, from, to, begins);
     if (c >= a.channels)
         return;
-    float dw[MOST_WIDTH], db = 0.0f;
+    float dw[MOST], db = 0.0f;
 #pragma unroll
-    for (int k = 0; k < MOST_WIDTH; k++)
+    for (int k = 0; k < MOST; k++)
         dw[k] = 0.0f;
-    over_tile(a, c, from, to, begins, [&](int64_t t, float sum, const float *seen) {
+    over_tile<MOST>(a, c, from, to, begins, [&](int64_t t, float sum, const float *seen) {
         float s = 1.0f / (1.0f + expf(-sum));
         float g = dy[t * a.channels + c] * (s * (1.0f + sum * (1.0f - s)));
         slope[t * a.channels + c] = g;
         db += g;
 #pragma unroll
-        for (int k = 0; k < MOST_WIDTH; k++)
+        for (int k = 0; k < MOST; k++)
             dw[k] += g * seen[k];
     });
-    int pad = MOST_WIDTH - a.width;
+    int pad = MOST - a.width;
     if (dw_part) {
 #pragma unroll
-        for (int k = 0; k < MOST_WIDTH; k++)
+        for (int k = 0; k < MOST; k++)
             if (k >= pad)
                 dw_part[((int64_t)blockIdx.y * a.channels + c) * a.width + k - pad] = dw[k];
     }
@@ -141,7 +143,10 @@ extern "C" int cq_cuda_conv_forward(cq_stream *s, const cq_conv_forward_args *a)
                         a->channels, (int)a->width,       (const float *)a->x,
                         a->ldx,      (const float *)a->w, (const float *)a->b};
     dim3 grid(cq_blocks(a->channels, THREADS), cq_blocks(a->tokens, TILE));
-    CQ_LAUNCH(conv, grid, THREADS, 0, s, shape, (float *)a->y);
+    if (a->width <= 4)
+        CQ_LAUNCH(conv<4>, grid, THREADS, 0, s, shape, (float *)a->y);
+    else
+        CQ_LAUNCH(conv<MOST_WIDTH>, grid, THREADS, 0, s, shape, (float *)a->y);
     CQ_CUDA_END("conv_forward");
 }
 
@@ -158,8 +163,12 @@ extern "C" int cq_cuda_conv_backward(cq_stream *s, const cq_conv_backward_args *
     if (!slope)
         return CQ_ENOMEM;
     float *dw = slope + a->tokens * a->channels, *db = dw + tiles * wide;
-    CQ_LAUNCH(conv_slopes, grid, THREADS, 0, s, shape, (const float *)a->dy, slope,
-              a->dw ? dw : NULL, a->db ? db : NULL);
+    if (a->width <= 4)
+        CQ_LAUNCH(conv_slopes<4>, grid, THREADS, 0, s, shape, (const float *)a->dy, slope,
+                  a->dw ? dw : NULL, a->db ? db : NULL);
+    else
+        CQ_LAUNCH(conv_slopes<MOST_WIDTH>, grid, THREADS, 0, s, shape, (const float *)a->dy, slope,
+                  a->dw ? dw : NULL, a->db ? db : NULL);
     CQ_LAUNCH(conv_input, grid, THREADS, 0, s, shape, slope, (float *)a->dx, a->lddx);
     if (a->dw)
         cq_add_parts_to<float>(s, wide, tiles, dw, (float *)a->dw);

@@ -17,7 +17,7 @@
 
 namespace {
 
-enum { THREADS = 256, LARGEST_Q = 64 };
+constexpr int THREADS = 256, LARGEST_Q = 64;
 
 /// The chunks of a batch, made on the device: at most tokens / q + n_docs of them.
 struct chunk_list {
@@ -54,19 +54,25 @@ __global__ void __launch_bounds__(32)
     *c.count = (int32_t)n;
 }
 
+/// exp(x) without the error of rounding x, which grows with |x|.
+__device__ __forceinline__ float exp_of(double x) {
+    float f = (float)x;
+    return expf(f) * (1.0f + (float)(x - (double)f));
+}
 __device__ __forceinline__ float softplus(float v) { return v > 20.0f ? v : log1pf(expf(v)); }
 
-/// dt, L (running sums of A dt) of the chunk's tokens into shared memory; all threads.
+/// dt, L (running sums of A dt, in double: differences of large ones are wanted) of the chunk's
+/// tokens into shared memory; all threads.
 __device__ __forceinline__ void steps_of(const scan_shape &a, int64_t from, int n, int64_t h,
-                                         float *dt, float *sum) {
+                                         double *sum, float *dt) {
     for (int i = (int)threadIdx.x; i < n; i += THREADS)
         dt[i] = softplus(a.dt_raw[(from + i) * a.ld_dt + h] + a.dt_bias[h]);
     __syncthreads();
-    float rate = -expf(a.a_log[h]);
+    double rate = -exp((double)a.a_log[h]);
     for (int i = (int)threadIdx.x; i < n; i += THREADS) {
-        float total = 0.0f; /* the same order in every thread */
+        double total = 0.0; /* the same order in every thread */
         for (int k = 0; k <= i; k++)
-            total += rate * dt[k];
+            total += rate * (double)dt[k];
         sum[i] = total;
     }
     __syncthreads();
@@ -84,11 +90,12 @@ __global__ void __launch_bounds__(THREADS)
     int64_t from = a.chunks.begin[chunk];
     int n = (int)(a.chunks.end[chunk] - from), dim = (int)a.dim, state = (int)a.state,
         q = a.chunks.q;
-    float *dt = room, *sum = dt + q;
-    cq_tile v = {sum + q, dim + 1}, b = {v.p + q * (dim + 1), state + 1};
-    steps_of(a, from, n, h, dt, sum);
+    double *sum = reinterpret_cast<double *>(room);
+    float *dt = room + 2 * q;
+    cq_tile v = {dt + q, dim + 1}, b = {v.p + q * (dim + 1), state + 1};
+    steps_of(a, from, n, h, sum, dt);
     for (int i = (int)threadIdx.x; i < n; i += THREADS)
-        dt[i] = BACK ? expf(sum[i]) : dt[i] * expf(sum[n - 1] - sum[i]);
+        dt[i] = BACK ? exp_of(sum[i]) : dt[i] * exp_of(sum[n - 1] - sum[i]);
     __syncthreads();
     cq_load_rows(v, (BACK ? dy + from * a.heads * a.dim : a.x + from * a.ldx) + h * a.dim,
                  BACK ? a.heads * a.dim : a.ldx, n, dim, dt);
@@ -101,7 +108,7 @@ __global__ void __launch_bounds__(THREADS)
         [&](int j, int k) { return b.at(k, j); },
         [&](int i, int j, float r) { out[i * state + j] = r; });
     if (!BACK && threadIdx.x == 0)
-        decay[chunk * a.heads + h] = expf(sum[n - 1]);
+        decay[chunk * a.heads + h] = exp_of(sum[n - 1]);
 }
 
 /// In place: what each chunk adds to the state becomes the state it begins with (or, BACK, the
@@ -134,10 +141,11 @@ __global__ void __launch_bounds__(THREADS)
     int64_t from = a.chunks.begin[chunk];
     int n = (int)(a.chunks.end[chunk] - from), dim = (int)a.dim, state = (int)a.state,
         q = a.chunks.q;
-    float *dt = room, *sum = dt + q;
-    cq_tile x = {sum + q, dim + 1}, b = {x.p + q * (dim + 1), state + 1};
+    double *sum = reinterpret_cast<double *>(room);
+    float *dt = room + 2 * q;
+    cq_tile x = {dt + q, dim + 1}, b = {x.p + q * (dim + 1), state + 1};
     cq_tile c = {b.p + q * (state + 1), state + 1}, m = {c.p + q * (state + 1), q + 1};
-    steps_of(a, from, n, h, dt, sum);
+    steps_of(a, from, n, h, sum, dt);
     cq_load_rows(x, a.x + from * a.ldx + h * a.dim, a.ldx, n, dim, NULL);
     cq_load_rows(b, a.B + from * a.ldB + g * a.state, a.ldB, n, state, NULL);
     cq_load_rows(c, a.C + from * a.ldC + g * a.state, a.ldC, n, state, NULL);
@@ -146,7 +154,7 @@ __global__ void __launch_bounds__(THREADS)
         n, n, state, [&](int i, int k) { return c.at(i, k); },
         [&](int j, int k) { return b.at(j, k); },
         [&](int i, int j, float r) {
-            m.at(i, j) = j <= i ? r * expf(sum[i] - sum[j]) * dt[j] : 0.0f;
+            m.at(i, j) = j <= i ? r * exp_of(sum[i] - sum[j]) * dt[j] : 0.0f;
         });
     __syncthreads();
     const float *in = states + (chunk * a.heads + h) * a.dim * a.state;
@@ -162,7 +170,9 @@ __global__ void __launch_bounds__(THREADS)
     cq_product(
         n, dim, state, [&](int i, int k) { return c.at(i, k); },
         [&](int j, int k) { return in[j * state + k]; },
-        [&](int i, int j, float r) { out[(int64_t)i * a.heads * a.dim + j] += expf(sum[i]) * r; });
+        [&](int i, int j, float r) {
+            out[(int64_t)i * a.heads * a.dim + j] += exp_of(sum[i]) * r;
+        });
 }
 
 struct scan_gradients {
@@ -178,50 +188,61 @@ struct scan_gradients {
 ///   du_s = sum over t >= s of cb w dy_t + exp(L_end - L_s) G B_s
 ///   dC_t = sum over s <= t of w dt_s yu B_s + exp(L_t) S_in' dy_t
 ///   dB_s = sum over t >= s of w dt_s yu C_t + dt_s exp(L_end - L_s) G' x_s
-///   dL from cb w dt_s yu (t up, s down), the two terms with states, and L_end
+///   d(A dt)_k from cb w dt_s yu over s < k <= t, the terms with S_in for t >= k, with G for s < k,
+///   and exp(L_end) <G, S_in>
 __global__ void __launch_bounds__(THREADS) chunk_gradients(scan_shape a, scan_gradients o) {
     CQ_DYN_SMEM(float, room);
     CQ_SHARED(float, sums, [CQ_WARP]);
+    CQ_SHARED(double, wide_sums, [CQ_WARP]);
     int64_t chunk = blockIdx.x, h = blockIdx.y, g = h / (a.heads / a.groups);
     if (chunk >= *a.chunks.count) /* the whole block */
         return;
     int64_t from = a.chunks.begin[chunk], inner = a.heads * a.dim, wide = a.heads * a.state;
     int n = (int)(a.chunks.end[chunk] - from), dim = (int)a.dim, state = (int)a.state,
         q = a.chunks.q;
-    float *dt = room, *sum = dt + q, *dl = sum + q, *ddt = dl + q;
-    cq_tile x = {ddt + q, dim + 1}, dy = {x.p + q * (dim + 1), dim + 1};
+    double *sum = reinterpret_cast<double *>(room);
+    float *dt = room + 2 * q, *da = dt + q, *ddt = da + q, *into_at = ddt + q,
+          *out_at = into_at + q;
+    cq_tile x = {out_at + q, dim + 1}, dy = {x.p + q * (dim + 1), dim + 1};
     cq_tile b = {dy.p + q * (dim + 1), state + 1}, c = {b.p + q * (state + 1), state + 1};
     cq_tile cb = {c.p + q * (state + 1), q + 1}, yu = {cb.p + q * (q + 1), q + 1};
     const float *in = o.in + (chunk * a.heads + h) * a.dim * a.state;
     const float *grad = o.g + (chunk * a.heads + h) * a.dim * a.state;
-    steps_of(a, from, n, h, dt, sum);
+    steps_of(a, from, n, h, sum, dt);
     cq_load_rows(x, a.x + from * a.ldx + h * a.dim, a.ldx, n, dim, NULL);
     cq_load_rows(dy, o.dy + from * inner + h * a.dim, inner, n, dim, NULL);
     cq_load_rows(b, a.B + from * a.ldB + g * a.state, a.ldB, n, state, NULL);
     cq_load_rows(c, a.C + from * a.ldC + g * a.state, a.ldC, n, state, NULL);
     __syncthreads();
-    float last = sum[n - 1];
+    double last = sum[n - 1];
     cq_product(
         n, n, state, [&](int i, int k) { return c.at(i, k); },
         [&](int j, int k) { return b.at(j, k); },
-        [&](int i, int j, float r) { cb.at(i, j) = j <= i ? r * expf(sum[i] - sum[j]) : 0.0f; });
+        [&](int i, int j, float r) { cb.at(i, j) = j <= i ? r * exp_of(sum[i] - sum[j]) : 0.0f; });
     cq_product(
         n, n, dim, [&](int i, int k) { return dy.at(i, k); },
         [&](int j, int k) { return x.at(j, k); }, [&](int i, int j, float r) { yu.at(i, j) = r; });
     __syncthreads();
-    /* dl from pairs: row t up, column s down; then yu becomes w dt_s yu */
+    /* the decay of step k is in all pairs s < k <= t: running sums of a row over s, kept above the
+       diagonal of yu, then of a column over t; nothing cancels */
     for (int t = (int)threadIdx.x; t < n; t += THREADS) {
-        float rise = 0.0f, fall = 0.0f;
-        for (int s = 0; s < t; s++)
-            rise += cb.at(t, s) * dt[s] * yu.at(t, s);
-        for (int k = t + 1; k < n; k++)
-            fall += cb.at(k, t) * dt[t] * yu.at(k, t);
-        dl[t] = rise - fall;
+        float before = 0.0f;
+        for (int s = 0; s < t; s++) {
+            before += cb.at(t, s) * dt[s] * yu.at(t, s);
+            yu.at(s, t) = before;
+        }
     }
     __syncthreads();
+    for (int k = (int)threadIdx.x; k < n; k += THREADS) {
+        float across = 0.0f;
+        for (int t = k; t < n && k > 0; t++)
+            across += yu.at(k - 1, t);
+        da[k] = across;
+    }
+    __syncthreads(); /* then yu becomes w dt_s yu */
     for (int i = (int)threadIdx.x; i < n * n; i += THREADS) {
         int t = i / n, s = i - t * n;
-        yu.at(t, s) = s <= t ? yu.at(t, s) * expf(sum[t] - sum[s]) * dt[s] : 0.0f;
+        yu.at(t, s) = s <= t ? yu.at(t, s) * exp_of(sum[t] - sum[s]) * dt[s] : 0.0f;
     }
     __syncthreads();
     float *dc = o.dC + (from * a.heads + h) * a.state, *db = o.dB + (from * a.heads + h) * a.state;
@@ -242,20 +263,20 @@ __global__ void __launch_bounds__(THREADS) chunk_gradients(scan_shape a, scan_gr
     cq_product(
         n, state, dim, [&](int i, int k) { return dy.at(i, k); },
         [&](int j, int k) { return in[k * state + j]; },
-        [&](int i, int j, float r) { dc[i * wide + j] += expf(sum[i]) * r; });
+        [&](int i, int j, float r) { dc[i * wide + j] += exp_of(sum[i]) * r; });
     cq_product(
         n, state, dim, [&](int i, int k) { return x.at(i, k); },
         [&](int j, int k) { return grad[k * state + j]; },
-        [&](int i, int j, float r) { db[i * wide + j] += dt[i] * expf(last - sum[i]) * r; });
+        [&](int i, int j, float r) { db[i * wide + j] += dt[i] * exp_of(last - sum[i]) * r; });
     cq_product(
         n, dim, state, [&](int i, int k) { return b.at(i, k); },
         [&](int j, int k) { return grad[j * state + k]; },
-        [&](int i, int j, float r) { dx[i * o.lddx + j] += expf(last - sum[i]) * r; });
+        [&](int i, int j, float r) { dx[i * o.lddx + j] += exp_of(last - sum[i]) * r; });
     __syncthreads();
-    float ends = 0.0f, skip = 0.0f, pairs = 0.0f;
+    float skip = 0.0f, pairs = 0.0f;
     for (int i = (int)threadIdx.x; i < dim * state; i += THREADS)
         pairs += grad[i] * in[i];
-    pairs = cq_block_sum(pairs, sums) * expf(last);
+    pairs = cq_block_sum(pairs, sums) * exp_of(last);
     int lane = (int)(threadIdx.x % CQ_WARP), warp = (int)(threadIdx.x / CQ_WARP);
     for (int t = warp; t < n; t += THREADS / CQ_WARP) {
         float into = 0.0f, outof = 0.0f, along = 0.0f, through = 0.0f;
@@ -271,40 +292,43 @@ __global__ void __launch_bounds__(THREADS) chunk_gradients(scan_shape a, scan_gr
             through += dy.at(t, p) * x.at(t, p);
         }
         into = cq_warp_sum(into);
-        outof = cq_warp_sum(outof) * dt[t] * expf(last - sum[t]);
+        outof = cq_warp_sum(outof) * dt[t] * exp_of(last - sum[t]);
         along = cq_warp_sum(along);
         through = cq_warp_sum(through);
         if (lane == 0) {
-            dl[t] += expf(sum[t]) * into - outof;
+            into_at[t] = exp_of(sum[t]) * into;
+            out_at[t] = outof;
             ddt[t] = along;
-            ends += outof;
             skip += through;
         }
     }
-    ends = cq_block_sum(ends, sums);
     skip = cq_block_sum(skip, sums);
     for (int i = (int)threadIdx.x; i < n * dim; i += THREADS) {
         int t = i / dim, p = i - t * dim;
         float *at = dx + t * o.lddx + p;
         *at = *at * dt[t] + a.d[h] * dy.at(t, p);
     }
-    float rate = -expf(a.a_log[h]), bias = 0.0f, slope = 0.0f;
+    float bias = 0.0f;
+    double rate = -exp((double)a.a_log[h]), slope = 0.0;
     for (int t = (int)threadIdx.x; t < n; t += THREADS) {
-        float da = ends + pairs; /* every step leads to L_end */
+        double whole =
+            (double)da[t] + (double)pairs; /* pairs of tokens, and what passes the whole chunk */
         for (int k = n - 1; k >= t; k--)
-            da += dl[k];
+            whole += (double)into_at[k];
+        for (int k = 0; k < t; k++)
+            whole += (double)out_at[k];
         float raw = a.dt_raw[(from + t) * a.ld_dt + h] + a.dt_bias[h];
-        float d = (ddt[t] + rate * da) / (1.0f + expf(-raw));
+        float d = (float)((double)ddt[t] + rate * whole) / (1.0f + expf(-raw));
         o.ddt_raw[(from + t) * o.ldd_dt + h] = d;
         bias += d;
-        slope += da * dt[t];
+        slope += whole * (double)dt[t];
     }
     bias = cq_block_sum(bias, sums);
-    slope = cq_block_sum(slope, sums);
+    slope = cq_block_sum(slope, wide_sums);
     if (threadIdx.x == 0) {
         float *part = o.scalars + chunk * 3 * a.heads + h;
         part[0] = bias;
-        part[a.heads] = slope * rate;
+        part[a.heads] = (float)(slope * rate);
         part[2 * a.heads] = skip;
     }
 }
@@ -356,10 +380,10 @@ void cut_chunks(chunk_list *c, scratch *m) {
 }
 
 int64_t forward_floats(int64_t q, int64_t dim, int64_t state) {
-    return 2 * q + q * (dim + 1) + 2 * q * (state + 1) + q * (q + 1);
+    return 3 * q + q * (dim + 1) + 2 * q * (state + 1) + q * (q + 1);
 }
 int64_t backward_floats(int64_t q, int64_t dim, int64_t state) {
-    return 4 * q + 2 * q * (dim + 1) + 2 * q * (state + 1) + 2 * q * (q + 1);
+    return 7 * q + 2 * q * (dim + 1) + 2 * q * (state + 1) + 2 * q * (q + 1);
 }
 /// The longest chunk, 64 or shorter, whose block fits; 0 when none does.
 int longest_chunk(int64_t (*floats)(int64_t, int64_t, int64_t), int64_t dim, int64_t state) {
@@ -393,7 +417,7 @@ template <typename Args> scan_shape shape_of(const Args *a, int q) {
 int make_states(cq_stream *s, const char *op, const int64_t *starts, int64_t n_docs,
                 const scan_shape &shape, float *states, float *decay) {
     int64_t q = shape.chunks.q;
-    size_t bytes = (size_t)(2 * q + q * (shape.dim + 1) + q * (shape.state + 1)) * sizeof(float);
+    size_t bytes = (size_t)(3 * q + q * (shape.dim + 1) + q * (shape.state + 1)) * sizeof(float);
     dim3 grid((unsigned)shape.chunks.most, (unsigned)shape.heads);
     dim3 pass(cq_blocks(shape.dim * shape.state, THREADS), (unsigned)shape.heads);
     CQ_TRY(cq_cuda_shared_bytes((const void *)chunk_states<false>, (int64_t)bytes, op));
@@ -464,7 +488,7 @@ extern "C" int cq_cuda_ssd_backward(cq_stream *s, const cq_ssd_backward_args *a)
     o.lddx = a->lddx, o.ldd_dt = a->ldd_dt, o.in = states, o.g = grads;
     dim3 grid((unsigned)most, (unsigned)a->heads);
     dim3 pass(cq_blocks(a->head_dim * a->state, THREADS), (unsigned)a->heads);
-    size_t few = (size_t)(2 * q + q * (a->head_dim + 1) + q * (a->state + 1)) * sizeof(float);
+    size_t few = (size_t)(3 * q + q * (a->head_dim + 1) + q * (a->state + 1)) * sizeof(float);
     CQ_TRY(cq_cuda_shared_bytes((const void *)chunk_states<true>, (int64_t)few, "ssd_backward"));
     CQ_LAUNCH(chunk_states<true>, grid, THREADS, few, s, shape, o.dy, grads, decay);
     CQ_LAUNCH(pass_states<true>, pass, THREADS, 0, s, shape, grads, (const float *)decay);

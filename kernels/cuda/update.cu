@@ -6,7 +6,7 @@
 
 namespace {
 
-enum { THREADS = 256, SUM_BLOCKS = 1024 };
+constexpr int THREADS = 256, SUM_BLOCKS = 1024;
 
 struct adam_numbers {
     float b1, b2, rest1, rest2, c1, c2, lr, eps, decay, scale;
@@ -139,7 +139,7 @@ extern "C" int cq_cuda_sumsq(cq_stream *s, const cq_sumsq_args *a) {
     if (a->n < 1)
         return CQ_OK;
     unsigned blocks = cq_blocks(a->n, THREADS * 8);
-    blocks = blocks < SUM_BLOCKS ? blocks : SUM_BLOCKS;
+    blocks = blocks < (unsigned)SUM_BLOCKS ? blocks : (unsigned)SUM_BLOCKS;
     double *part = (double *)cq_cuda_scratch(s, (int64_t)blocks * (int64_t)sizeof(double));
     if (!part)
         return CQ_ENOMEM;
