@@ -34,6 +34,7 @@ __device__ __forceinline__ int take_best(const float *value, unsigned char *take
             most = other;
         }
     }
+    best = __shfl_sync(0xffffffffu, best, 0); /* NaNs have no order */
     if (lane == 0 && best >= 0)
         taken[best] = 1;
     __syncwarp();
@@ -135,45 +136,76 @@ __global__ void __launch_bounds__(CHUNK)
     for (int e = (int)threadIdx.x; e < experts; e += CHUNK)
         counts[e * chunks + blockIdx.x] = room[e];
 }
-/// Where the pairs of each expert and chunk begin, relative to the expert; offsets of the experts.
-__global__ void __launch_bounds__(1024)
-    add_counts(int32_t *counts, int experts, int64_t chunks, int64_t *offsets) {
-    CQ_DYN_SMEM(int64_t, total);
-    for (int e = (int)threadIdx.x; e < experts; e += (int)blockDim.x) {
-        int32_t at = 0;
-        for (int64_t c = 0; c < chunks; c++) {
-            int32_t n = counts[e * chunks + c];
-            counts[e * chunks + c] = at;
-            at += n;
+/// counts[e][chunk] becomes the pairs of e in earlier chunks, total[e] all of them; a warp each.
+__global__ void __launch_bounds__(THREADS)
+    add_counts(int32_t *counts, int experts, int64_t chunks, int32_t *total) {
+    int lane = (int)(threadIdx.x % CQ_WARP);
+    int64_t e = (int64_t)blockIdx.x * WARPS + threadIdx.x / CQ_WARP;
+    if (e >= experts) /* the whole warp */
+        return;
+    int32_t before = 0;
+    for (int64_t c = 0; c < chunks; c += CQ_WARP) {
+        int32_t n = c + lane < chunks ? counts[e * chunks + c + lane] : 0, sum = n;
+        for (int d = 1; d < CQ_WARP; d *= 2) {
+            int32_t lower = __shfl_up_sync(0xffffffffu, sum, d);
+            sum += lane >= d ? lower : 0;
         }
-        total[e] = at;
+        if (c + lane < chunks)
+            counts[e * chunks + c + lane] = before + sum - n;
+        before += __shfl_sync(0xffffffffu, sum, CQ_WARP - 1);
     }
+    if (lane == 0)
+        total[e] = before;
+}
+/// begin[e], of experts + 1: rows of the experts before e. `room` [CQ_WARP] is shared memory, too.
+__device__ __forceinline__ void begin_experts(const int32_t *total, int experts, int32_t *begin,
+                                              int32_t *room) {
+    int lane = (int)(threadIdx.x % CQ_WARP), warp = (int)(threadIdx.x / CQ_WARP);
+    int each = (experts + CHUNK - 1) / CHUNK, first = (int)threadIdx.x * each;
+    int end = first + each < experts ? first + each : experts;
+    int32_t mine = 0;
+    for (int e = first; e < end; e++)
+        mine += total[e];
+    int32_t sum = mine;
+    for (int d = 1; d < CQ_WARP; d *= 2) {
+        int32_t lower = __shfl_up_sync(0xffffffffu, sum, d);
+        sum += lane >= d ? lower : 0;
+    }
+    if (lane == CQ_WARP - 1)
+        room[warp] = sum;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        int64_t at = 0;
-        for (int e = 0; e < experts; e++) {
-            offsets[e] = at;
-            at += total[e];
-        }
-        offsets[experts] = at;
+    int32_t at = sum - mine;
+    for (int w = 0; w < warp; w++)
+        at += room[w];
+    for (int e = first; e < end; e++) {
+        begin[e] = at;
+        at += total[e];
     }
+    if (threadIdx.x == CHUNK - 1)
+        begin[experts] = at;
+    __syncthreads();
 }
 /// A pair's row: where its expert begins, the pairs of earlier chunks, and those before it here.
 __global__ void __launch_bounds__(CHUNK)
-    place_pairs(const int32_t *sel, int64_t pairs, int64_t top_k, int64_t chunks,
-                const int32_t *counts, const int64_t *offsets, int32_t *token, int32_t *position) {
+    place_pairs(cq_route_sort_args a, int64_t chunks, const int32_t *counts, const int32_t *total) {
+    CQ_DYN_SMEM(int32_t, begin);
     CQ_SHARED(int32_t, mine, [CHUNK]);
-    int64_t i = (int64_t)blockIdx.x * CHUNK + threadIdx.x;
-    mine[threadIdx.x] = i < pairs ? sel[i] : -1;
-    __syncthreads();
+    CQ_SHARED(int32_t, room, [CQ_WARP]);
+    int experts = (int)a.experts;
+    int64_t pairs = a.tokens * a.top_k, i = (int64_t)blockIdx.x * CHUNK + threadIdx.x;
+    int32_t own = i < pairs ? a.sel[i] : -1, row = 0;
+    mine[threadIdx.x] = own;
+    begin_experts(total, experts, begin, room);
+    if (blockIdx.x == 0)
+        for (int e = (int)threadIdx.x; e <= experts; e += CHUNK)
+            a.offsets[e] = begin[e];
     if (i >= pairs)
         return;
-    int32_t e = mine[threadIdx.x];
-    int64_t row = offsets[e] + counts[e * chunks + blockIdx.x];
     for (unsigned k = 0; k < threadIdx.x; k++)
-        row += mine[k] == e;
-    token[row] = (int32_t)(i / top_k);
-    position[i] = (int32_t)row;
+        row += mine[k] == own;
+    row += begin[own] + counts[own * chunks + blockIdx.x];
+    a.token[row] = (int32_t)(i / a.top_k);
+    a.position[i] = row;
 }
 
 } // namespace
@@ -208,14 +240,16 @@ extern "C" int cq_cuda_route_sort(cq_stream *s, const cq_route_sort_args *a) {
     if (a->experts < 1 || a->experts > MOST_EXPERTS)
         return cq_fail(CQ_ESHAPE, "route sort: %lld experts, wanted 1 to %d", (long long)a->experts,
                        (int)MOST_EXPERTS);
-    int32_t *counts = (int32_t *)cq_cuda_scratch(s, a->experts * chunks * (int64_t)sizeof(int32_t));
-    if (!counts)
+    int32_t *total =
+        (int32_t *)cq_cuda_scratch(s, a->experts * (chunks + 1) * (int64_t)sizeof(int32_t));
+    if (!total)
         return CQ_ENOMEM;
-    size_t room = (size_t)a->experts * sizeof(int32_t);
+    int32_t *counts = total + a->experts;
+    size_t room = (size_t)(a->experts + 1) * sizeof(int32_t);
     CQ_LAUNCH(count_pairs, (unsigned)chunks, CHUNK, room, s, a->sel, pairs, (int)a->experts, chunks,
               counts);
-    CQ_LAUNCH(add_counts, 1, 1024, 2 * room, s, counts, (int)a->experts, chunks, a->offsets);
-    CQ_LAUNCH(place_pairs, (unsigned)chunks, CHUNK, 0, s, a->sel, pairs, a->top_k, chunks, counts,
-              a->offsets, a->token, a->position);
+    CQ_LAUNCH(add_counts, cq_blocks(a->experts, WARPS), THREADS, 0, s, counts, (int)a->experts,
+              chunks, total);
+    CQ_LAUNCH(place_pairs, (unsigned)chunks, CHUNK, room, s, *a, chunks, counts, total);
     CQ_CUDA_END("route_sort");
 }
