@@ -7,6 +7,7 @@
 #include "lua/edit.h"
 #include <lauxlib.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #ifdef CQ_EDIT
 #include <errno.h>
@@ -21,9 +22,12 @@
 /* One terminal, one editor: libedit's callbacks and signal handlers reach nothing but globals. */
 static volatile int *stop_signal;
 
+/* Stop signals that end the prompt, not only what runs there. */
+static bool leaves(int signal) { return signal == SIGTERM || signal == SIGHUP; }
+
 /* forever(f): calls f until it returns without an error, and returns what it returned. Errors are
  * shown here, where no instruction of Lua runs that a late Ctrl-C could turn into another error.
- * SIGTERM goes on up. */
+ * SIGTERM and SIGHUP go on up. */
 static int edit_forever(lua_State *L) {
     luaL_checktype(L, 1, LUA_TFUNCTION);
     for (;;) {
@@ -36,7 +40,7 @@ static int edit_forever(lua_State *L) {
         if (lua_istable(L, -1)) {
             lua_pushliteral(L, "exit");
             lua_rawget(L, 2);
-            if (lua_tointeger(L, -1) == 128 + SIGTERM) {
+            if (leaves((int)lua_tointeger(L, -1) - 128)) {
                 lua_settop(L, 2);
                 return lua_error(L);
             }
@@ -96,6 +100,7 @@ static int next_char(EditLine *el, wchar_t *out) {
     sigemptyset(&block);
     sigaddset(&block, SIGINT);
     sigaddset(&block, SIGTERM);
+    sigaddset(&block, SIGHUP);
     sigaddset(&block, SIGWINCH);
     sigaddset(&block, SIGCONT);
     sigprocmask(SIG_BLOCK, &block, &before);
@@ -229,8 +234,8 @@ static void set_completer(lua_State *L, int index) {
     completing = L;
 }
 
-/* readline(prompt, complete) -> a line without its newline; nil at the end of input, nil and 15
- * after SIGTERM; after Ctrl-C an empty line and true. */
+/* readline(prompt, complete) -> a line without its newline; nil at the end of input, nil and the
+ * signal after SIGTERM and SIGHUP; after Ctrl-C an empty line and true. */
 static int edit_readline(lua_State *L) {
     prompt_text = luaL_checkstring(L, 1);
     set_completer(L, 2);
@@ -238,7 +243,7 @@ static int edit_readline(lua_State *L) {
         open_editor();
     if (!editor)
         return luaL_error(L, "the terminal cannot be used for line editing");
-    if (*stop_signal != SIGTERM)
+    if (!leaves(*stop_signal))
         forget_stop(L);
     resized = 1;
     int n = 0;
@@ -246,7 +251,7 @@ static int edit_readline(lua_State *L) {
     int signal = *stop_signal;
     completing = NULL;
     forget_stop(L);
-    if (signal == SIGTERM) {
+    if (leaves(signal)) {
         lua_pushnil(L);
         lua_pushinteger(L, signal);
         return 2;

@@ -4,8 +4,9 @@
 /// A stop signal sets a number that every checked call looks at (ffi.lua) and a debug hook that
 /// interpreted code runs into; compiled code calls no hooks, so recipes are interpreted. While a
 /// run takes its steps the first signal only asks for the end after this step. A third signal that
-/// nobody answered ends the process. SIGUSR1 asks for a checkpoint. CKAQAD_LUA=DIR takes modules
-/// from DIR/ckaqad/ instead.
+/// nobody answered ends the process. A hangup comes from the shell and from the kernel both, so
+/// only the first counts; under nohup none does. SIGUSR1 asks for a checkpoint. CKAQAD_LUA=DIR
+/// takes modules from DIR/ckaqad/ instead.
 #include "core/ckaqad.h"
 #include "lua/edit.h"
 #include "lua/embedded.h"
@@ -21,7 +22,7 @@
 
 /* A signal handler reaches nothing but globals. */
 static volatile int stop_signal, defer_stop, stop_later, save_now;
-static volatile sig_atomic_t unanswered, insist;
+static volatile sig_atomic_t unanswered, insist, hung_up;
 static volatile time_t last_signal;
 static lua_State *interpreter;
 
@@ -44,7 +45,9 @@ static void on_hook(lua_State *L, lua_Debug *ar) {
     lua_newtable(L);
     lua_pushinteger(L, 128 + signal);
     lua_setfield(L, -2, "exit");
-    lua_pushstring(L, signal == SIGTERM ? "terminated" : "interrupted");
+    lua_pushstring(L, signal == SIGTERM  ? "terminated"
+                      : signal == SIGHUP ? "hangup"
+                                         : "interrupted");
     lua_setfield(L, -2, "message");
     lua_newtable(L);
     lua_pushcfunction(L, interrupt_text);
@@ -58,13 +61,26 @@ static void on_save(int signal) {
     save_now = 1;
 }
 
+/* The terminal may be gone: what cannot be said there must not cost the checkpoint. */
+static void tell(const char *line) {
+    ssize_t written = write(STDERR_FILENO, line, strlen(line));
+    (void)written;
+}
+
+/* The first hangup, when no other signal is being answered. Nobody may read our output from now. */
+static bool new_hangup(void) {
+    bool first = !hung_up && !stop_later && !stop_signal;
+    hung_up = 1;
+    signal(SIGPIPE, SIG_IGN);
+    return first;
+}
+
 static void on_signal(int signal) {
-    static const char wait[] = "ckaqad: stopping after this step; again stops at once\n";
-    static const char note[] = "ckaqad: stopping after this operation; a third Ctrl-C kills\n";
+    if (signal == SIGHUP && !new_hangup())
+        return;
     if (defer_stop && !stop_later) {
         stop_later = signal;
-        if (write(STDERR_FILENO, wait, sizeof wait - 1) < 0)
-            _exit(128 + signal);
+        tell("ckaqad: stopping after this step; again stops at once\n");
         return;
     }
     struct timespec now;
@@ -72,8 +88,8 @@ static void on_signal(int signal) {
     insist = last_signal && now.tv_sec - last_signal < 3;
     last_signal = now.tv_sec;
     unanswered = stop_signal ? unanswered + 1 : 1;
-    if (unanswered == 2 && write(STDERR_FILENO, note, sizeof note - 1) < 0)
-        _exit(128 + signal);
+    if (unanswered == 2)
+        tell("ckaqad: stopping after this operation; a third Ctrl-C kills\n");
     if (unanswered > 2)
         _exit(128 + signal);
     stop_signal = signal;
@@ -245,6 +261,7 @@ static int run(lua_State *L, int argc, char **argv) {
         return 0;
     signal(SIGINT, SIG_IGN); /* what is begun here is short and ends */
     signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
     insist = stop_signal = 0;
     lua_sethook(L, NULL, 0, 0);
     tidy(L);
@@ -261,6 +278,9 @@ int main(int argc, char **argv) {
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    struct sigaction before;
+    if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+        sigaction(SIGHUP, &action, NULL);
     action = (struct sigaction){.sa_handler = on_save, .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &action, NULL);
     luaL_openlibs(L);

@@ -59,6 +59,8 @@ static void become(const char *const *argv, const char **env, const char *log, p
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
     signal(SIGUSR1, SIG_DFL);
+    if (signal(SIGHUP, SIG_DFL) == SIG_IGN) /* nohup holds for what it starts too */
+        signal(SIGHUP, SIG_IGN);
     setpgid(0, 0);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != parent)

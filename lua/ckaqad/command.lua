@@ -16,7 +16,7 @@ ckaqad: wins back what NVFP4 costs a language model, by distilling it into its o
 Recipes: recipes/nemotron_nano.lua, qwen3.lua (distil), ptq.lua (calibrate and export), compare.lua, bench.lua,
   ablate_cka_layers.lua, ablate_balance.lua, ablate_loss.lua, sweep_lr.lua (many runs and one table)
 Exit: 0 success, 1 failure, 2 usage or recipe, 3 invalid data or model, 4 memory, 5 not finite, 6 mismatch, 75 --max_time is up,
-  130 Ctrl-C, 143 SIGTERM
+  129 hangup (a closed ssh session), 130 Ctrl-C, 143 SIGTERM
 Environment: HF_HOME, HF_HUB_CACHE, NO_COLOR, CKAQAD_TRACEBACK=1 (where an error came from), CKAQAD_LUA=DIR (other modules),
   CKAQAD_PROFILE=1 (time the driver takes beside the C library)]]
 

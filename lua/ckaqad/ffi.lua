@@ -40,12 +40,15 @@ local function shared(name) return has_host and ffi.cast("volatile int *", host[
 local stop, defer, later, save = shared "stop", shared "defer", shared "later", shared "save"
 C.cq_stop_watch(stop)
 
+-- What a message calls a stop signal.
+function native.signal_word(signal) return signal == 15 and "terminated" or signal == 1 and "hangup" or "interrupted" end
+
 function native.poll()
   if stop[0] ~= 0 then
     local signal = stop[0]
     stop[0] = 0
     native.broken = true -- a step may have ended halfway
-    local e = errors.new(0, signal == 15 and "terminated" or "interrupted")
+    local e = errors.new(0, native.signal_word(signal))
     e.exit = 128 + signal
     error(e, 0)
   end

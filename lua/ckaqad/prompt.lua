@@ -45,7 +45,7 @@ local function terminal_reader(host)
   return function(text)
     local line, second = host.readline(text, propose)
     if not line and second then
-      local e = errors.new(0, "terminated")
+      local e = errors.new(0, native.signal_word(second))
       e.exit = 128 + second
       error(e, 0)
     end

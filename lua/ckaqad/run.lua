@@ -291,7 +291,7 @@ local function between(self, step)
   end
   if due or native.save_wanted() then save(self, step) end
   local signal = native.stop_wanted()
-  if signal then leave(self, step, 128 + signal, signal == 15 and "terminated" or "interrupted") end
+  if signal then leave(self, step, 128 + signal, native.signal_word(signal)) end
   if step >= self.total then return end
   if opt.stop_at > 0 and step >= opt.stop_at then leave(self, step, 0, "stopped by --stop_at") end
   if opt.max_time > 0 and native.clock() - self.started_at >= opt.max_time then leave(self, step, 75, "time is up") end
@@ -333,7 +333,7 @@ function run.batch(data, step)
 end
 
 --- `for step, batch in run:steps(n, data) do`: counts, watches the clock, evaluates, saves checkpoints. One Ctrl-C ends the run
---- after the step, saved (exit code 130; 143 for SIGTERM), a second one at once; SIGUSR1 saves.
+--- after the step, saved (exit code 130; 143 for SIGTERM, 129 for a hangup), a second one at once; SIGUSR1 saves.
 ---
 --- Example:
 ---     for step, batch in run:steps(2, data) do

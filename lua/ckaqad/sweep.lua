@@ -420,7 +420,7 @@ end
 --- (they share the threads); `retry`: further tries of a crashed point; `stop = { rungs = { 10, 30 }, keep = 0.5 }`: successive
 --- halving, at each rung only the better share goes on.
 --- The options of `opt`'s block that the recipe has too go to it (those that are "" stay its own); `opt.out` is the sweep's folder. Gives
---- { table, points, finished }. Errors carry the recipe's line; exit code 1 when points failed, 130 and 143 when stopped, 75 at
+--- { table, points, finished }. Errors carry the recipe's line; exit code 1 when points failed, 129, 130 and 143 when stopped, 75 at
 --- --max_time.
 ---
 --- Example:

@@ -14,7 +14,7 @@ local C, call = native.C, native.call
 local driver = {}
 local Driver = errors.class("sweep", {})
 
-local INT, TERM, KILL = 2, 15, 9
+local HUP, INT, TERM, KILL = 1, 2, 15, 9
 local PATIENCE = 600 -- seconds that a process told to stop may take: a step and a checkpoint of a big model
 
 -- The objects of a file of JSON lines; a line that a killed process left half-written is none.
@@ -181,7 +181,7 @@ local function ended(self, task, code)
   end
   local message = code > 128 and ("ended by signal %d"):format(code - 128) or last_words(task.log, task.from)
   if code == 0 then message = "left without an error, but also without a result" end
-  local told = self.stopping and (code == 128 + INT or code == 128 + TERM)
+  local told = self.stopping and (code == 128 + HUP or code == 128 + INT or code == 128 + TERM)
   record(self, point, code, seconds, told and "stopped with the sweep" or message, task.stop_at, told or nil)
   if self.stopping then return false end
   self.tried[point.hash] = (self.tried[point.hash] or 0) + 1
@@ -242,7 +242,7 @@ end
 -- Why the driver must stop now: exit code and a word; nil when it need not.
 local function must_stop(self)
   local signal = native.stop_wanted()
-  if signal then return 128 + signal, signal == TERM and "terminated" or "interrupted" end
+  if signal then return 128 + signal, native.signal_word(signal) end
   if self.max_time > 0 and native.clock() - self.started_at >= self.max_time then return 75, "time is up" end
 end
 

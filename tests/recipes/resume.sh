@@ -10,9 +10,10 @@ done
 work=$(mktemp -d /tmp/ckaqad-resume-XXXXXX); trap 'rm -rf "$work"' EXIT
 head -n 60 recipes/lab/teacher/train.jsonl >"$work/train.jsonl"
 head -n 10 recipes/lab/teacher/holdout.jsonl >"$work/holdout.jsonl"
+hangup=--default-signal=HUP # nohup may have started this script
 go() { # OUT OPTIONS...
   local out=$1; shift
-  build/ckaqad recipes/nemotron_nano.lua --data="$work/train.jsonl" --holdout="$work/holdout.jsonl" --steps=40 --seq=64 --batch=4 --micro=2 \
+  env "$hangup" build/ckaqad recipes/nemotron_nano.lua --data="$work/train.jsonl" --holdout="$work/holdout.jsonl" --steps=40 --seq=64 --batch=4 --micro=2 \
     --rows=32 --calibrate=4 --threads=1 --no-tensorboard --out="$out" "$@" >"$work/log" 2>&1
 }
 bits() { # weights, moments and scales of the last checkpoint, exported tensors, metrics without times
@@ -38,8 +39,10 @@ for i in $(seq 1 "$trials"); do
   rm -rf "$work/again"
 done
 
-# signals: one lets the step end and saves, 130 and 143; SIGUSR1 saves and goes on; a second run on the same folder is refused
-for signal in INT:130 TERM:143; do
+# signals: one lets the step end and saves, 130, 143 and 129; SIGUSR1 saves and goes on; a second run on the same folder is refused; a
+# closed session hangs up twice, and under nohup not at all
+for signal in INT:130 TERM:143 HUP:129; do
+  hangup=--default-signal=HUP; [ "$signal" != TERM:143 ] || hangup=--ignore-signal=HUP
   go "$work/signal" --steps=4000 &
   pid=$!
   until [ -s "$work/signal/metrics.jsonl" ]; do sleep 0.05; kill -0 $pid || fail "the run ended before its first step"; done
@@ -51,6 +54,7 @@ for signal in INT:130 TERM:143; do
     for _ in $(seq 1 100); do [ -e "$work/signal/checkpoints/latest.json" ] && break; sleep 0.05; done
     [ -e "$work/signal/checkpoints/latest.json" ] || fail "SIGUSR1 saved nothing"
   fi
+  [ "$signal" = INT:130 ] || kill -HUP "$child"
   kill -"${signal%%:*}" "$child"
   rc=0; wait $pid || rc=$?
   [ $rc = "${signal##*:}" ] || fail "SIG${signal%%:*}: exit $rc"
