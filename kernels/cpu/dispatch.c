@@ -67,20 +67,19 @@ static choice choose(void) {
     return sets[best];
 }
 
+/* Test programs may have the kernels of `cuda` on the CPU, under both names (tests/cuda_on_cpu). */
 #ifdef CQ_CUDA
 extern const cq_kernels cq_cuda_kernels;
+#else
+extern const cq_kernels cq_cuda_kernels __attribute__((weak));
 #endif
-
-/* The kernels of `cuda` on the CPU, in test programs that have them (tests/cuda_on_cpu). */
 extern const cq_kernels cq_cuda_on_cpu_kernels __attribute__((weak));
 
 const cq_kernels *cq_kernels_find(const char *name) {
     if (strcmp(name, "cpu") == 0)
         return choose().table;
-#ifdef CQ_CUDA
     if (strcmp(name, "cuda") == 0)
         return &cq_cuda_kernels;
-#endif
     if (strcmp(name, "cuda_on_cpu") == 0)
         return &cq_cuda_on_cpu_kernels;
     return strcmp(name, "ref") == 0 ? &cq_ref_kernels : NULL;

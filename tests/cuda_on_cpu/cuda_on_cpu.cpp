@@ -18,7 +18,9 @@ extern "C" {
 #include <unistd.h>
 #include <vector>
 
+/* Under TSan each thread keeps its stack: another thread's writes to it would be a race. */
 #ifdef CQ_EMU_TSAN
+enum { SHARES_STACKS = 0 };
 #define TSAN(call) call
 extern "C" {
 void *__tsan_create_fiber(unsigned flags);
@@ -28,8 +30,11 @@ void __tsan_acquire(void *at);
 void __tsan_release(void *at);
 void __tsan_read_range(void *at, unsigned long bytes);
 void __tsan_write_range(void *at, unsigned long bytes);
+void __tsan_ignore_thread_begin(void);
+void __tsan_ignore_thread_end(void);
 }
 #else
+enum { SHARES_STACKS = 1 };
 #define TSAN(call) ((void)0)
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -151,7 +156,7 @@ struct engine {
 };
 engine E;
 std::recursive_mutex turn;
-[[maybe_unused]] char block_sync; ///< an address for TSan
+[[maybe_unused]] char block_begins, block_ends; ///< addresses for TSan
 
 uint64_t next_random() {
     E.random ^= E.random << 13;
@@ -253,7 +258,7 @@ void go(void **save, int t, bool for_good) {
     int from = E.running;
     if (!f.started) {
         f.started = true;
-        f.stack = E.free_stacks[--E.n_free];
+        f.stack = SHARES_STACKS ? E.free_stacks[--E.n_free] : t;
         ASAN(ASAN_UNPOISON_MEMORY_REGION(stack_low(f.stack), STACK)); /* frames never left */
         /* stacks lie a power of two apart: spread them over the cache */
         f.sp = fresh_stack(stack_low(f.stack), STACK - (size_t)(f.stack & 31) * 192, runner);
@@ -340,7 +345,7 @@ void end_thread() {
     f.ended = true;
     E.warps[w].ended |= bit;
     E.n_ended++;
-    TSAN(__tsan_release(&block_sync));
+    TSAN(__tsan_release(&block_ends));
 }
 
 /* What a stack runs first: threads, one after another, as long as they need not share. */
@@ -355,28 +360,25 @@ void runner() {
     }
 #endif
     for (;;) {
-        TSAN(__tsan_acquire(&block_sync));
+        TSAN(__tsan_acquire(&block_begins));
         E.launch->call(E.launch->arguments);
         int self = E.running;
         end_thread();
         int t = pick();
-        if (t < 0) {
-            if (E.n_ended < E.n_threads)
-                fail_stuck();
-            E.free_stacks[E.n_free++] = E.threads[self].stack;
-            to_host();
-        }
-        fiber &next = E.threads[t];
-        if (next.started) {
+        if (t < 0 && E.n_ended < E.n_threads)
+            fail_stuck();
+        fiber &next = E.threads[t < 0 ? 0 : t];
+        if (t < 0 || next.started || !SHARES_STACKS) {
             void *dead;
-            E.free_stacks[E.n_free++] = E.threads[self].stack;
+            if (SHARES_STACKS)
+                E.free_stacks[E.n_free++] = E.threads[self].stack;
+            if (t < 0)
+                to_host();
             go(&dead, t, true);
         }
         next.started = true;
         next.stack = E.threads[self].stack;
         next.fake_stack = nullptr;
-        TSAN(if (!next.tsan) next.tsan = __tsan_create_fiber(0));
-        TSAN(__tsan_switch_to_fiber(next.tsan, 1));
         enter(t);
     }
 }
@@ -393,9 +395,11 @@ unsigned char *carve(size_t bytes, size_t align, const char *name, const char *f
     if (end > ARENA)
         cq_emu_fail("%s, %s:%d: no shared memory is left", name, base_name(file), line);
     ASAN(ASAN_UNPOISON_MEMORY_REGION(E.arena + E.used, end - E.used));
+    TSAN(__tsan_ignore_thread_begin()); /* memset and memcpy are looked at even here */
     fill_words(E.arena + E.used, from - E.used);
     memset(E.arena + from, 0xff, bytes);
     fill_words(E.arena + to, end - to);
+    TSAN(__tsan_ignore_thread_end());
     ASAN(ASAN_POISON_MEMORY_REGION(E.arena + E.used, from - E.used));
     ASAN(ASAN_POISON_MEMORY_REGION(E.arena + to, end - to));
     E.pieces.push_back(piece{E.arena + from, bytes, name, file, line});
@@ -446,7 +450,7 @@ bool run_block() {
               E.launch->line);
     E.current_warp = choose(E.ready_warps);
     TSAN(E.host_tsan = __tsan_get_current_fiber());
-    TSAN(__tsan_release(&block_sync));
+    TSAN(__tsan_release(&block_begins));
     int t = pick();
 #if defined(__SANITIZE_ADDRESS__)
     fiber &f = E.threads[t];
@@ -462,7 +466,7 @@ bool run_block() {
 #else
     go(&E.host_sp, t, false);
 #endif
-    TSAN(__tsan_acquire(&block_sync));
+    TSAN(__tsan_acquire(&block_ends));
     if (E.abandoned) {
         E.n_free = 0;
         for (int i = 0; i < MOST_THREADS; i++)
@@ -632,8 +636,9 @@ int cq_emu_barrier_vote(int predicate, int what, const char *file, int line) {
 }
 
 void cq_emu_collective(unsigned mask, void (*fn)(void *const *), void *arguments, const char *what,
-                       const char *file, int line) {
+                       bool orders_memory, const char *file, int line) {
     int t = E.running, lane = t % LANES, i = 0;
+    (void)orders_memory;
     warp &w = E.warps[t / LANES];
     if (!(mask >> lane & 1u))
         cq_emu_fail("%s, %s:%d: mask %08x lacks this lane, %d", what, base_name(file), line, mask,
@@ -653,26 +658,32 @@ void cq_emu_collective(unsigned mask, void (*fn)(void *const *), void *arguments
         c.file = file;
         c.line = line;
         c.first = t;
+        TSAN(__tsan_ignore_thread_begin());
         memset(c.lanes, 0, sizeof c.lanes);
+        TSAN(__tsan_ignore_thread_end());
     } else if (c.line != line || c.fn != fn || (c.file != file && strcmp(c.file, file) != 0))
         cq_emu_fail("is at %s, %s:%d, thread %d of its warp at %s, %s:%d", what, base_name(file),
                     line, c.first, c.what, base_name(c.file), c.line);
     c.arrived |= 1u << lane;
     c.lanes[lane] = arguments;
-    TSAN(if (!fn) __tsan_release(&w));
+    TSAN(if (orders_memory) __tsan_release(&w));
     if (c.arrived == mask) {
+        TSAN(if (orders_memory) __tsan_acquire(&w));
+        TSAN(if (!orders_memory) __tsan_ignore_thread_begin());
         if (fn)
             fn(c.lanes);
+        TSAN(if (!orders_memory) __tsan_ignore_thread_end());
+        TSAN(if (orders_memory) __tsan_release(&w));
         make_ready(t / LANES, mask);
         w.n_waiting--;
         if (i < w.n_waiting)
             w.waiting[i] = w.waiting[w.n_waiting];
     }
     wait_here(what, file, line);
-    TSAN(if (!fn) __tsan_acquire(&w));
+    TSAN(if (orders_memory) __tsan_acquire(&w));
 }
 void cq_emu_syncwarp(unsigned mask, const char *file, int line) {
-    cq_emu_collective(mask, nullptr, nullptr, "__syncwarp", file, line);
+    cq_emu_collective(mask, nullptr, nullptr, "__syncwarp", true, file, line);
 }
 
 namespace {
@@ -767,23 +778,25 @@ void cq_emu_shuffled(cq_emu_shuffle kind, unsigned mask, void *value, int bytes,
     else
         to = (lane ^ by) < first + width ? (lane ^ by) & (LANES - 1) : lane;
     shuffle_lane l = {value, {}, bytes, to};
-    cq_emu_collective(mask, shuffle_all, &l, "a shuffle", file, line);
+    cq_emu_collective(mask, shuffle_all, &l, "a shuffle", false, file, line);
+    TSAN(__tsan_ignore_thread_begin());
     memcpy(value, l.to, (size_t)bytes);
+    TSAN(__tsan_ignore_thread_end());
 }
 unsigned cq_emu_ballot(unsigned mask, int predicate, const char *file, int line) {
     vote_lane l = {predicate, 0};
-    cq_emu_collective(mask, vote_all, &l, "a vote", file, line);
+    cq_emu_collective(mask, vote_all, &l, "a vote", false, file, line);
     return l.result;
 }
 unsigned cq_emu_match(unsigned mask, uint64_t value, const char *file, int line) {
     match_lane l = {value, 0};
-    cq_emu_collective(mask, match_all, &l, "__match_any_sync", file, line);
+    cq_emu_collective(mask, match_all, &l, "__match_any_sync", false, file, line);
     return l.result;
 }
 unsigned cq_emu_reduce(cq_emu_reduction kind, bool is_signed, unsigned mask, unsigned value,
                        const char *file, int line) {
     reduce_lane l = {kind, is_signed, value, 0};
-    cq_emu_collective(mask, reduce_all, &l, "a reduction", file, line);
+    cq_emu_collective(mask, reduce_all, &l, "a reduction", false, file, line);
     return l.result;
 }
 

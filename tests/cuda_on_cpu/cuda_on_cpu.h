@@ -133,13 +133,14 @@ bool cq_emu_in_shared(const void *p, size_t bytes);
 
 /// A warp operation: when the last lane of `mask` has called this, `fn` runs once, with the
 /// argument pointers of all 32 lanes (NULL for lanes outside the mask); then every lane returns.
+/// `orders_memory`: writes before it are seen after it, as with __syncwarp.
 void cq_emu_collective(unsigned mask, void (*fn)(void *const *lanes), void *arguments,
-                       const char *what, const char *file, int line);
+                       const char *what, bool orders_memory, const char *file, int line);
 /// The same over the whole warp, for wrappers of tensor-core instructions. Results go through the
 /// lanes' own argument structs.
 static inline void cq_warp_collective(void (*fn)(void *const *lanes), void *arguments,
                                       const char *what = "warp operation", CQ_EMU_SITE) {
-    cq_emu_collective(0xffffffffu, fn, arguments, what, file, line);
+    cq_emu_collective(0xffffffffu, fn, arguments, what, true, file, line);
 }
 
 /// cp.async of one thread: 4, 8 or 16 bytes into shared memory, of which the first `from_bytes` are
