@@ -53,6 +53,9 @@ svg .halo{paint-order:stroke;stroke:var(--bg);stroke-width:3px}
 .cell{fill:none;stroke:var(--fg);stroke-width:1.6}
 .column{fill:var(--fg);opacity:.07}
 .pick{stroke-width:3.5}
+.mean{stroke-width:3}
+.dot{fill-opacity:.55}
+.ring{fill:none;stroke:var(--fg);stroke-width:1.6}
 .picked .line:not(.pick){opacity:.25}
 .legend{display:flex;flex-wrap:wrap;gap:.05rem 1rem;min-height:1.5em;font-size:.85rem;color:var(--dim);
   font-variant-numeric:tabular-nums;margin-bottom:.2rem}
@@ -73,6 +76,9 @@ td,th{padding:.22rem 1.1rem .22rem 0;text-align:left;border-bottom:1px solid var
 thead th{color:var(--dim)}
 th:first-child{position:sticky;left:0;background:var(--bg)}
 .num{text-align:right}
+.settings{font-size:.84rem;margin-top:1.2rem}
+.settings td,.settings th{padding-right:.7rem}
+.settings th{white-space:normal}
 td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 tr.main th,tr.main td{font-weight:600}
 .smooth{display:flex;align-items:center;gap:.6rem;font-size:.9rem;color:var(--dim);margin:0 0 .8rem}

@@ -198,6 +198,96 @@ kinds.dots = kinds.bars = {
   }
 };
 
+// Rows of dots over one bottom axis, the same seed on the same level of every row; a bar at each row's mean.
+kinds.strip = {
+  start: function (c) {
+    c.rest = 0;
+    c.spots = [];
+    c.rows.forEach(function (r, i) { r.y.forEach(function (v, k) { if (known(v)) c.spots.push([i, k]); }); });
+  },
+  draw: function (c, w) {
+    var n = c.rows.length, tall = Math.max(9, Math.min(34, 620 / n)), long = 0;
+    var top = c.line ? 20 : 8, bottom = top + n * tall, h = bottom + 36;
+    var span = bounds(c.rows.map(function (r) { return r.y; })), at = c.line && c.line.x, out = "", shown = false;
+    if (known(at)) { // what all began with, unless it makes the rest small
+      var with_line = [Math.min(span[0], at), Math.max(span[1], at)];
+      shown = span[1] > span[0] ? with_line[1] - with_line[0] <= 3 * (span[1] - span[0]) : true;
+      if (shown) span = with_line;
+    }
+    var log = span[0] > 0 && span[1] / span[0] > 30, low = span[0], high = span[1];
+    var pad = (high - low) * 0.04 || Math.abs(high) * 0.05 || 0.5;
+    if (log) { low /= 1.15; high *= 1.15; } else { low -= pad; high += pad; }
+    c.rows.forEach(function (r) { long = Math.max(long, r.name.length); });
+    var left = Math.min(16 + 6.9 * long, w * 0.4), right = w - 16, most = Math.floor((left - 12) / 6.6);
+    c.px = function (v) { return left + (log ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low)) * (right - left); };
+    c.py = function (i, k) {
+      var many = c.seeds.length, step = many > 1 ? Math.min(5, 0.72 * tall / (many - 1)) : 0;
+      return top + (i + 0.5) * tall + (k - (many - 1) / 2) * step;
+    };
+    c.g = { left: left, right: right, top: top, bottom: bottom, tall: tall };
+    var marks = ticks(low, high, Math.max(2, Math.floor((right - left) / 80)));
+    if (log) {
+      marks = [];
+      for (var e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) [1, 3].forEach(function (k) {
+        var v = +(k * Math.pow(10, e)).toPrecision(3);
+        if (v >= low && v <= high) marks.push(v);
+      });
+    }
+    marks.forEach(function (v) { out += rule(c.px(v), top, c.px(v), bottom, "grid") + text(c.px(v), bottom + 17, show(v)); });
+    out += text(right, h - 3, c.name, "end");
+    if (shown) out += rule(c.px(at), top, c.px(at), bottom, "cross") + text(c.px(at), top - 6, c.line.name);
+    var down = Math.ceil(13 / tall);
+    c.rows.forEach(function (r, i) {
+      var name = r.name.length > most ? r.name.slice(0, most - 1) + "\u2026" : r.name;
+      if (i % down === 0) out += text(left - 8, top + (i + 0.5) * tall + 4, name, "end");
+      r.y.forEach(function (v, k) {
+        if (known(v)) out += '<circle class="dot" r="' + Math.min(4, tall / 3).toFixed(1) + '" cx="' + c.px(v).toFixed(1) + '" cy="' +
+          c.py(i, k).toFixed(1) + '" style="fill:' + color(r.color) + '"/>';
+      });
+      if (known(r.mean)) out += '<line class="mean" x1="' + c.px(r.mean).toFixed(1) + '" x2="' + c.px(r.mean).toFixed(1) + '" y1="' +
+        (top + (i + 0.1) * tall).toFixed(1) + '" y2="' + (top + (i + 0.9) * tall).toFixed(1) + '" style="stroke:' + color(r.color) + '"/>';
+    });
+    put(c, w, h, out);
+  },
+  find: function (c, x, y) {
+    var best = 0, least = Infinity;
+    c.spots.forEach(function (s, j) {
+      var away = Math.abs(y - c.g.top - (s[0] + 0.5) * c.g.tall) > c.g.tall / 2 ? 1e6 : 0;
+      var off = Math.abs(y - c.py(s[0], s[1])) + Math.abs(x - c.px(c.rows[s[0]].y[s[1]])) + away;
+      if (off < least) { least = off; best = j; }
+    });
+    return best;
+  },
+  key: function (c, j, dx, dy) { // left and right: a run; up and down: the same seed of the setting beside
+    var s = c.spots[j], row = Math.max(0, Math.min(c.rows.length - 1, s[0] - dy)), to = j + dx, least = Infinity;
+    if (dy) c.spots.forEach(function (o, m) {
+      var off = Math.abs(o[1] - s[1]);
+      if (o[0] === row && off < least) { least = off; to = m; }
+    });
+    return Math.max(0, Math.min(c.spots.length - 1, to));
+  },
+  size: function (c) { return c.spots.length; },
+  show: function (c, j, on) {
+    if (!on) {
+      c.legend.innerHTML = '<span class="dim">' + c.spots.length + " runs; point at one, or focus and use the arrow keys</span>";
+      c.cursor.innerHTML = "";
+      return;
+    }
+    var s = c.spots[j], r = c.rows[s[0]], out = "", d = "", pen = "M";
+    legend(c, r.name, [{ name: "seed " + c.seeds[s[1]], color: r.color, value: show(r.y[s[1]], c.digits) }, { name: "mean", value:
+      show(r.mean, c.digits) + (known(r.sd) ? " \u00b1 " + r.sd.toFixed(c.digits) : "") }]);
+    c.rows.forEach(function (o, i) {
+      if (!known(o.y[s[1]])) { pen = "M"; return; }
+      d += pen + c.px(o.y[s[1]]).toFixed(1) + " " + c.py(i, s[1]).toFixed(1);
+      pen = "L";
+    });
+    out += '<rect class="column" x="0" width="' + c.g.right.toFixed(1) + '" y="' + (c.g.top + s[0] * c.g.tall).toFixed(1) + '" height="' +
+      c.g.tall.toFixed(1) + '"/><path class="line join" d="' + d + '"/><circle class="ring" r="6" cx="' + c.px(r.y[s[1]]).toFixed(1) +
+      '" cy="' + c.py(s[0], s[1]).toFixed(1) + '"/>';
+    c.cursor.innerHTML = out;
+  }
+};
+
 kinds.heat = {
   start: function (c) { c.rest = 0; c.range = c.range || bounds(c.values); },
   draw: function (c, w) {

@@ -1,7 +1,8 @@
--- report_sweep.lua - the page of a sweep: settings in a table, runs with their differences, curves of all, parallel coordinates.
+-- report_sweep.lua - the page of a sweep: a dot a run over the settings, settings in a table, parallel coordinates, curves of all.
 --
 -- A setting is what a point changes but the seed; runs of one setting share a color. A best setting is named only when table.lua
--- marks it, and nothing is marked while the runs differ in something nobody asked for.
+-- marks it, and nothing is marked while the runs differ in something nobody asked for. A setting that successive halving dropped has
+-- no result on purpose: it is named below the table, and no comparison is called uneven for it.
 local json = require "ckaqad.json"
 local charts = require "ckaqad.report_charts"
 local page = require "ckaqad.report_page"
@@ -94,6 +95,12 @@ local function load(path)
     point.setting, s.points[#s.points + 1] = s, point
     self.points[i] = point
   end
+  for _, s in ipairs(self.settings) do
+    for _, point in ipairs(s.points) do
+      local at = not point.run.finished and finite(point.plan.dropped) and point.plan.dropped
+      s.dropped = s.dropped ~= false and at
+    end
+  end
   return self
 end
 
@@ -115,12 +122,12 @@ local function flags_of(self)
       if point.numbers then list[#list + 1] = tostring(point.plan.seed) end
     end
     table.sort(list)
-    seeds[#seeds + 1] = table.concat(list, ", ")
+    if not s.dropped then seeds[#seeds + 1] = { s.name, #list > 0 and table.concat(list, ", ") or "none" } end
   end
   for i = 2, #seeds do
-    if seeds[i] ~= seeds[1] then
+    if seeds[i][2] ~= seeds[1][2] then
       flags[#flags + 1] = ("Not every setting has finished with the same seeds (%s: %s; %s: %s): means are over different runs."):format(
-        self.settings[1].name, seeds[1] ~= "" and seeds[1] or "none", self.settings[i].name, seeds[i] ~= "" and seeds[i] or "none")
+        seeds[1][1], seeds[1][2], seeds[i][1], seeds[i][2])
       break
     end
   end
@@ -158,48 +165,93 @@ local function ptq_row(self)
     if before and by_seed[seed] and by_seed[seed].kl ~= before.kl then return nil end
     by_seed[seed] = by_seed[seed] or before
   end
-  return next(by_seed) and fill({ setting = "PTQ, untrained", reference = true }, by_seed) or nil
+  if not next(by_seed) then return nil end
+  local row = fill({ setting = "PTQ, untrained", reference = true }, by_seed)
+  for _, c in ipairs(columns) do -- the same for every seed, where those calibrate on the same documents: no spread to show
+    if row[c.key] and row[c.key].sd == 0 then row[c.key] = { value = row[c.key].mean } end
+  end
+  return row
 end
 
--- The table of settings: mean and standard deviation over the seeds.
+-- Fills in what the KL of every setting differs from the first one's that has any, in pairs of the same seed; that setting, and whether
+-- there are too few pairs to lean on.
+local function differences(self)
+  local first, few
+  for _, s in ipairs(self.settings) do
+    local kl = s.row.kl
+    if kl and first then
+      local p = stats.paired(kl.values, first.row.kl.values)
+      s.row.difference, few = table_.difference(p), few or p.few
+    end
+    first = first or kl and s
+  end
+  return first, few
+end
+
+-- The table of settings: mean and standard deviation over the seeds, differences in pairs of the same seed.
 local function settings_table(self, confounded)
   local all, rows = { { key = "setting", title = "setting" }, { key = "n", title = "n" } }, {}
   for i, c in ipairs(columns) do all[i + 2] = { key = c.key, title = c.title, format = c.format, better = c.better } end
-  for i, s in ipairs(self.settings) do
+  local steps, dropped = {}, {}
+  for _, s in ipairs(self.settings) do
     local by_seed = {}
     for k, point in ipairs(s.points) do by_seed[tonumber(point.plan.seed) or k] = point.numbers end
-    rows[i] = fill({ setting = s.name }, by_seed)
-    s.row = rows[i]
+    s.row = fill({ setting = s.name }, by_seed)
+    if s.dropped then
+      if not dropped[s.dropped] then steps[#steps + 1], dropped[s.dropped] = s.dropped, {} end
+      table.insert(dropped[s.dropped], s.name)
+    else
+      rows[#rows + 1] = s.row
+    end
   end
-  table.insert(rows, 1, ptq_row(self))
-  local t = table_.new { columns = all, rows = rows, notes = {
+  local notes = {
     "Mean ± standard deviation over n seeds. KL to BF16 in nats a token; recovered: what training won back of PTQ's KL, below zero " ..
     "where it lost more; top-1: agreement with BF16.",
-  } }
+  }
+  local first, few = differences(self)
+  if first and #self.settings > 1 then
+    table.insert(all, 4, { key = "difference", title = "KL - KL of " .. first.name })
+    notes[2] = ("Differences are over pairs of the same seed, with their 95 %% bootstrap interval; ? where it includes zero%s."):format(
+      few and (". With fewer than %d pairs an interval is a hint, no proof"):format(stats.FEW) or "")
+  end
+  table.sort(steps)
+  for _, step in ipairs(steps) do
+    notes[#notes + 1] = ("Dropped at step %d, without a result: %s."):format(step, table.concat(dropped[step], "; "))
+  end
+  self.ptq = ptq_row(self)
+  table.insert(rows, 1, self.ptq)
+  local t = table_.new { columns = all, rows = rows, notes = notes }
   if not confounded then t:mark() end
   return t
 end
 
 local function verdict(self, confounded)
-  local finished, failed, best = 0, 0, nil
+  local finished, failed, dropped, best, rivals = 0, 0, 0, nil, 0
   for _, point in ipairs(self.points) do
-    if point.run.finished then finished = finished + 1 elseif status_of(point):match "^failed" then failed = failed + 1 end
+    local status = status_of(point)
+    if point.run.finished then finished = finished + 1
+    elseif status:match "^failed" then failed = failed + 1
+    elseif status:match "^dropped" then dropped = dropped + 1 end
   end
   for _, s in ipairs(self.settings) do
     local kl = s.row.kl
+    rivals = rivals + (kl and 1 or 0)
     if kl and (not best or kl.mean < best.row.kl.mean) then best = s end
   end
-  local said = ("%d settings, %d of %d runs finished%s."):format(#self.settings, finished, #self.points,
-    failed > 0 and (", %d failed"):format(failed) or "")
+  local said = ("%d settings, %d of %d runs finished%s%s."):format(#self.settings, finished, #self.points,
+    dropped > 0 and (", %d dropped on the way"):format(dropped) or "", failed > 0 and (", %d failed"):format(failed) or "")
   if not best or #self.settings < 2 then return said end
   local kl = best.row.kl
   said = ("%s Lowest KL: %s, %.5f%s (n = %d)"):format(said, best.name, kl.mean, kl.sd and (" ± %.5f"):format(kl.sd) or "", kl.n)
   local recovery = best.row.recovery
   if recovery and recovery.mean < 0 then said = ("%s, which is still worse than PTQ (recovered %.1f %%)"):format(said, recovery.mean) end
   if confounded then return said .. ", but the runs differ in more than was asked for." end
-  if kl.mark then return said .. "; the paired interval against every other setting excludes zero." end
+  local others = rivals == #self.settings and "every other setting" or
+    rivals == 2 and "the one other setting that finished" or ("the %d other settings that finished"):format(rivals - 1)
+  if rivals == 1 then return said .. "; no other setting finished, so nothing is compared." end
+  if kl.mark then return ("%s; the paired interval against %s excludes zero."):format(said, others) end
   if kl.n == 1 then return said .. "; one seed has no interval, so the order may be chance." end
-  return said .. "; not clear of every other setting, so more seeds may change the order."
+  return ("%s; not clear of %s, so more seeds may change the order."):format(said, others)
 end
 
 local function runs_table(self)
@@ -235,10 +287,12 @@ end
 
 -- Curves of all runs; `of_cka`: of those whose metrics hold CKA and not another likeness of blocks.
 local function curves(p, self, title, pick, options)
-  local o, series, rows = options or {}, json.array {}, {}
+  local o, series, rows, blocks, several = options or {}, json.array {}, {}, nil, false
   for _, point in ipairs(self.points) do
     local c = not (o.of_cka and point.run.form.measured ~= "CKA") and charts.curve(point.run.metrics, pick, 160)
     if c then
+      local cka = page.value(value_of(point, "cka"))
+      blocks, several = blocks or cka, several or blocks ~= nil and blocks ~= cka
       series[#series + 1] = { name = run_name(point), group = point.setting.name, x = c.x, y = c.y, color = point.setting.color,
         dash = point.setting.color >= 8 or nil }
       rows[#rows + 1] = { run_name(point), page.number(c.y[1], "%.5g"), page.number(c.y[#c.y], "%.5g"), page.number(c.x[#c.x], "%d") }
@@ -247,16 +301,56 @@ local function curves(p, self, title, pick, options)
   if #series == 0 then return end
   p:figure({ kind = "lines", series = series, zero = o.zero }, {
     title = title, label = ("%d runs, first and last values in the table below"):format(#series),
-    caption = ("%d runs%s."):format(#series, #self.points > #self.settings and
-      "; those of one setting share a color, and their values stand side by side, one a seed" or ", one a setting"),
+    caption = ("%d runs%s.%s"):format(#series, #self.points > #self.settings and
+      "; those of one setting share a color, and their values stand side by side, one a seed" or ", one a setting", o.of_cka and several and
+      " Each setting looks at the blocks of its own cka, so their curves are no comparison: the table's CKA is of all blocks." or ""),
     head = { "run", { "first", class = "num" }, { "last", class = "num" }, { "last step", class = "num" } }, rows = rows,
+  })
+end
+
+-- A dot a seed and setting of one measure, with the means; for a person the first answer of a sweep.
+local function dots(p, self, column)
+  local rows, head, lines, seeds, n = json.array {}, { "setting", { "mean", class = "num" }, { "±", class = "num" } }, {}, json.array {}, 0
+  local at, low, high = {}, nil, nil
+  for _, s in ipairs(self.settings) do
+    for seed in pairs(s.row[column.key] and s.row[column.key].values or {}) do
+      if not at[seed] then at[seed], seeds[#seeds + 1] = true, seed end
+    end
+  end
+  table.sort(seeds)
+  for i, seed in ipairs(seeds) do head[i + 3] = { "seed " .. page.value(seed), class = "num" } end
+  for _, s in ipairs(self.settings) do
+    local cell = s.row[column.key]
+    if cell then
+      local row = { name = s.name, color = s.color, mean = charts.short(cell.mean), sd = charts.short(cell.sd), y = json.array {} }
+      local line = { s.name, page.number(cell.mean, column.format), page.number(cell.sd, column.format) }
+      for i, seed in ipairs(seeds) do
+        row.y[i], line[i + 3] = charts.short(cell.values[seed]), page.number(cell.values[seed], column.format)
+      end
+      rows[#rows + 1], lines[#lines + 1], n = row, line, n + cell.n
+      if not low or cell.mean < low.row[column.key].mean then low = s end
+      if not high or cell.mean > high.row[column.key].mean then high = s end
+    end
+  end
+  if #rows < 2 then return end
+  local function said(s) return ("%s " .. column.format):format(s.name, s.row[column.key].mean) end
+  local ptq = self.ptq and self.ptq[column.key]
+  ptq = ptq and (ptq.value or ptq.mean)
+  p:figure({ kind = "strip", rows = rows, seeds = seeds, name = column.title, digits = tonumber(column.format:match "%d"),
+    line = ptq and { name = "PTQ", x = charts.short(ptq) } or nil }, {
+    title = column.title:gsub("^%l", string.upper) .. " of every run, held out",
+    label = ("%d runs of %d settings; lowest mean %s, highest %s%s"):format(n, #rows, said(low), said(high),
+      ptq and (", PTQ " .. column.format):format(ptq) or ""),
+    caption = ("A dot a run, a bar at each mean%s%s."):format(ptq and ("; dashed: PTQ, " .. column.format):format(ptq) or "",
+      #seeds > 1 and "; the cursor joins the runs of one seed, which had the same documents" or ""),
+    head = head, rows = lines,
   })
 end
 
 local function parallel(p, self)
   local axes, lines = json.array {}, json.array {}
   for i, key in ipairs(self.factors) do axes[i] = { name = key } end
-  local shown = { { "kl", "KL" }, { "recovery", "recovered %" }, { "top1", "top-1" }, { "cka", "mean CKA" }, { "cka_min", "lowest CKA" } }
+  local shown = { { "kl", "KL" }, { "perplexity", "perplexity" }, { "top1", "top-1" }, { "cka", "mean CKA" }, { "cka_min", "lowest CKA" } }
   for _, item in ipairs(shown) do axes[#axes + 1] = { name = item[2] } end
   for _, point in ipairs(self.points) do
     if point.numbers then
@@ -294,7 +388,11 @@ function sweep.html(path)
     p:add "</ul></div>"
   end
   p:heading "Settings, held-out documents"
-  p:add('<div class="scroll all">%s</div>', t:html())
+  p:add '<div class="grid2">'
+  dots(p, self, columns[1])
+  dots(p, self, columns[5])
+  p:add "</div>"
+  p:add('<div class="scroll all settings">%s</div>', t:html())
   p:add '<div class="grid2 apart">'
   parallel(p, self)
   p:add "</div>"

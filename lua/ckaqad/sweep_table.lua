@@ -111,12 +111,6 @@ local function ptq_row(groups)
   return row
 end
 
-local function interval(p)
-  if p.n == 0 then return nil end
-  if not p.low then return ("%+.5f"):format(p.difference) end
-  return ("%+.5f [%+.5f, %+.5f]%s"):format(p.difference, p.low, p.high, p.clear and "" or " ?")
-end
-
 -- Names of the options in which two settings differ.
 local function changed(a, b)
   local list = {}
@@ -149,7 +143,7 @@ local function rows_of(groups)
       local keys = changed(first, g)
       row.changed = table.concat(keys, ", ") .. (#keys > 1 and " (!)" or "")
       local p = stats.paired(kl, values_of(first, "after", "kl"))
-      row.difference = interval(p)
+      row.difference = table_.difference(p)
       said.several, said.few, said.single = said.several or #keys > 1, said.few or (p.n > 1 and p.few), said.single or p.n == 1
       said.unclear = said.unclear or (p.n > 1 and not p.clear)
     end

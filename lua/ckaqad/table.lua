@@ -42,6 +42,13 @@ function table_.cell(values)
   return { mean = s.mean, sd = s.sd, n = s.n, values = values }
 end
 
+-- A paired difference (what stats.paired gives) as a cell, "+0.00002 [-0.00041, +0.00040] ?": "?" where the interval includes zero.
+function table_.difference(p)
+  if p.n == 0 then return nil end
+  if not p.low then return ("%+.5f"):format(p.difference) end
+  return ("%+.5f [%+.5f, %+.5f]%s"):format(p.difference, p.low, p.high, p.clear and "" or " ?")
+end
+
 local function plain(x)
   if type(x) ~= "number" then return tostring(x) end
   if x == math.floor(x) and math.abs(x) < 1e15 then return ("%d"):format(x) end

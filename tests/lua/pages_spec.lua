@@ -125,24 +125,52 @@ describe("the report", function()
     assert.is_nil(cosine:find("CKA of every block in training", 1, true))
   end)
 
-  it("compares a sweep's settings with PTQ, over the seeds that finished", function()
-    local html = in_folder(function(dir)
-      local points, kl = {}, { 0.03, 0.035, 0.04, 0.045 }
+  -- The page of a sweep over lr with two seeds a setting: the KL that each point ended with; `less(i)` makes a point other than finished.
+  local function page_of_sweep(kl, less)
+    return in_folder(function(dir)
+      local points = {}
       os.execute("mkdir '" .. dir .. "/points'")
       for i, after in ipairs(kl) do
-        local hash, lr = ("%08d"):format(i), i <= 2 and 1 or 2
+        local hash, lr = ("%08d"):format(i), math.ceil(i / 2)
+        local run = { history = {}, after = with { kl = after } }
         points[i] = { hash = hash, name = "lr=" .. lr, options = { lr = lr }, seed = (i - 1) % 2 + 1 }
+        if less then less(i, points[i], run) end
         os.execute("mkdir '" .. dir .. "/points/" .. hash .. "'")
-        write_run(dir .. "/points/" .. hash, { history = {}, after = with { kl = after }, stopped = i == 4 })
+        write_run(dir .. "/points/" .. hash, run)
       end
       write(dir .. "/sweep.json", json.encode { format = 1, recipe = "r.lua", base = json.object {}, axes = { { name = "lr",
         values = { 1, 2 } } }, seeds = { 1, 2 }, points = points })
       return report.sweep(dir)
     end)
+  end
+
+  it("compares a sweep's settings with PTQ, over the seeds that finished", function()
+    local html = page_of_sweep({ 0.03, 0.035, 0.04, 0.045 }, function(i, _, run) run.stopped = i == 4 end)
     assert.matches("2 settings, 3 of 4 runs finished. Lowest KL: lr=1, 0.03250", html, 1, true)
     assert.matches("still worse than PTQ (recovered -62.5 %)", html, 1, true)
     assert.matches("PTQ, untrained", html, 1, true)
     assert.matches("Not every setting has finished with the same seeds (lr=1: 1, 2; lr=2: 1)", html, 1, true)
+  end)
+
+  it("shows paired differences, and no spread of what all began with", function()
+    local html = page_of_sweep { 0.015, 0.016, 0.01, 0.012 }
+    assert.matches("KL - KL of lr=1", html, 1, true)
+    assert.matches("-0.00450 [-0.00500, -0.00400]<", html, 1, true)
+    assert.matches("<td class=\"num\">0.02000</td>", html, 1, true)
+    assert.is_nil(html:find("± 0.00000", 1, true))
+    assert.matches("4 runs of 2 settings; lowest mean lr=2 0.01100, highest lr=1 0.01550, PTQ 0.02000", html, 1, true)
+  end)
+
+  it("does not call a halved sweep uneven, nor compares with what was dropped", function()
+    local function drop(first) return function(i, point, run)
+      if i >= first then point.dropped, run.stopped = 10, true end
+    end end
+    local html = page_of_sweep({ 0.015, 0.016, 0.01, 0.012, 1, 1 }, drop(5))
+    assert.is_nil(html:find("Uneven", 1, true))
+    assert.matches("3 settings, 4 of 6 runs finished, 2 dropped on the way.", html, 1, true)
+    assert.matches("the paired interval against the one other setting that finished excludes zero.", html, 1, true)
+    assert.matches("Dropped at step 10, without a result: lr=3.", html, 1, true)
+    assert.matches("no other setting finished, so nothing is compared.", page_of_sweep({ 0.015, 0.016, 1, 1 }, drop(3)), 1, true)
   end)
 end)
 

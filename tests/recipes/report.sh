@@ -56,6 +56,10 @@ cat >"$work/probe.html" <<'EOT'
       }));
     },
     heat: function (c, end) { return end ? [last(c.cols), value(last(last(c.values)), c)] : [c.cols[0], value(c.values[0][0], c)]; },
+    strip: function (c, end) {
+      var r = end ? last(c.rows) : c.rows[0], list = r.y.filter(function (v) { return v !== null; });
+      return [r.name, value(end ? last(list) : list[0], c), value(r.mean, c)];
+    },
     parallel: function (c, end) { var l = end ? last(c.lines) : c.lines[0]; return [l.name].concat(l.v.map(function (v) { return value(v, c); })); }
   };
   ends.dots = ends.bars = function (c, end) {
@@ -93,6 +97,14 @@ cat >"$work/probe.html" <<'EOT'
       say(cells > 0 && cells === known, name + " has " + cells + " cells of " + known);
       pointer(edge.right - edge.width / c.cols.length / 2, edge.bottom - edge.height / c.rows.length / 2);
       holds(ends.heat(c, true).concat(last(c.rows)), "pointer on the last cell");
+    } else if (c.kind === "strip") {
+      var spots = plot.querySelectorAll(".dot"), spot = spots[spots.length - 1].getBoundingClientRect(), known = 0;
+      c.rows.forEach(function (r) { r.y.forEach(function (v) { known += v !== null; }); });
+      say(spots.length === known && plot.querySelectorAll(".mean").length === c.rows.length, name + " has " + spots.length + " dots of " + known);
+      pointer(spot.left + spot.width / 2, spot.top + spot.height / 2);
+      holds(ends.strip(c, true), "pointer on the last dot");
+      key("ArrowUp");
+      say(legend().indexOf(c.rows[c.rows.length - 2].name) >= 0, name + " goes up a setting: " + legend());
     } else if (c.kind === "parallel") {
       pointer(box.left + box.width / 2, box.top + box.height / 2);
       say(c.lines.some(function (l) { return legend().indexOf(l.name) >= 0; }), name + " under the pointer: " + legend());
