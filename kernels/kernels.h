@@ -554,6 +554,9 @@ CQ_API const cq_kernels *cq_kernels_find(const char *name);
 /// The same operations, each followed by a look at its floating results: the first NaN or Inf is a
 /// CQ_ENUMERIC that names operation, buffer and row. Slow; one table at a time in a process.
 CQ_API const cq_kernels *cq_kernels_checked(const cq_kernels *of);
+/// The same operations, each timed (on a device: waited for); the totals go to standard error at
+/// the end of the process. One table at a time in a process.
+CQ_API const cq_kernels *cq_kernels_profiled(const cq_kernels *of);
 /// What `cpu` dispatches to on this machine: "avx512", "avx2" or "generic".
 CQ_API const char *cq_cpu_isa(void);
 /// Sets the OpenMP thread count (0: the machine's cores) and passive waiting; returns the count.

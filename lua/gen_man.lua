@@ -14,7 +14,7 @@ local variables = {
   CKAQAD_LUA = "a folder whose \fIckaqad/\fR modules are used in place of those inside the program",
   CKAQAD_CUDA_SYNC = "set to 1, every operation on a GPU is waited for, so that an error names the operation it is of",
   CKAQAD_CUDA_TUNE = "set to 1, algorithms of matrix products on a GPU are timed, and the best kept in ~/.cache/ckaqad",
-  CKAQAD_PROFILE = "set to 1, a run says how much time the driver took beside the C library",
+  CKAQAD_PROFILE = "set to 1, a run says how much time the driver took beside the C library; set to ops, how much each operation took",
 }
 
 local files = {

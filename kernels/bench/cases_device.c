@@ -30,7 +30,8 @@ static void product(bench *b, const char *label, int64_t m, int64_t n, int64_t k
     MEASURE(b, matmul, label, 2.0 * (double)m * (double)n * (double)k, 4 * (m * k + k * n + m * n),
             .ta = ta, .tb = tb, .m = m, .n = n, .k = k, .a = bench_floats(b, m * k),
             .lda = ta ? m : k, .b = bench_floats(b, k * n), .ldb = tb ? k : n,
-            .c = bench_floats(b, m * n), .ldc = n, .alpha = 1.0);
+            .c = bench_floats(b, m * n), .ldc = n, .alpha = 1.0,
+            .b16 = b->s.compute == CQ_COMPUTE_BF16 ? bench_bf16(b, k * n) : NULL);
 }
 static void products(bench *b) {
     product(b, "Qwen gate/up forward", T, 2 * QWEN_MLP, QWEN, false, true);
@@ -50,7 +51,10 @@ static void grouped(bench *b) {
                 .mode = (cq_grouped)mode, .groups = EXPERTS, .n = EXPERT, .k = NANO,
                 .offsets = bench_bounds(b, EXPERTS, rows), .x = bench_floats(b, rows * NANO),
                 .w = bench_floats(b, (int64_t)EXPERTS * EXPERT * NANO),
-                .y = bench_floats(b, rows * EXPERT));
+                .y = bench_floats(b, rows * EXPERT),
+                .w16 = b->s.compute == CQ_COMPUTE_BF16 && mode != CQ_GROUPED_WEIGHT
+                           ? bench_bf16(b, (int64_t)EXPERTS * EXPERT * NANO)
+                           : NULL);
 }
 
 static void norms(bench *b, bool backward) {

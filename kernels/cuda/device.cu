@@ -31,6 +31,11 @@ int no_device(cudaError_t e) {
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
+    if (driver == 0)
+        return cq_fail(CQ_EUSAGE,
+                       "cuda: no driver, wanted one for CUDA %d.%d or newer, or "
+                       "--device=cpu",
+                       runtime / 1000, runtime % 1000 / 10);
     if (e == cudaErrorInsufficientDriver || (e != cudaSuccess && driver > 0 && driver < runtime))
         return cq_fail(CQ_EUSAGE,
                        "cuda: the driver supports CUDA %d.%d, wanted %d.%d or newer: update it, or "

@@ -48,6 +48,7 @@ function device.device(given)
   end
   local stream, kernels = open(o)
   if o.check then stream.table = C.cq_kernels_checked(stream.table) end
+  if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
   stream.threads = C.cq_threads_set(o.threads)
   stream.compute = o.compute == "bf16" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
   local text = native.new "char[128]"
