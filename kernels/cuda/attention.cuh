@@ -29,6 +29,7 @@ __device__ __forceinline__ void cq_find_begins(int32_t *begin, const cq_heads &a
 /// Whether attention_bf16.cu has this head_dim.
 static inline bool cq_attention_has_bf16(int64_t dim) { return dim == 64 || dim == 128; }
 int cq_attention_bf16_forward(cq_stream *s, const cq_heads &a, float *out, float *lse);
-/// delta [tokens, heads] = <dout, out> is made already; it lies in the stream's scratch.
+/// delta [tokens, heads] = <dout, out> is made already; `room` [2, tokens, heads, dim] is free.
 int cq_attention_bf16_backward(cq_stream *s, const cq_heads &a, const float *dout, const float *lse,
-                               const float *delta, const cq_attention_backward_args *args);
+                               const float *delta, float *room,
+                               const cq_attention_backward_args *args);

@@ -120,7 +120,8 @@ int take(void **out, int64_t bytes, bool shared) {
     }
     if (shared)
         memset(*out, 0, n);
-    else if ((e = cudaMemset(*out, 0, n)) != cudaSuccess)
+    else if ((e = cudaMemset(*out, 0, n)) != cudaSuccess ||
+             (e = cudaDeviceSynchronize()) != cudaSuccess) /* streams do not wait for a memset */
         return failed("clearing new memory", e);
     return CQ_OK;
 }

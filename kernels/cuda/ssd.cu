@@ -143,8 +143,9 @@ __global__ void __launch_bounds__(THREADS)
         q = a.chunks.q;
     double *sum = reinterpret_cast<double *>(room);
     float *dt = room + 2 * q;
+    int rows = q > dim ? q : dim; /* b holds the state afterwards */
     cq_tile x = {dt + q, dim + 1}, b = {x.p + q * (dim + 1), state + 1};
-    cq_tile c = {b.p + q * (state + 1), state + 1}, m = {c.p + q * (state + 1), q + 1};
+    cq_tile c = {b.p + rows * (state + 1), state + 1}, m = {c.p + q * (state + 1), q + 1};
     steps_of(a, from, n, h, sum, dt);
     cq_load_rows(x, a.x + from * a.ldx + h * a.dim, a.ldx, n, dim, NULL);
     cq_load_rows(b, a.B + from * a.ldB + g * a.state, a.ldB, n, state, NULL);
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(THREADS)
             m.at(i, j) = j <= i ? r * exp_of(sum[i] - sum[j]) * dt[j] : 0.0f;
         });
     __syncthreads();
-    const float *in = states + (chunk * a.heads + h) * a.dim * a.state;
+    cq_load_rows(b, states + (chunk * a.heads + h) * a.dim * a.state, state, dim, state, NULL);
     float skip = a.d[h];
     float *out = y + from * a.heads * a.dim + h * a.dim;
     cq_product(
@@ -169,10 +170,24 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads(); /* the threads that add are others */
     cq_product(
         n, dim, state, [&](int i, int k) { return c.at(i, k); },
-        [&](int j, int k) { return in[j * state + k]; },
+        [&](int j, int k) { return b.at(j, k); },
         [&](int i, int j, float r) {
             out[(int64_t)i * a.heads * a.dim + j] += exp_of(sum[i]) * r;
         });
+}
+
+/// to[i] = sum over j of left(i, j) right(i, j), i < n: a warp each.
+__device__ __forceinline__ void row_dots(float *to, const cq_tile &left, const cq_tile &right,
+                                         int n, int cols) {
+    int lane = (int)(threadIdx.x % CQ_WARP);
+    for (int i = (int)(threadIdx.x / CQ_WARP); i < n; i += THREADS / CQ_WARP) {
+        float sum = 0.0f;
+        for (int j = lane; j < cols; j += CQ_WARP)
+            sum += left.at(i, j) * right.at(i, j);
+        sum = cq_warp_sum(sum);
+        if (lane == 0)
+            to[i] = sum;
+    }
 }
 
 struct scan_gradients {
@@ -206,6 +221,8 @@ __global__ void __launch_bounds__(THREADS) chunk_gradients(scan_shape a, scan_gr
     cq_tile x = {out_at + q, dim + 1}, dy = {x.p + q * (dim + 1), dim + 1};
     cq_tile b = {dy.p + q * (dim + 1), state + 1}, c = {b.p + q * (state + 1), state + 1};
     cq_tile cb = {c.p + q * (state + 1), q + 1}, yu = {cb.p + q * (q + 1), q + 1};
+    cq_tile pass = {yu.p + q * (q + 1), state + 1};      /* S_in, then G */
+    cq_tile w = {pass.p + dim * (state + 1), state + 1}; /* the terms of dC and dB with them */
     const float *in = o.in + (chunk * a.heads + h) * a.dim * a.state;
     const float *grad = o.g + (chunk * a.heads + h) * a.dim * a.state;
     steps_of(a, from, n, h, sum, dt);
@@ -259,45 +276,46 @@ __global__ void __launch_bounds__(THREADS) chunk_gradients(scan_shape a, scan_gr
                n, dim, n, [&](int i, int k) { return cb.at(k, i); },
                [&](int j, int k) { return dy.at(k, j); },
                [&](int i, int j, float r) { dx[i * o.lddx + j] = r; });
-    __syncthreads(); /* the threads that add are others; c and cb are read no more as they are */
+    cq_load_rows(pass, in, state, dim, state, NULL);
+    __syncthreads(); /* the threads that add to dx are others */
     cq_product(
         n, state, dim, [&](int i, int k) { return dy.at(i, k); },
-        [&](int j, int k) { return in[k * state + j]; },
-        [&](int i, int j, float r) { dc[i * wide + j] += exp_of(sum[i]) * r; });
-    cq_product(
-        n, state, dim, [&](int i, int k) { return x.at(i, k); },
-        [&](int j, int k) { return grad[k * state + j]; },
-        [&](int i, int j, float r) { db[i * wide + j] += dt[i] * exp_of(last - sum[i]) * r; });
-    cq_product(
-        n, dim, state, [&](int i, int k) { return b.at(i, k); },
-        [&](int j, int k) { return grad[j * state + k]; },
-        [&](int i, int j, float r) { dx[i * o.lddx + j] += exp_of(last - sum[i]) * r; });
-    __syncthreads();
+        [&](int j, int k) { return pass.at(k, j); },
+        [&](int i, int j, float r) {
+            w.at(i, j) = exp_of(sum[i]) * r;
+            dc[i * wide + j] += w.at(i, j);
+        });
     float skip = 0.0f, pairs = 0.0f;
     for (int i = (int)threadIdx.x; i < dim * state; i += THREADS)
-        pairs += grad[i] * in[i];
+        pairs += grad[i] * pass.at(i / state, i % state);
     pairs = cq_block_sum(pairs, sums) * exp_of(last);
+    __syncthreads();
+    row_dots(into_at, c, w, n, state);
+    cq_load_rows(pass, grad, state, dim, state, NULL);
+    __syncthreads();
+    cq_product(
+        n, state, dim, [&](int i, int k) { return x.at(i, k); },
+        [&](int j, int k) { return pass.at(k, j); },
+        [&](int i, int j, float r) {
+            w.at(i, j) = dt[i] * exp_of(last - sum[i]) * r;
+            db[i * wide + j] += w.at(i, j);
+        });
+    cq_product(
+        n, dim, state, [&](int i, int k) { return b.at(i, k); },
+        [&](int j, int k) { return pass.at(j, k); },
+        [&](int i, int j, float r) { dx[i * o.lddx + j] += exp_of(last - sum[i]) * r; });
+    __syncthreads();
+    row_dots(out_at, b, w, n, state);
     int lane = (int)(threadIdx.x % CQ_WARP), warp = (int)(threadIdx.x / CQ_WARP);
     for (int t = warp; t < n; t += THREADS / CQ_WARP) {
-        float into = 0.0f, outof = 0.0f, along = 0.0f, through = 0.0f;
+        float along = 0.0f, through = 0.0f;
         for (int p = lane; p < dim; p += CQ_WARP) {
-            float s_in = 0.0f, s_out = 0.0f;
-            for (int k = 0; k < state; k++) {
-                s_in += in[p * state + k] * c.at(t, k);
-                s_out += grad[p * state + k] * b.at(t, k);
-            }
-            into += dy.at(t, p) * s_in;
-            outof += x.at(t, p) * s_out;
             along += dx[t * o.lddx + p] * x.at(t, p);
             through += dy.at(t, p) * x.at(t, p);
         }
-        into = cq_warp_sum(into);
-        outof = cq_warp_sum(outof) * dt[t] * exp_of(last - sum[t]);
         along = cq_warp_sum(along);
         through = cq_warp_sum(through);
         if (lane == 0) {
-            into_at[t] = exp_of(sum[t]) * into;
-            out_at[t] = outof;
             ddt[t] = along;
             skip += through;
         }
@@ -380,10 +398,10 @@ void cut_chunks(chunk_list *c, scratch *m) {
 }
 
 int64_t forward_floats(int64_t q, int64_t dim, int64_t state) {
-    return 3 * q + q * (dim + 1) + 2 * q * (state + 1) + q * (q + 1);
+    return 3 * q + q * (dim + 1) + (q + (q > dim ? q : dim)) * (state + 1) + q * (q + 1);
 }
 int64_t backward_floats(int64_t q, int64_t dim, int64_t state) {
-    return 7 * q + 2 * q * (dim + 1) + 2 * q * (state + 1) + 2 * q * (q + 1);
+    return 7 * q + 2 * q * (dim + 1) + (3 * q + dim) * (state + 1) + 2 * q * (q + 1);
 }
 /// The longest chunk, 64 or shorter, whose block fits; 0 when none does.
 int longest_chunk(int64_t (*floats)(int64_t, int64_t, int64_t), int64_t dim, int64_t state) {

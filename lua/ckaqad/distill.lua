@@ -16,9 +16,11 @@ local layer_losses = {
   gram = "CQ_LAYER_GRAM",
 }
 
--- Tokens of a logits chunk: about 64 MiB of F32 for both models, from 64 to 1024 tokens.
-function distill.chunk(vocab)
-  return math.max(64, math.min(1024, 2 ^ math.floor(math.log(2 ^ 26 / (8 * vocab)) / math.log(2))))
+-- Tokens of a logits chunk: about 64 MiB of F32 for both models, from 64 to 1024 tokens; 1.2 GiB on a device, where each chunk
+-- reads the whole head.
+function distill.chunk(vocab, on_device)
+  local bytes = on_device and 1.2 * 2 ^ 30 or 2 ^ 26
+  return math.max(64, math.min(1024, 2 ^ math.floor(math.log(bytes / (8 * vocab)) / math.log(2))))
 end
 
 -- The C object of a list of terms; the plan makes it, the student keeps it.
@@ -28,7 +30,7 @@ function distill.open(teacher, student, terms, seed, many)
   o.logit_loss = not logits and C.CQ_LOGIT_NONE or logits.logits == "kl" and C.CQ_LOGIT_KL or C.CQ_LOGIT_CE
   o.form = C[forms[logits and logits.tail or "full"]]
   o.top_k = logits and logits.top_k and logits.tail ~= "full" and math.min(logits.top_k, student.vocab) or student.vocab
-  o.chunk = logits and logits.chunk > 0 and logits.chunk or distill.chunk(student.vocab)
+  o.chunk = logits and logits.chunk > 0 and logits.chunk or distill.chunk(student.vocab, student.device.on_device)
   local blocks = layers and select_.blocks(layers.blocks, student.pattern) or {}
   for _, block in ipairs(blocks) do taps[block] = true end
   o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE

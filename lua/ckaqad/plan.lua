@@ -50,7 +50,8 @@ local function declare(o, mode)
   end
   if o.eval then
     local e = o.student.evaluators[o.teacher]
-    heads[#heads + 1] = function() call.cq_eval_plan(e, p, tokens, math.min(tokens, distill.chunk(o.student.vocab))) end
+    local chunk = distill.chunk(o.student.vocab, o.student.device.on_device)
+    heads[#heads + 1] = function() call.cq_eval_plan(e, p, tokens, math.min(tokens, chunk)) end
   end
   side_by_side(p, { C.CQ_FOR_LOGITS, C.CQ_FOR_CKA }, heads)
   return p
