@@ -1,6 +1,7 @@
 /* test_cpu_sequence.c - attention, convolution and SSD of the cpu backend against ref in F64, over
    documents of odd lengths, document boundaries on and off the edges of blocks and chunks, and
    strided rows; with WAYS_CUDA the same of a device. */
+#include "kernels/cpu/vec.h"
 #include "tests/three_ways.h"
 
 enum { MOST_DOCS = 16, SEEDS = 3 };
@@ -275,6 +276,106 @@ Test(cpu_sequence, ssd_holds_with_decays_that_underflow_and_steps_that_vanish) {
     check_ssd(&(ssd_case){4, 16, 2, 16, 32, 0.5, -9.0, PACK(100, 64)}, 33);
     check_ssd(&(ssd_case){4, 16, 2, 16, 64, 3.0, 25.0, PACK(130)}, 35);
 }
+
+#ifdef WAYS_CUDA
+/* |got - want| / |want| over n values. */
+static double relative(const float *got, const float *want, int64_t n) {
+    double off = 0, size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        off += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
+        size += (double)want[i] * (double)want[i];
+    }
+    return sqrt(off / size);
+}
+static float *on_device(const cq_memory *m, cq_stream *s, const void *from, int64_t bytes) {
+    void *p = NULL;
+    cr_assert_eq(m->take(&p, bytes, false), CQ_OK, "%s", cq_error());
+    if (from)
+        cr_assert_eq(m->copy(s, p, from, bytes), CQ_OK, "%s", cq_error());
+    return p;
+}
+/* Probabilities and slopes are rounded to BF16 (2^-9) on their way into products. */
+static void check_tensor_attention(int64_t dim) {
+    enum { T = 150, H = 4, KV = 2, DOCS = 3 };
+    int64_t starts[DOCS + 1] = {0, 1, 70, T}, q = T * H * dim, kv = T * KV * dim;
+    cq_stream s = {.table = cq_kernels_find(WAYS_TABLE), .compute = CQ_COMPUTE_BF16};
+    const cq_memory *m = s.table->memory;
+    cr_assert_eq(m->open(&s, 0), CQ_OK, "%s", cq_error());
+    float *in[4], *want[5], *got[5], *there[4];
+    int64_t n_in[4] = {q, kv, kv, q}, n_out[5] = {q, T * H, q, kv, kv};
+    for (int k = 0; k < 4; k++) {
+        in[k] = malloc((size_t)n_in[k] * sizeof(float));
+        for (int64_t i = 0; i < n_in[k]; i++)
+            in[k][i] = vec_bf16((float)cq_random_normal(7, (uint64_t)k, (uint64_t)i));
+        there[k] = on_device(m, &s, in[k], n_in[k] * 4);
+    }
+    int64_t *begins = (int64_t *)(void *)on_device(m, &s, starts, sizeof(starts));
+    for (int k = 0; k < 5; k++) {
+        want[k] = malloc((size_t)n_out[k] * sizeof(float));
+        got[k] = on_device(m, &s, NULL, n_out[k] * 4);
+    }
+    for (int way = 0; way < 2; way++) {
+        const cq_kernels *t = way ? s.table : cq_kernels_find("ref");
+        float **x = way ? there : in, **y = way ? got : want;
+        cq_attention_forward_args f = {.tokens = T,
+                                       .n_docs = DOCS,
+                                       .starts = way ? begins : starts,
+                                       .heads = H,
+                                       .kv_heads = KV,
+                                       .head_dim = dim,
+                                       .scale = 1 / sqrt((double)dim),
+                                       .q = x[0],
+                                       .k = x[1],
+                                       .v = x[2],
+                                       .ldq = H * dim,
+                                       .ldk = KV * dim,
+                                       .ldv = KV * dim,
+                                       .out = y[0],
+                                       .lse = y[1]};
+        cr_assert_eq(t->attention_forward(&s, &f), CQ_OK, "%s", cq_error());
+        cq_attention_backward_args b = {.tokens = T,
+                                        .n_docs = DOCS,
+                                        .starts = f.starts,
+                                        .heads = H,
+                                        .kv_heads = KV,
+                                        .head_dim = dim,
+                                        .scale = f.scale,
+                                        .q = x[0],
+                                        .k = x[1],
+                                        .v = x[2],
+                                        .ldq = H * dim,
+                                        .ldk = KV * dim,
+                                        .ldv = KV * dim,
+                                        .out = y[0],
+                                        .lse = y[1],
+                                        .dout = x[3],
+                                        .dq = y[2],
+                                        .dk = y[3],
+                                        .dv = y[4],
+                                        .lddq = H * dim,
+                                        .lddk = KV * dim,
+                                        .lddv = KV * dim};
+        cr_assert_eq(t->attention_backward(&s, &b), CQ_OK, "%s", cq_error());
+    }
+    static const char *const name[] = {"out", "lse", "dq", "dk", "dv"};
+    for (int k = 0; k < 5; k++) {
+        float *x = malloc((size_t)n_out[k] * sizeof(float));
+        cr_assert_eq(m->copy(&s, x, got[k], n_out[k] * 4), CQ_OK, "%s", cq_error());
+        double off = relative(x, want[k], n_out[k]);
+        cr_expect(off < 4e-3, "head_dim %ld: %s is off by %g", (long)dim, name[k], off);
+        m->give(got[k], n_out[k] * 4, false);
+        free(x), free(want[k]);
+    }
+    for (int k = 0; k < 4; k++)
+        m->give(there[k], n_in[k] * 4, false), free(in[k]);
+    m->give(begins, sizeof(starts), false);
+    m->close(&s);
+}
+Test(cpu_sequence, attention_on_tensor_cores_is_close_to_ref) {
+    check_tensor_attention(64);
+    check_tensor_attention(128);
+}
+#endif
 
 #ifndef WAYS_CUDA
 Test(cpu_sequence, too_little_scratch_is_an_error_with_both_sizes) {

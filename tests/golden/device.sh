@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The golden models and the quantizer through the code of the cuda backend, its kernels thread by thread on the processor and its
+# memory out of the host's reach.
+set -eu
+cd "$(dirname "$0")/../.."
+g=tests/golden
+[ -x build/ckaqad_on_cpu ] || { echo "no C++ compiler: the kernels of kernels/cuda were not built for the processor"; exit 77; }
+for model in nemotron_h_tiny qwen3_tiny; do
+  build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --kernels=cuda_on_cpu
+done
+build/ckaqad_on_cpu $g/check.lua --golden=$g/nvfp4_static.golden.safetensors --kernels=cuda_on_cpu
