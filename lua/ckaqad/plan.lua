@@ -114,7 +114,7 @@ function plan.plan(options)
   local library = library_bytes(o.student.device)
   local self = {
     c = p, mode = mode, bytes = total(p) + library, library = library, saved_bytes = saved_bytes, trained = o.trained, tokens = o.tokens,
-    before = native.peak_bytes(),
+    before = native.peak_bytes(), free = o.student.device.on_device and tonumber(C.cq_stream_available(o.student.device.stream)),
   }
   self.lines = lines_of(self)
   if o.show then o.show(self) end

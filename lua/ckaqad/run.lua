@@ -470,7 +470,11 @@ end
 ---
 --- Example:
 ---     print(cq.text.bytes(run:peak_bytes()))
-function Run:peak_bytes() return native.peak_bytes() - self.plan_made.before end
+function Run:peak_bytes()
+  local free = self.plan_made.free -- on a device nothing is given back before the end, so what is in use is the peak
+  if free then return free - tonumber(native.C.cq_stream_available(self.device.stream)) end
+  return native.peak_bytes() - self.plan_made.before
+end
 
 local function memory_line(self)
   local p = self.plan_made
