@@ -35,6 +35,11 @@ sanitized() {
   build build/asan -DCKAQAD_SANITIZE=address,undefined && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
 }
 
+race_detector() { # the kernels on the CPU under ThreadSanitizer
+  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON &&
+    cmake --build build/races --target test_emulator test_cuda_on_cpu_{dense,losses,quant,sequence} &&
+    ctest --test-dir build/races --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator'
+}
 with_nvcc() { # code for every target compiles and links, and a machine without a GPU gets one line
   local nvcc; nvcc=$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc) || { echo "CUDA: not built, no nvcc"; return 77; }
   echo "with $nvcc"
@@ -48,6 +53,7 @@ part gcc "unit tests" each_test build
 part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang
 part clang "build without oneDNN" without_onednn
 part sanitize "unit tests under address and undefined sanitizers" sanitized
+part cuda "cuda_on_cpu race detector" race_detector
 part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
 for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
 part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua

@@ -2,7 +2,7 @@
  * against ref in F64; with WAYS_CUDA the same of a device. */
 #include "tests/three_ways.h"
 
-enum { SEEDS = WAYS_PICK(2, 4) };
+enum { SEEDS = WAYS_SEEDS(2, 4) };
 
 static int32_t *labels_of(int64_t rows, int64_t vocab, uint64_t seed) {
     int32_t *labels = malloc((size_t)(rows + 1) * sizeof(*labels));

@@ -34,9 +34,16 @@ bool cq_emu_set(const char *order, const char *copies) __attribute__((weak));
 enum { REF_WAY, PLAIN_WAY, CPU_WAY, AGAIN_WAY, ALONE_WAY, N_WAYS, MOST_FIELDS = 24 };
 #endif
 #ifdef WAYS_EMULATED
-#define WAYS_PICK(emulated, real) (emulated) ///< sizes that take long thread by thread
+#define WAYS_PICK(emulated, real) (emulated) ///< numbers of what takes long thread by thread
 #else
 #define WAYS_PICK(emulated, real) (real)
+#endif
+#ifdef WAYS_RACES /* under ThreadSanitizer: once, and errors are for the other builds */
+enum { WAYS_ORDERS = 1, WAYS_JUDGES = 0 };
+#define WAYS_SEEDS(emulated, real) 1
+#else
+enum { WAYS_ORDERS = 3, WAYS_JUDGES = 1 };
+#define WAYS_SEEDS(emulated, real) WAYS_PICK(emulated, real)
 #endif
 /// A pointer in the arguments to `bytes` of whatever type.
 typedef struct ways_raw {
@@ -165,7 +172,7 @@ static inline void ways_compare_field(ways *w, const char *op, const ways_field 
 /// Holds the errors of all runs so far against the bound; a result of a few elements can be right
 /// by luck in one run.
 static inline void ways_judge(ways *w) {
-    for (int i = 0; i < w->n_tallies; i++) {
+    for (int i = 0; WAYS_JUDGES && i < w->n_tallies; i++) {
         const ways_tally *t = &w->tally[i];
         if (getenv("CQ_TEST_ERRORS"))
             printf("%s: %s.%s: error in ulp: plain %.2f, " WAYS_TABLE " %.2f\n", w->what, t->op,
@@ -283,7 +290,7 @@ static inline bool ways_next(int *at) {
 #ifdef WAYS_CUDA
     static const char *const orders[] = {"forward", "reverse", "random:1"};
     ++*at;
-    return cq_emu_set ? *at < 3 && cq_emu_set(orders[*at], "late") : *at < 1;
+    return cq_emu_set ? *at < WAYS_ORDERS && cq_emu_set(orders[*at], "late") : *at < 1;
 #else
     static const char *const isas[] = {"generic", "avx2", "avx512"};
     while (++*at < 3) {

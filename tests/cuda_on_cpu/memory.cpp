@@ -3,7 +3,8 @@
  * All of it lies in one reserved region. Each piece that is taken has pages of its own, ends at the
  * end of its last page and is followed by a page that nobody may touch; the bytes between its end
  * and the next multiple of 256 hold a pattern that is looked at when it is given back. Addresses
- * are used again as late as possible. While the host runs, the pieces' pages are closed to it.
+ * are used again as late as possible. While the host runs, the pieces' pages are closed to it; with
+ * large pages that costs little.
  */
 #include "tests/cuda_on_cpu/cuda_on_cpu.h"
 extern "C" {
@@ -23,7 +24,7 @@ extern "C" {
 
 namespace {
 
-const uintptr_t REGION = uintptr_t(1) << 36, PAGE = 4096;
+const uintptr_t REGION = uintptr_t(1) << 36, PAGE = 4096, HUGE = 2 << 20;
 enum { ALIGN = 256, TAIL = 0xa5 };
 
 struct piece {
@@ -163,17 +164,24 @@ static int take(void **out, int64_t bytes, bool shared) {
         return CQ_OK;
     }
     uintptr_t size = up((uintptr_t)n, ALIGN), pages = up(size, PAGE);
+    if (size >= HUGE / 2)
+        pages = up(size, HUGE);
     if (!reserve())
         return cq_fail(CQ_ENOMEM, "cuda: no address space for the emulated device");
-    uintptr_t first = find(R.cursor, pages + PAGE);
+    uintptr_t slack = size >= HUGE / 2 ? HUGE : 0;
+    uintptr_t first = find(R.cursor, pages + PAGE + slack);
     if (!first)
-        first = find(R.base, pages + PAGE);
+        first = find(R.base, pages + PAGE + slack);
+    if (slack)
+        first = up(first, HUGE);
     if (!first)
         return cq_fail(CQ_ENOMEM, "cuda: %lld bytes wanted, the emulated device is full",
                        (long long)bytes);
     R.cursor = first + pages + PAGE;
     piece p = {first + pages, first + pages - size, n};
     mprotect(reinterpret_cast<void *>(first), pages, PROT_READ | PROT_WRITE);
+    if (slack)
+        madvise(reinterpret_cast<void *>(first), pages, MADV_HUGEPAGE);
     char *at = reinterpret_cast<char *>(p.at);
     memset(at + n, TAIL, size - (uintptr_t)n);
     ASAN_POISON_MEMORY_REGION(reinterpret_cast<void *>(first), p.at - first);

@@ -3,6 +3,7 @@
 /// words of which one must occur in a test's name.
 #pragma once
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,14 +27,23 @@ static int small_failures;
     }                                                                                              \
     static void suite##_##what(void)
 
-/// The message is optional: "" comes before the first argument that there is.
+static inline void small_say(const char *file, int line, const char *text, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+static inline void small_say(const char *file, int line, const char *text, const char *format,
+                             ...) {
+    va_list list;
+    va_start(list, format);
+    printf("%s:%d: %s:", file, line, text);
+    vprintf(format, list);
+    va_end(list);
+    printf("\n");
+    small_failures++;
+}
+/// The message is optional: a space comes before the first argument that there is.
 #define SMALL_CHECK(condition, text, fatal, ...)                                                   \
     do {                                                                                           \
         if (!(condition)) {                                                                        \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, text);                                       \
-            printf("" __VA_ARGS__);                                                                \
-            printf("\n");                                                                          \
-            small_failures++;                                                                      \
+            small_say(__FILE__, __LINE__, text, " " __VA_ARGS__);                                  \
             if (fatal)                                                                             \
                 exit(1);                                                                           \
         }                                                                                          \
