@@ -1,526 +1,999 @@
-/// ssd.cu - the Mamba-2 scan in chunks, forward and backward.
+/// ssd.cu - the Mamba-2 scan in chunks of 64 tokens, forward and backward.
 ///
-/// Inside a chunk of at most Q tokens of one document, with L the running sum of A dt and
-/// u = dt x:
-///     y_t = sum over s <= t of (C_t . B_s) exp(L_t - L_s) u_s + exp(L_t) S_in C_t + D x_t
-///     S_out = exp(L_end) S_in + sum over s of exp(L_end - L_s) u_s B_s'
-/// The states between chunks are passed on one after the other, all heads and elements side by
-/// side. The backward runs the same way with G, the gradient of S_out, from the last chunk to the
-/// first; dB and dC of a head lie in scratch until the heads of a group are added in order.
-/// Exponents are sums of A dt <= 0 from the later to the earlier token, so nothing overflows.
+/// Symbols are those of kernels/cpu/ssd.h; a chunk lies in one document. With cs the running sum of
+/// A dt in the chunk, L[t, s] = exp(cs_t - cs_s), e_t = exp(cs_t), gamma_s = exp(cs_end - cs_s):
+///     y_t = sum_{s <= t} L[t, s] (C_t . B_s) dt_s x_s + e_t S_in' C_t + D x_t
+///     S_out = exp(cs_end) S_in + sum_s gamma_s dt_s B_s x_s'
+/// cs is summed in double and kept as two floats, so differences of large sums keep their digits;
+/// no exponent is positive. States between chunks lie in scratch as [state, head_dim] and are
+/// passed on one after the other, all heads and elements side by side. The backward's formulas are
+/// those of kernels/cpu/simd_ssd_backward.c.
 ///
-/// Nemotron 3 Nano, 8192 tokens, 64 heads x 64, state 128, chunks of 64: 31 GFLOP forward, 1.5 ms
-/// at 20 TF/s in FP32; states 0.27 GB. Backward about 85 GFLOP and 1.1 GB of scratch.
-#include "kernels/cuda/docs.cuh"
-#include "kernels/cuda/parts.cuh"
-#include "kernels/cuda/tiles.cuh"
+/// Every product is a 64 x 64 tile of a block of 128 threads; operands go through shared memory in
+/// FP32, or through tensor cores as two BF16 parts each where the stream computes in BF16. (Rounded
+/// to one BF16, they double the error of the gradient of A_log: a small sum of large terms.)
+///
+/// Nemotron 3 Nano, 8192 tokens, 64 heads x 64, 8 groups, state 128: forward 23 GFLOP (0.6 ms at 40
+/// TFLOP/s in FP32) and 1.4 GB, of which 1.0 GB are states written, passed on and read (0.33 ms);
+/// backward 65 GFLOP and 3 GB (1.6 ms, 0.7 ms); scratch 0.3 and 0.6 GB.
+#include "kernels/cuda/cq_mma.h"
+#include "kernels/cuda/float4.cuh"
 
 namespace {
 
-constexpr int THREADS = 256, LARGEST_Q = 64;
+constexpr int CHUNK = 64, THREADS = 128, PER_THREAD = CHUNK * CHUNK / THREADS;
 
-/// The chunks of a batch, made on the device: at most tokens / q + n_docs of them.
-struct chunk_list {
-    int64_t *begin, *end; ///< tokens of each
-    int32_t *first;       ///< begins a document
-    int32_t *count;       ///< how many there are
-    int64_t most;
-    int q;
+/// Chunk k of document d has number starts[d] / 64 + d + k; its boundary, the state after it, has
+/// number starts[d] / 64 + k: both are unique, whatever the lengths. Numbers that no chunk has stay
+/// in the list with n = 0.
+struct chunk_place {
+    int64_t t0, after; ///< first token; number of the boundary after it
+    int32_t n;         ///< tokens
+    int32_t index;     ///< in its document
+    int32_t last;      ///< of its document
+    int32_t owner;     ///< no other document's chunk has this `after`
 };
 
-struct scan_shape {
-    int64_t tokens, heads, dim, groups, state;
-    const float *x, *B, *C, *dt_raw;
-    int64_t ldx, ldB, ldC, ld_dt;
-    const float *dt_bias, *a_log, *d;
-    chunk_list chunks;
+/// Everything the kernels read and write. vec_*: rows can be read four values at a time.
+struct scan {
+    int64_t tokens, n_docs, heads, dim, groups, state, share, boundaries;
+    const int64_t *starts;
+    const float *x, *b, *c, *dt_raw, *dt_bias, *a_log, *d, *dy;
+    int64_t ldx, ldb, ldc, ld_dt;
+    float *y, *dx, *db, *dc, *ddt;
+    int64_t lddx, lddb, lddc, ldd_dt;
+    bool vec_x, vec_b, vec_c, vec_y, vec_s, vec_dx, vec_db, vec_dc;
+    /* scratch */
+    chunk_place *chunks;
+    float *dt, *high, *low; ///< [heads, tokens]; cs = high + low
+    float *keep;   ///< [boundaries, heads]: what the state before is multiplied with; < 0: not used
+    float *cb;     ///< [tokens, groups, 64]: C_t . B_s for s in t's chunk
+    float *dcb;    ///< the same of its gradient
+    float *states; ///< [boundaries, heads, state, dim]
+    float *grads;  ///< the same: gradient of the states
+    double *sums;  ///< [chunks, heads, 3]: parts of ddt_bias, da_log, dd
 };
 
-/// Device scratch: chunk list, decays [most, heads], states [most, heads, dim, state].
-int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+__device__ __forceinline__ float decay_of(float high, float low) {
+    float d = high + low;
+    return expf(d < 0.0f ? d : 0.0f);
+}
 
-__global__ void __launch_bounds__(32)
-    list_chunks(const int64_t *starts, int64_t n_docs, chunk_list c) {
-    if (threadIdx.x != 0)
-        return;
-    int64_t n = 0;
-    for (int64_t k = 0; k < n_docs; k++)
-        for (int64_t at = starts[k]; at < starts[k + 1]; at += c.q) {
-            c.begin[n] = at;
-            c.end[n] = at + c.q < starts[k + 1] ? at + c.q : starts[k + 1];
-            c.first[n] = at == starts[k];
-            n++;
+// ---- operands -----------------------------------------------------------------------------------
+
+/// n rows of `cols` values, ld apart; zeros around them.
+struct rows {
+    const float *p;
+    int64_t ld;
+    int n, cols;
+    bool vec;
+    __device__ __forceinline__ float4 at(int r, int c) const {
+        if (r >= n || c >= cols)
+            return cq_zero4();
+        const float *from = p + r * ld + c;
+        if (vec)
+            return *(const float4 *)from;
+        return make_float4(from[0], c + 1 < cols ? from[1] : 0.0f, c + 2 < cols ? from[2] : 0.0f,
+                           c + 3 < cols ? from[3] : 0.0f);
+    }
+};
+/// The same, row r times weight[r].
+struct weighted {
+    rows of;
+    const float *weight;
+    __device__ __forceinline__ float4 at(int r, int c) const {
+        return r < of.n ? cq_scale4(of.at(r, c), weight[r]) : cq_zero4();
+    }
+};
+/// A 64 x 64 tile in shared memory.
+struct tile {
+    const float *p;
+    __device__ __forceinline__ float4 at(int r, int c) const {
+        return *(const float4 *)(p + r * CHUNK + c);
+    }
+};
+
+// ---- engines ------------------------------------------------------------------------------------
+
+/// acc += A B for a 64 x 64 result, all threads. A(m, k) is fa.at(m, k..k+3) when A_ALONG_K, else
+/// fa.at(k, m..m+3); B(k, n) is fb.at(n, k..) or fb.at(k, n..). Operands read as zero beyond their
+/// sizes. `room` is shared memory that is no longer in use when the product returns to all threads.
+/// A thread's value (q, u, j) is row row(q), column column(u) + j; `sharer` numbers the threads of
+/// one row.
+
+/// FP32: a thread has 8 rows and 4 columns. Values of one k lie side by side, in quarters that are
+/// exchanged by k / 4 so that both ways of filling hit all banks.
+struct engine_f32 {
+    static constexpr int ROWS = 8, RUNS = 1, RUN = 4, SHARERS = 16;
+    static constexpr int SLICE = 32, ROOM = 2 * SLICE * CHUNK;
+    static __device__ __forceinline__ int index(int q, int u, int j) { return q * 4 + u * 4 + j; }
+    static __device__ __forceinline__ int row(int q) { return (int)(threadIdx.x / 16) * 8 + q; }
+    static __device__ __forceinline__ int column(int) { return (int)(threadIdx.x % 16) * 4; }
+    static __device__ __forceinline__ int sharer() { return (int)(threadIdx.x % 16); }
+
+    template <bool ALONG_K, typename F>
+    static __device__ __forceinline__ void fetch(float4 (&v)[4], const F &f, int k0) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int at = (int)threadIdx.x + THREADS * i;
+            v[i] = ALONG_K ? f.at(at >> 3, k0 + 4 * (at & 7)) : f.at(k0 + (at >> 4), 4 * (at & 15));
         }
-    *c.count = (int32_t)n;
-}
+    }
+    template <bool ALONG_K>
+    static __device__ __forceinline__ void put(float *to, const float4 (&v)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int at = (int)threadIdx.x + THREADS * i;
+            if (ALONG_K) {
+                int k4 = at & 7, m = at >> 3;
+                float *p = to + 4 * k4 * CHUNK + 4 * ((m >> 2) ^ k4) + (m & 3);
+                p[0] = v[i].x, p[CHUNK] = v[i].y, p[2 * CHUNK] = v[i].z, p[3 * CHUNK] = v[i].w;
+            } else {
+                int k = at >> 4, m4 = at & 15;
+                *(float4 *)(to + k * CHUNK + 4 * (m4 ^ (k >> 2))) = v[i];
+            }
+        }
+    }
+    template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
+    static __device__ __forceinline__ void product(float *room, float (&acc)[PER_THREAD],
+                                                   const A &fa, const B &fb, int depth) {
+        float *as = room, *bs = room + SLICE * CHUNK;
+        int down = (int)(threadIdx.x / 16), across = (int)(threadIdx.x % 16);
+        for (int k0 = 0; k0 < depth; k0 += SLICE) {
+            float4 va[4], vb[4];
+            fetch<A_ALONG_K>(va, fa, k0);
+            fetch<B_ALONG_K>(vb, fb, k0);
+            __syncthreads();
+            put<A_ALONG_K>(as, va);
+            put<B_ALONG_K>(bs, vb);
+            __syncthreads();
+#pragma unroll
+            for (int k4 = 0; k4 < SLICE / 4; k4++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float *ak = as + (4 * k4 + i) * CHUNK, *bk = bs + (4 * k4 + i) * CHUNK;
+                    float4 top = *(const float4 *)(ak + 4 * ((2 * down) ^ k4));
+                    float4 bottom = *(const float4 *)(ak + 4 * ((2 * down + 1) ^ k4));
+                    float4 b4 = *(const float4 *)(bk + 4 * (across ^ k4));
+                    float a[8] = {top.x,    top.y,    top.z,    top.w,
+                                  bottom.x, bottom.y, bottom.z, bottom.w};
+                    float b[4] = {b4.x, b4.y, b4.z, b4.w};
+#pragma unroll
+                    for (int q = 0; q < 8; q++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++)
+                            acc[q * 4 + j] += a[q] * b[j];
+                }
+        }
+    }
+};
 
-/// exp(x) without the error of rounding x, which grows with |x|.
-__device__ __forceinline__ float exp_of(double x) {
-    float f = (float)x;
-    return expf(f) * (1.0f + (float)(x - (double)f));
-}
-__device__ __forceinline__ float softplus(float v) { return v > 20.0f ? v : log1pf(expf(v)); }
+/// Tensor cores: a warp has 32 x 32 of the result. An operand is the sum of two BF16 values, three
+/// products of which are added: about 16 bits are right. Operands lie as they are read, [m][k] or
+/// [k][m], rows padded by 8 values.
+struct engine_bf16 {
+    static constexpr int ROWS = 4, RUNS = 4, RUN = 2, SHARERS = 8, SLICE = 32;
+    static constexpr int LARGEST = CHUNK * (SLICE + 8) /* values of a part */;
+    static constexpr int ROOM = 2 * LARGEST;
+    static constexpr int FETCHES = CHUNK * SLICE / 4 / THREADS;
+    static __device__ __forceinline__ int index(int q, int u, int j) {
+        return (q >> 1) * 16 + u * 4 + (q & 1) * 2 + j;
+    }
+    static __device__ __forceinline__ int row(int q) {
+        int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32);
+        return (warp >> 1) * 32 + (q >> 1) * 16 + (lane >> 2) + 8 * (q & 1);
+    }
+    static __device__ __forceinline__ int column(int u) {
+        int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32);
+        return (warp & 1) * 32 + u * 8 + 2 * (lane & 3);
+    }
+    static __device__ __forceinline__ int sharer() {
+        return (int)(threadIdx.x / 32 & 1) * 4 + (int)(threadIdx.x & 3);
+    }
 
-/// dt, L (running sums of A dt, in double: differences of large ones are wanted) of the chunk's
-/// tokens into shared memory; all threads.
-__device__ __forceinline__ void steps_of(const scan_shape &a, int64_t from, int n, int64_t h,
-                                         double *sum, float *dt) {
-    for (int i = (int)threadIdx.x; i < n; i += THREADS)
-        dt[i] = softplus(a.dt_raw[(from + i) * a.ld_dt + h] + a.dt_bias[h]);
+    struct piece {
+        uint2 high, low;
+    };
+    static __device__ __forceinline__ piece pack(float4 v) {
+        piece p;
+        p.high = make_uint2(cq_bf16_pair(v.x, v.y), cq_bf16_pair(v.z, v.w));
+        v.x -= __uint_as_float(p.high.x << 16);
+        v.y -= __uint_as_float(p.high.x & 0xffff0000u);
+        v.z -= __uint_as_float(p.high.y << 16);
+        v.w -= __uint_as_float(p.high.y & 0xffff0000u);
+        p.low = make_uint2(cq_bf16_pair(v.x, v.y), cq_bf16_pair(v.z, v.w));
+        return p;
+    }
+    template <bool ALONG_K> static __device__ __forceinline__ int ld() {
+        return (ALONG_K ? SLICE : CHUNK) + 8;
+    }
+    template <bool ALONG_K, typename F>
+    static __device__ __forceinline__ void fetch(piece (&v)[FETCHES], const F &f, int k0) {
+        const int quarters = (ALONG_K ? SLICE : CHUNK) / 4;
+#pragma unroll
+        for (int i = 0; i < FETCHES; i++) {
+            int at = (int)threadIdx.x + THREADS * i, r = at / quarters, c = 4 * (at % quarters);
+            v[i] = pack(ALONG_K ? f.at(r, k0 + c) : f.at(k0 + r, c));
+        }
+    }
+    template <bool ALONG_K>
+    static __device__ __forceinline__ void put(__nv_bfloat16 *to, const piece (&v)[FETCHES]) {
+        const int quarters = (ALONG_K ? SLICE : CHUNK) / 4;
+#pragma unroll
+        for (int i = 0; i < FETCHES; i++) {
+            int at = (int)threadIdx.x + THREADS * i, r = at / quarters, c = 4 * (at % quarters);
+            __nv_bfloat16 *p = to + r * ld<ALONG_K>() + c;
+            *(uint2 *)p = v[i].high;
+            *(uint2 *)(p + LARGEST) = v[i].low;
+        }
+    }
+    /// Two fragments of A, rows m0 on, or of B, columns n0 on, at k.
+    template <bool ALONG_K>
+    static __device__ __forceinline__ void load_a(unsigned (&a)[2][4], const __nv_bfloat16 *from,
+                                                  int m0, int k) {
+        int lane = (int)(threadIdx.x % 32);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (ALONG_K)
+                cq_ldmatrix_x4(a[i], from + (m0 + 16 * i + (lane & 15)) * ld<true>() + k +
+                                         8 * (lane >> 4));
+            else
+                cq_ldmatrix_x4_trans(a[i], from + (k + (lane & 7) + 8 * (lane >> 4)) * ld<false>() +
+                                               m0 + 16 * i + 8 * ((lane >> 3) & 1));
+    }
+    template <bool ALONG_K>
+    static __device__ __forceinline__ void load_b(unsigned (&b)[2][4], const __nv_bfloat16 *from,
+                                                  int n0, int k) {
+        int lane = (int)(threadIdx.x % 32);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (ALONG_K)
+                cq_ldmatrix_x4(b[i], from +
+                                         (n0 + 16 * i + (lane & 7) + 8 * (lane >> 4)) * ld<true>() +
+                                         k + 8 * ((lane >> 3) & 1));
+            else
+                cq_ldmatrix_x4_trans(b[i], from + (k + (lane & 15)) * ld<false>() + n0 + 16 * i +
+                                               8 * (lane >> 4));
+    }
+    static __device__ __forceinline__ void
+    multiply(float (&acc)[PER_THREAD], const unsigned (&a)[2][4], const unsigned (&b)[2][4]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int u = 0; u < 4; u++)
+                cq_mma_bf16(&acc[i * 16 + u * 4], a[i], &b[u >> 1][2 * (u & 1)]);
+    }
+    template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
+    static __device__ __forceinline__ void product(float *room, float (&acc)[PER_THREAD],
+                                                   const A &fa, const B &fb, int depth) {
+        __nv_bfloat16 *as = reinterpret_cast<__nv_bfloat16 *>(room), *bs = as + 2 * LARGEST;
+        int warp = (int)(threadIdx.x / 32), m0 = (warp >> 1) * 32, n0 = (warp & 1) * 32;
+        for (int k0 = 0; k0 < depth; k0 += SLICE) {
+            piece va[FETCHES], vb[FETCHES];
+            fetch<A_ALONG_K>(va, fa, k0);
+            fetch<B_ALONG_K>(vb, fb, k0);
+            __syncthreads();
+            put<A_ALONG_K>(as, va);
+            put<B_ALONG_K>(bs, vb);
+            __syncthreads();
+            int end = depth - k0 < SLICE ? depth - k0 : SLICE;
+            for (int k = 0; k < end; k += 16) {
+                unsigned a[2][4], b[2][4], low[2][4];
+                load_a<A_ALONG_K>(a, as, m0, k);
+                load_b<B_ALONG_K>(b, bs, n0, k);
+                load_a<A_ALONG_K>(low, as + LARGEST, m0, k);
+                multiply(acc, low, b);
+                load_b<B_ALONG_K>(low, bs + LARGEST, n0, k);
+                multiply(acc, a, low);
+                multiply(acc, a, b);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ void clear(float (&acc)[PER_THREAD]) {
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++)
+        acc[i] = 0.0f;
+}
+/// RUN neighbours of a row to p, those before column `cols`.
+template <int RUN>
+__device__ __forceinline__ void store_run(float *p, const float *v, int c, int cols, bool vec) {
+    if (vec && RUN == 4 && c + 4 <= cols) {
+        *(float4 *)(p + c) = make_float4(v[0], v[1], v[RUN - 2], v[RUN - 1]);
+    } else if (vec && RUN == 2 && c + 2 <= cols) {
+        *(float2 *)(p + c) = make_float2(v[0], v[1]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < RUN; j++)
+            if (c + j < cols)
+                p[c + j] = v[j];
+    }
+}
+/// The tile's first n rows and `cols` columns to p.
+template <typename E>
+__device__ __forceinline__ void store_tile(float *p, int64_t ld, const float (&acc)[PER_THREAD],
+                                           int n, int cols, bool vec) {
+#pragma unroll
+    for (int q = 0; q < E::ROWS; q++)
+        if (E::row(q) < n)
+#pragma unroll
+            for (int u = 0; u < E::RUNS; u++)
+                store_run<E::RUN>(p + E::row(q) * ld, &acc[E::index(q, u, 0)], E::column(u), cols,
+                                  vec);
+}
+/// to[r] += sum over columns of the tile times v, rows r < n; `room` is free before and after the
+/// next barrier.
+template <typename E>
+__device__ __forceinline__ void dot_rows(float *room, float *to, const float (&acc)[PER_THREAD],
+                                         const rows &v) {
     __syncthreads();
-    double rate = -exp((double)a.a_log[h]);
-    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
-        double total = 0.0; /* the same order in every thread */
-        for (int k = 0; k <= i; k++)
-            total += rate * (double)dt[k];
-        sum[i] = total;
+#pragma unroll
+    for (int q = 0; q < E::ROWS; q++) {
+        float sum = 0.0f;
+        const float *p = v.p + E::row(q) * v.ld;
+        if (E::row(q) < v.n)
+#pragma unroll
+            for (int u = 0; u < E::RUNS; u++)
+#pragma unroll
+                for (int j = 0; j < E::RUN; j++)
+                    if (E::column(u) + j < v.cols)
+                        sum += acc[E::index(q, u, j)] * p[E::column(u) + j];
+        room[E::row(q) * (E::SHARERS + 1) + E::sharer()] = sum;
     }
     __syncthreads();
+    if (threadIdx.x < CHUNK) {
+        float sum = 0.0f;
+        for (int i = 0; i < E::SHARERS; i++)
+            sum += room[threadIdx.x * (E::SHARERS + 1) + i];
+        to[threadIdx.x] += sum;
+    }
 }
 
-/// states[chunk, head] = sum over s of weight_s v_s B_s'. Forward: v = dt x, weight exp(L_end -
-/// L_s). BACK: v = dy, C in place of B, weight exp(L_t). decay[chunk, head] = exp(L_end).
-template <bool BACK>
-__global__ void __launch_bounds__(THREADS)
-    chunk_states(scan_shape a, const float *dy, float *states, float *decay) {
-    CQ_DYN_SMEM(float, room);
-    int64_t chunk = blockIdx.x, h = blockIdx.y, g = h / (a.heads / a.groups);
-    if (chunk >= *a.chunks.count) /* the whole block */
+// ---- chunks and decays --------------------------------------------------------------------------
+
+__device__ __forceinline__ chunk_place find_chunk(const int64_t *starts, int64_t n_docs,
+                                                  int64_t number) {
+    int64_t low = 0, high = n_docs;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (starts[middle] / CHUNK + middle <= number)
+            low = middle;
+        else
+            high = middle;
+    }
+    int64_t begin = starts[low], end = starts[low + 1];
+    int64_t index = number - begin / CHUNK - low, left = end - begin - index * CHUNK;
+    chunk_place c;
+    c.t0 = begin + index * CHUNK;
+    c.after = begin / CHUNK + index;
+    c.n = left < 0 ? 0 : left < CHUNK ? (int32_t)left : CHUNK;
+    c.index = (int32_t)index;
+    c.last = left <= CHUNK;
+    c.owner = c.after < end / CHUNK;
+    return c;
+}
+
+constexpr int DECAY_WARPS = 8;
+/// A warp per chunk and head: dt, cs and what passes through the chunk; two tokens a lane.
+__global__ void __launch_bounds__(DECAY_WARPS *CQ_WARP) decays(scan a) {
+    int lane = (int)(threadIdx.x % CQ_WARP);
+    int64_t h = (int64_t)blockIdx.y * DECAY_WARPS + threadIdx.x / CQ_WARP;
+    chunk_place c = find_chunk(a.starts, a.n_docs, blockIdx.x);
+    if (h == 0 && lane == 0)
+        a.chunks[blockIdx.x] = c;
+    if (h >= a.heads) /* the whole warp */
         return;
-    int64_t from = a.chunks.begin[chunk];
-    int n = (int)(a.chunks.end[chunk] - from), dim = (int)a.dim, state = (int)a.state,
-        q = a.chunks.q;
-    double *sum = reinterpret_cast<double *>(room);
-    float *dt = room + 2 * q;
-    cq_tile v = {dt + q, dim + 1}, b = {v.p + q * (dim + 1), state + 1};
-    steps_of(a, from, n, h, sum, dt);
-    for (int i = (int)threadIdx.x; i < n; i += THREADS)
-        dt[i] = BACK ? exp_of(sum[i]) : dt[i] * exp_of(sum[n - 1] - sum[i]);
-    __syncthreads();
-    cq_load_rows(v, (BACK ? dy + from * a.heads * a.dim : a.x + from * a.ldx) + h * a.dim,
-                 BACK ? a.heads * a.dim : a.ldx, n, dim, dt);
-    cq_load_rows(b, (BACK ? a.C + from * a.ldC : a.B + from * a.ldB) + g * a.state,
-                 BACK ? a.ldC : a.ldB, n, state, NULL);
-    __syncthreads();
-    float *out = states + (chunk * a.heads + h) * a.dim * a.state;
-    cq_product(
-        dim, state, n, [&](int i, int k) { return v.at(k, i); },
-        [&](int j, int k) { return b.at(k, j); },
-        [&](int i, int j, float r) { out[i * state + j] = r; });
-    if (!BACK && threadIdx.x == 0)
-        decay[chunk * a.heads + h] = exp_of(sum[n - 1]);
+    double rate = -exp((double)a.a_log[h]), step[2];
+    float dt[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int t = 2 * lane + i;
+        float z = t < c.n ? a.dt_raw[(c.t0 + t) * a.ld_dt + h] + a.dt_bias[h] : 0.0f;
+        dt[i] = z > 20.0f ? z : log1pf(expf(z));
+        step[i] = t < c.n ? rate * (double)dt[i] : 0.0;
+    }
+    double sum = step[0] + step[1];
+    for (int d = 1; d < CQ_WARP; d *= 2) {
+        double before = __shfl_up_sync(0xffffffffu, sum, (unsigned)d);
+        if (lane >= d)
+            sum += before;
+    }
+    double end = __shfl_sync(0xffffffffu, sum, CQ_WARP - 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int t = 2 * lane + i;
+        double cs = i ? sum : sum - step[1];
+        float high = (float)cs;
+        if (t < c.n) {
+            int64_t at = h * a.tokens + c.t0 + t;
+            a.dt[at] = dt[i];
+            a.high[at] = high;
+            a.low[at] = (float)(cs - (double)high);
+        }
+    }
+    if (lane == 0 && c.owner)
+        a.keep[c.after * a.heads + h] = c.n == 0 || c.last ? -1.0f
+                                        : c.index == 0     ? 0.0f
+                                                           : expf((float)end);
 }
 
-/// In place: what each chunk adds to the state becomes the state it begins with (or, BACK, the
-/// gradient of the state it ends with).
-template <bool BACK>
-__global__ void __launch_bounds__(THREADS)
-    pass_states(scan_shape a, float *states, const float *decay) {
-    int64_t size = a.dim * a.state, h = blockIdx.y;
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    int32_t count = *a.chunks.count;
+/// Decays of one head in one chunk, in shared memory. Behind the last token dt is 0 and cs stays.
+struct chunk_decays {
+    float dt[CHUNK], high[CHUNK], low[CHUNK];
+};
+__device__ __forceinline__ void load_decays(chunk_decays *w, const scan &a, const chunk_place &c,
+                                            int64_t h) {
+    int t = (int)threadIdx.x;
+    if (t < CHUNK) {
+        int64_t at = h * a.tokens + c.t0 + (t < c.n ? t : c.n - 1);
+        w->dt[t] = t < c.n ? a.dt[at] : 0.0f;
+        w->high[t] = a.high[at];
+        w->low[t] = a.low[at];
+    }
+}
+/// gamma_t dt_t, or e_t, for thread t of the chunk.
+__device__ __forceinline__ float weight_of(const scan &a, const chunk_place &c, int64_t h, int t,
+                                           bool in) {
+    if (t >= c.n)
+        return 0.0f;
+    int64_t at = h * a.tokens + c.t0 + t, end = h * a.tokens + c.t0 + c.n - 1;
+    if (in)
+        return decay_of(a.high[at], 0.0f);
+    return decay_of(a.high[end] - a.high[at], a.low[end] - a.low[at]) * a.dt[at];
+}
+
+// ---- operands of one chunk ----------------------------------------------------------------------
+
+__device__ __forceinline__ rows b_rows(const scan &a, const chunk_place &c, int64_t g, int64_t n0) {
+    return {a.b + c.t0 * a.ldb + g * a.state + n0, a.ldb, c.n, (int)(a.state - n0), a.vec_b};
+}
+__device__ __forceinline__ rows c_rows(const scan &a, const chunk_place &c, int64_t g, int64_t n0) {
+    return {a.c + c.t0 * a.ldc + g * a.state + n0, a.ldc, c.n, (int)(a.state - n0), a.vec_c};
+}
+__device__ __forceinline__ rows x_rows(const scan &a, const chunk_place &c, int64_t h, int64_t p0) {
+    return {a.x + c.t0 * a.ldx + h * a.dim + p0, a.ldx, c.n, (int)(a.dim - p0), a.vec_x};
+}
+__device__ __forceinline__ rows dy_rows(const scan &a, const chunk_place &c, int64_t h,
+                                        int64_t p0) {
+    int64_t ld = a.heads * a.dim;
+    return {a.dy + c.t0 * ld + h * a.dim + p0, ld, c.n, (int)(a.dim - p0), a.vec_y};
+}
+/// State number `boundary` of a head, from row n0 and column p0 on.
+__device__ __forceinline__ rows state_rows(const scan &a, const float *states, int64_t boundary,
+                                           int64_t h, int64_t n0, int64_t p0) {
+    return {states + ((boundary * a.heads + h) * a.state + n0) * a.dim + p0, a.dim,
+            (int)(a.state - n0), (int)(a.dim - p0), a.vec_s};
+}
+/// C B' or its gradient in a chunk and group.
+__device__ __forceinline__ rows pair_rows(const scan &a, const float *pairs, const chunk_place &c,
+                                          int64_t g) {
+    return {pairs + (c.t0 * a.groups + g) * CHUNK, a.groups * CHUNK, c.n, CHUNK, true};
+}
+
+/// L[t, s] (C_t . B_s) dt_s for s <= t.
+struct decayed_pairs {
+    rows cb;
+    const chunk_decays *w;
+    __device__ __forceinline__ float4 at(int t, int s) const {
+        if (t >= cb.n || s > t)
+            return cq_zero4();
+        float4 v = *(const float4 *)(cb.p + t * cb.ld + s);
+        float high = w->high[t], low = w->low[t];
+        v.x *= decay_of(high - w->high[s], low - w->low[s]) * w->dt[s];
+        v.y *=
+            s + 1 > t ? 0.0f : decay_of(high - w->high[s + 1], low - w->low[s + 1]) * w->dt[s + 1];
+        v.z *=
+            s + 2 > t ? 0.0f : decay_of(high - w->high[s + 2], low - w->low[s + 2]) * w->dt[s + 2];
+        v.w *=
+            s + 3 > t ? 0.0f : decay_of(high - w->high[s + 3], low - w->low[s + 3]) * w->dt[s + 3];
+        return v;
+    }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+/// C B' of a chunk and group.
+template <typename E> __global__ void __launch_bounds__(THREADS) pair_products(scan a) {
+    CQ_SHARED(float4, room, [E::ROOM / 4]);
+    chunk_place c = a.chunks[blockIdx.x];
+    if (c.n == 0) /* the whole block, here and below */
+        return;
+    int64_t g = blockIdx.y;
+    float acc[PER_THREAD];
+    clear(acc);
+    E::template product<true, true>((float *)room, acc, c_rows(a, c, g, 0), b_rows(a, c, g, 0),
+                                    (int)a.state);
+    store_tile<E>(a.cb + (c.t0 * a.groups + g) * CHUNK, a.groups * CHUNK, acc, c.n, CHUNK, true);
+}
+
+/// A 64 x 64 part of sum_s gamma_s dt_s B_s x_s' for the state after a chunk; GRADIENT: of sum_t
+/// e_t C_t dy_t' for the gradient of the state before it.
+template <typename E, bool GRADIENT>
+__global__ void __launch_bounds__(THREADS, 4) own_states(scan a) {
+    CQ_SHARED(float4, room, [E::ROOM / 4]);
+    CQ_SHARED(float, weight, [CHUNK]);
+    chunk_place c = a.chunks[blockIdx.x];
+    if (c.n == 0 || (GRADIENT ? c.index == 0 : c.last))
+        return;
+    int64_t h = blockIdx.y, g = h / a.share, across = (a.dim + CHUNK - 1) / CHUNK;
+    int64_t n0 = blockIdx.z / across * CHUNK, p0 = blockIdx.z % across * CHUNK;
+    if (threadIdx.x < CHUNK)
+        weight[threadIdx.x] = weight_of(a, c, h, (int)threadIdx.x, GRADIENT);
+    __syncthreads();
+    float acc[PER_THREAD];
+    clear(acc);
+    weighted left = {GRADIENT ? c_rows(a, c, g, n0) : b_rows(a, c, g, n0), weight};
+    E::template product<false, false>((float *)room, acc, left,
+                                      GRADIENT ? dy_rows(a, c, h, p0) : x_rows(a, c, h, p0), c.n);
+    rows to = state_rows(a, GRADIENT ? a.grads : a.states, c.after - GRADIENT, h, n0, p0);
+    store_tile<E>(const_cast<float *>(to.p), to.ld, acc, to.n, to.cols, a.vec_s);
+}
+
+__device__ __forceinline__ float add(float a, float b) { return a + b; }
+__device__ __forceinline__ float4 add(float4 a, float4 b) { return cq_plus4(a, b); }
+__device__ __forceinline__ float scale(float a, float by) { return a * by; }
+__device__ __forceinline__ float4 scale(float4 a, float by) { return cq_scale4(a, by); }
+
+/// In place, a thread per four (else one) elements of a head's state: sums along a document's
+/// boundaries, BACK from the last to the first, each sum multiplied with what the chunk keeps.
+constexpr int AHEAD = 8, PASS_THREADS = 256;
+template <typename V, bool BACK>
+__global__ void __launch_bounds__(PASS_THREADS) pass_states(scan a) {
+    int64_t size = a.state * a.dim * (int64_t)sizeof(float) / (int64_t)sizeof(V);
+    int64_t i = (int64_t)blockIdx.x * PASS_THREADS + threadIdx.x, h = blockIdx.y;
     if (i >= size)
         return;
-    float carried = 0.0f;
-    for (int32_t k = 0; k < count; k++) {
-        int64_t chunk = BACK ? count - 1 - k : k;
-        bool fresh = BACK ? chunk + 1 == count || a.chunks.first[chunk + 1] : a.chunks.first[chunk];
-        float *at = states + (chunk * a.heads + h) * size + i, own = *at;
-        carried = fresh ? 0.0f : carried;
-        *at = carried;
-        carried = decay[chunk * a.heads + h] * carried + own;
+    V *at = (V *)(BACK ? a.grads : a.states) + h * size + i, carried = {};
+    for (int64_t k0 = 0; k0 < a.boundaries; k0 += AHEAD) {
+        V own[AHEAD];
+        float keep[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            int64_t k = BACK ? a.boundaries - 1 - k0 - j : k0 + j;
+            keep[j] = k0 + j < a.boundaries ? a.keep[k * a.heads + h] : -1.0f;
+            if (keep[j] >= 0.0f)
+                own[j] = at[k * a.heads * size];
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            int64_t k = BACK ? a.boundaries - 1 - k0 - j : k0 + j;
+            if (keep[j] < 0.0f)
+                continue;
+            /* forward, the first boundary of a document keeps nothing; backward, nothing is
+               carried from it to the document before */
+            if (BACK) {
+                own[j] = add(own[j], carried);
+                carried = scale(own[j], keep[j]);
+            } else {
+                own[j] = add(own[j], scale(carried, keep[j]));
+                carried = own[j];
+            }
+            at[k * a.heads * size] = own[j];
+        }
     }
 }
 
-__global__ void __launch_bounds__(THREADS)
-    chunk_outputs(scan_shape a, const float *states, float *y) {
-    CQ_DYN_SMEM(float, room);
-    int64_t chunk = blockIdx.x, h = blockIdx.y, g = h / (a.heads / a.groups);
-    if (chunk >= *a.chunks.count) /* the whole block */
+/// y of a chunk and head, 64 of its columns.
+template <typename E> __global__ void __launch_bounds__(THREADS, 4) chunk_outputs(scan a) {
+    CQ_SHARED(float4, room, [E::ROOM / 4]);
+    CQ_SHARED(chunk_decays, w, [1]);
+    CQ_SHARED(float, e, [CHUNK]);
+    chunk_place c = a.chunks[blockIdx.x];
+    if (c.n == 0)
         return;
-    int64_t from = a.chunks.begin[chunk];
-    int n = (int)(a.chunks.end[chunk] - from), dim = (int)a.dim, state = (int)a.state,
-        q = a.chunks.q;
-    double *sum = reinterpret_cast<double *>(room);
-    float *dt = room + 2 * q;
-    int rows = q > dim ? q : dim; /* b holds the state afterwards */
-    cq_tile x = {dt + q, dim + 1}, b = {x.p + q * (dim + 1), state + 1};
-    cq_tile c = {b.p + rows * (state + 1), state + 1}, m = {c.p + q * (state + 1), q + 1};
-    steps_of(a, from, n, h, sum, dt);
-    cq_load_rows(x, a.x + from * a.ldx + h * a.dim, a.ldx, n, dim, NULL);
-    cq_load_rows(b, a.B + from * a.ldB + g * a.state, a.ldB, n, state, NULL);
-    cq_load_rows(c, a.C + from * a.ldC + g * a.state, a.ldC, n, state, NULL);
+    int64_t h = blockIdx.y, g = h / a.share, p0 = blockIdx.z * CHUNK;
+    load_decays(w, a, c, h);
+    if (threadIdx.x < CHUNK)
+        e[threadIdx.x] = weight_of(a, c, h, (int)threadIdx.x, true);
     __syncthreads();
-    cq_product(
-        n, n, state, [&](int i, int k) { return c.at(i, k); },
-        [&](int j, int k) { return b.at(j, k); },
-        [&](int i, int j, float r) {
-            m.at(i, j) = j <= i ? r * exp_of(sum[i] - sum[j]) * dt[j] : 0.0f;
-        });
-    __syncthreads();
-    cq_load_rows(b, states + (chunk * a.heads + h) * a.dim * a.state, state, dim, state, NULL);
+    float acc[PER_THREAD];
+    clear(acc);
+    if (c.index > 0) {
+        weighted left = {c_rows(a, c, g, 0), e};
+        E::template product<true, false>(
+            (float *)room, acc, left, state_rows(a, a.states, c.after - 1, h, 0, p0), (int)a.state);
+    }
+    rows x = x_rows(a, c, h, p0);
+    decayed_pairs left = {pair_rows(a, a.cb, c, g), w};
+    E::template product<true, false>((float *)room, acc, left, x, c.n);
     float skip = a.d[h];
-    float *out = y + from * a.heads * a.dim + h * a.dim;
-    cq_product(
-        n, dim, n, [&](int i, int k) { return m.at(i, k); },
-        [&](int j, int k) { return x.at(k, j); },
-        [&](int i, int j, float r) {
-            out[(int64_t)i * a.heads * a.dim + j] = r + skip * x.at(i, j);
-        });
-    __syncthreads(); /* the threads that add are others */
-    cq_product(
-        n, dim, state, [&](int i, int k) { return c.at(i, k); },
-        [&](int j, int k) { return b.at(j, k); },
-        [&](int i, int j, float r) {
-            out[(int64_t)i * a.heads * a.dim + j] += exp_of(sum[i]) * r;
-        });
+#pragma unroll
+    for (int q = 0; q < E::ROWS; q++)
+        if (E::row(q) < c.n)
+#pragma unroll
+            for (int u = 0; u < E::RUNS; u++)
+#pragma unroll
+                for (int j = 0; j < E::RUN; j++)
+                    if (E::column(u) + j < x.cols)
+                        acc[E::index(q, u, j)] += skip * x.p[E::row(q) * x.ld + E::column(u) + j];
+    store_tile<E>(a.y + c.t0 * a.heads * a.dim + h * a.dim + p0, a.heads * a.dim, acc, c.n, x.cols,
+                  a.vec_y);
 }
 
-/// to[i] = sum over j of left(i, j) right(i, j), i < n: a warp each.
-__device__ __forceinline__ void row_dots(float *to, const cq_tile &left, const cq_tile &right,
-                                         int n, int cols) {
-    int lane = (int)(threadIdx.x % CQ_WARP);
-    for (int i = (int)(threadIdx.x / CQ_WARP); i < n; i += THREADS / CQ_WARP) {
-        float sum = 0.0f;
-        for (int j = lane; j < cols; j += CQ_WARP)
-            sum += left.at(i, j) * right.at(i, j);
-        sum = cq_warp_sum(sum);
-        if (lane == 0)
-            to[i] = sum;
-    }
-}
+// ---- backward -----------------------------------------------------------------------------------
 
-struct scan_gradients {
-    const float *dy;
-    float *dx, *ddt_raw;
-    int64_t lddx, ldd_dt;
-    float *dB, *dC;      ///< [tokens, heads, state] of each head
-    float *scalars;      ///< [most, 3, heads]: parts of ddt_bias, da_log, dd
-    const float *in, *g; ///< states that chunks begin with; gradients of those they end with
+/// What one head of a chunk needs in shared memory besides `room`. u and v are U and V of the
+/// formulas without their decays.
+struct head_work {
+    chunk_decays w;
+    float e[CHUNK], gamma[CHUNK], ddt[CHUNK], dl[2][CHUNK], diagonal[CHUNK], u[CHUNK], v[CHUNK];
+    float sums[CQ_WARP];
 };
 
-/// One chunk of one head. w = exp(L_t - L_s), cb = C_t . B_s, yu = dy_t . x_s:
-///   du_s = sum over t >= s of cb w dy_t + exp(L_end - L_s) G B_s
-///   dC_t = sum over s <= t of w dt_s yu B_s + exp(L_t) S_in' dy_t
-///   dB_s = sum over t >= s of w dt_s yu C_t + dt_s exp(L_end - L_s) G' x_s
-///   d(A dt)_k from cb w dt_s yu over s < k <= t, the terms with S_in for t >= k, with G for s < k,
-///   and exp(L_end) <G, S_in>
-__global__ void __launch_bounds__(THREADS) chunk_gradients(scan_shape a, scan_gradients o) {
-    CQ_DYN_SMEM(float, room);
-    CQ_SHARED(float, sums, [CQ_WARP]);
-    CQ_SHARED(double, wide_sums, [CQ_WARP]);
-    int64_t chunk = blockIdx.x, h = blockIdx.y, g = h / (a.heads / a.groups);
-    if (chunk >= *a.chunks.count) /* the whole block */
-        return;
-    int64_t from = a.chunks.begin[chunk], inner = a.heads * a.dim, wide = a.heads * a.state;
-    int n = (int)(a.chunks.end[chunk] - from), dim = (int)a.dim, state = (int)a.state,
-        q = a.chunks.q;
-    double *sum = reinterpret_cast<double *>(room);
-    float *dt = room + 2 * q, *da = dt + q, *ddt = da + q, *into_at = ddt + q,
-          *out_at = into_at + q;
-    cq_tile x = {out_at + q, dim + 1}, dy = {x.p + q * (dim + 1), dim + 1};
-    cq_tile b = {dy.p + q * (dim + 1), state + 1}, c = {b.p + q * (state + 1), state + 1};
-    cq_tile cb = {c.p + q * (state + 1), q + 1}, yu = {cb.p + q * (q + 1), q + 1};
-    cq_tile pass = {yu.p + q * (q + 1), state + 1};      /* S_in, then G */
-    cq_tile w = {pass.p + dim * (state + 1), state + 1}; /* the terms of dC and dB with them */
-    const float *in = o.in + (chunk * a.heads + h) * a.dim * a.state;
-    const float *grad = o.g + (chunk * a.heads + h) * a.dim * a.state;
-    steps_of(a, from, n, h, sum, dt);
-    cq_load_rows(x, a.x + from * a.ldx + h * a.dim, a.ldx, n, dim, NULL);
-    cq_load_rows(dy, o.dy + from * inner + h * a.dim, inner, n, dim, NULL);
-    cq_load_rows(b, a.B + from * a.ldB + g * a.state, a.ldB, n, state, NULL);
-    cq_load_rows(c, a.C + from * a.ldC + g * a.state, a.ldC, n, state, NULL);
+/// From X = dy x' of one head: m = L C B', dcb += L dt X, and H = L X C B' in `room`, its columns
+/// shifted by the row so that rows and columns hit all banks. Then ddt and dl get the sums over
+/// pairs: ddt_s = sum_{t >= s} H[t, s], dl_t = sum_{u >= t, s < t} H[u, s] dt_s, the rectangle in
+/// two halves of columns. Nothing is a difference.
+template <typename E>
+__device__ __forceinline__ void pair_sums(float *room, float *m, head_work *k, const rows &cb,
+                                          const float (&x)[PER_THREAD], float (&dcb)[PER_THREAD]) {
+    int n = cb.n;
     __syncthreads();
-    double last = sum[n - 1];
-    cq_product(
-        n, n, state, [&](int i, int k) { return c.at(i, k); },
-        [&](int j, int k) { return b.at(j, k); },
-        [&](int i, int j, float r) { cb.at(i, j) = j <= i ? r * exp_of(sum[i] - sum[j]) : 0.0f; });
-    cq_product(
-        n, n, dim, [&](int i, int k) { return dy.at(i, k); },
-        [&](int j, int k) { return x.at(j, k); }, [&](int i, int j, float r) { yu.at(i, j) = r; });
-    __syncthreads();
-    /* the decay of step k is in all pairs s < k <= t: running sums of a row over s, kept above the
-       diagonal of yu, then of a column over t; nothing cancels */
-    for (int t = (int)threadIdx.x; t < n; t += THREADS) {
-        float before = 0.0f;
-        for (int s = 0; s < t; s++) {
-            before += cb.at(t, s) * dt[s] * yu.at(t, s);
-            yu.at(s, t) = before;
+#pragma unroll
+    for (int q = 0; q < E::ROWS; q++) {
+        int t = E::row(q);
+        float high = k->w.high[t], low = k->w.low[t];
+#pragma unroll
+        for (int u = 0; u < E::RUNS; u++) {
+            float decayed[E::RUN];
+#pragma unroll
+            for (int j = 0; j < E::RUN; j++) {
+                int s = E::column(u) + j, at = E::index(q, u, j);
+                bool in = s <= t && t < n;
+                float l = in ? decay_of(high - k->w.high[s], low - k->w.low[s]) : 0.0f;
+                float pair = in ? cb.p[t * cb.ld + s] : 0.0f, lx = in ? l * x[at] : 0.0f;
+                dcb[at] += lx * k->w.dt[s];
+                decayed[j] = l * pair;
+                room[t * CHUNK + ((s + t) & (CHUNK - 1))] = lx * pair;
+                if (s == t)
+                    k->diagonal[t] = t < n ? x[at] : 0.0f;
+            }
+            store_run<E::RUN>(m + t * CHUNK, decayed, E::column(u), CHUNK, true);
         }
     }
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < n; k += THREADS) {
-        float across = 0.0f;
-        for (int t = k; t < n && k > 0; t++)
-            across += yu.at(k - 1, t);
-        da[k] = across;
-    }
-    __syncthreads(); /* then yu becomes w dt_s yu */
-    for (int i = (int)threadIdx.x; i < n * n; i += THREADS) {
-        int t = i / n, s = i - t * n;
-        yu.at(t, s) = s <= t ? yu.at(t, s) * exp_of(sum[t] - sum[s]) * dt[s] : 0.0f;
-    }
-    __syncthreads();
-    float *dc = o.dC + (from * a.heads + h) * a.state, *db = o.dB + (from * a.heads + h) * a.state;
-    cq_product(
-        n, state, n, [&](int i, int k) { return yu.at(i, k); },
-        [&](int j, int k) { return b.at(k, j); },
-        [&](int i, int j, float r) { dc[i * wide + j] = r; });
-    cq_product(
-        n, state, n, [&](int i, int k) { return yu.at(k, i); },
-        [&](int j, int k) { return c.at(k, j); },
-        [&](int i, int j, float r) { db[i * wide + j] = r; });
-    float *dx = o.dx + from * o.lddx + h * a.dim;
-    cq_product(/* du without its state term, kept in dx */
-               n, dim, n, [&](int i, int k) { return cb.at(k, i); },
-               [&](int j, int k) { return dy.at(k, j); },
-               [&](int i, int j, float r) { dx[i * o.lddx + j] = r; });
-    cq_load_rows(pass, in, state, dim, state, NULL);
-    __syncthreads(); /* the threads that add to dx are others */
-    cq_product(
-        n, state, dim, [&](int i, int k) { return dy.at(i, k); },
-        [&](int j, int k) { return pass.at(k, j); },
-        [&](int i, int j, float r) {
-            w.at(i, j) = exp_of(sum[i]) * r;
-            dc[i * wide + j] += w.at(i, j);
-        });
-    float skip = 0.0f, pairs = 0.0f;
-    for (int i = (int)threadIdx.x; i < dim * state; i += THREADS)
-        pairs += grad[i] * pass.at(i / state, i % state);
-    pairs = cq_block_sum(pairs, sums) * exp_of(last);
-    __syncthreads();
-    row_dots(into_at, c, w, n, state);
-    cq_load_rows(pass, grad, state, dim, state, NULL);
-    __syncthreads();
-    cq_product(
-        n, state, dim, [&](int i, int k) { return x.at(i, k); },
-        [&](int j, int k) { return pass.at(k, j); },
-        [&](int i, int j, float r) {
-            w.at(i, j) = dt[i] * exp_of(last - sum[i]) * r;
-            db[i * wide + j] += w.at(i, j);
-        });
-    cq_product(
-        n, dim, state, [&](int i, int k) { return b.at(i, k); },
-        [&](int j, int k) { return pass.at(j, k); },
-        [&](int i, int j, float r) { dx[i * o.lddx + j] += exp_of(last - sum[i]) * r; });
-    __syncthreads();
-    row_dots(out_at, b, w, n, state);
-    int lane = (int)(threadIdx.x % CQ_WARP), warp = (int)(threadIdx.x / CQ_WARP);
-    for (int t = warp; t < n; t += THREADS / CQ_WARP) {
-        float along = 0.0f, through = 0.0f;
-        for (int p = lane; p < dim; p += CQ_WARP) {
-            along += dx[t * o.lddx + p] * x.at(t, p);
-            through += dy.at(t, p) * x.at(t, p);
-        }
-        along = cq_warp_sum(along);
-        through = cq_warp_sum(through);
-        if (lane == 0) {
-            ddt[t] = along;
-            skip += through;
-        }
-    }
-    skip = cq_block_sum(skip, sums);
-    for (int i = (int)threadIdx.x; i < n * dim; i += THREADS) {
-        int t = i / dim, p = i - t * dim;
-        float *at = dx + t * o.lddx + p;
-        *at = *at * dt[t] + a.d[h] * dy.at(t, p);
-    }
-    float bias = 0.0f;
-    double rate = -exp((double)a.a_log[h]), slope = 0.0;
-    for (int t = (int)threadIdx.x; t < n; t += THREADS) {
-        double whole =
-            (double)da[t] + (double)pairs; /* pairs of tokens, and what passes the whole chunk */
-        for (int k = n - 1; k >= t; k--)
-            whole += (double)into_at[k];
-        for (int k = 0; k < t; k++)
-            whole += (double)out_at[k];
-        float raw = a.dt_raw[(from + t) * a.ld_dt + h] + a.dt_bias[h];
-        float d = (float)((double)ddt[t] + rate * whole) / (1.0f + expf(-raw));
-        o.ddt_raw[(from + t) * o.ldd_dt + h] = d;
-        bias += d;
-        slope += whole * (double)dt[t];
-    }
-    bias = cq_block_sum(bias, sums);
-    slope = cq_block_sum(slope, wide_sums);
-    if (threadIdx.x == 0) {
-        float *part = o.scalars + chunk * 3 * a.heads + h;
-        part[0] = bias;
-        part[a.heads] = (float)(slope * rate);
-        part[2 * a.heads] = skip;
-    }
-}
-
-/// dB or dC of a group: its heads in order.
-__global__ void __launch_bounds__(THREADS)
-    add_heads(const float *of_heads, float *out, int64_t ld, int64_t tokens, int64_t heads,
-              int64_t groups, int64_t state) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, per = heads / groups;
-    if (i >= tokens * groups * state)
-        return;
-    int64_t t = i / (groups * state), g = i / state % groups, k = i % state;
-    const float *from = of_heads + (t * heads + g * per) * state + k;
+    int i = (int)threadIdx.x % CHUNK, half = (int)threadIdx.x / CHUNK;
     float sum = 0.0f;
-    for (int64_t h = 0; h < per; h++)
-        sum += from[h * state];
-    out[t * ld + g * state + k] = sum;
-}
-/// Adds the chunks' parts of the three gradients by head.
-__global__ void __launch_bounds__(THREADS)
-    add_scalars(chunk_list c, const float *scalars, int64_t heads, float *dbias, float *da_log,
-                float *dd) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= 3 * heads)
-        return;
-    float *to = (i < heads ? dbias : i < 2 * heads ? da_log : dd) + i % heads;
-    double sum = 0.0;
-    for (int32_t k = 0; k < *c.count; k++)
-        sum += (double)scalars[k * 3 * heads + i];
-    *to += (float)sum;
-}
-
-/// Cuts scratch; a chunk is as long as shared memory allows.
-struct scratch {
-    char *p;
-    int64_t used;
-    void *take(int64_t bytes) {
-        void *r = p ? p + used : NULL;
-        used += up(bytes);
-        return r;
+    for (int t = 32 * half + 31; t >= 32 * half; t--) {
+        float *at = &room[t * CHUNK + ((i + t) & (CHUNK - 1))];
+        sum += *at;
+        *at = sum;
     }
-};
-
-void cut_chunks(chunk_list *c, scratch *m) {
-    c->begin = (int64_t *)m->take(c->most * 8);
-    c->end = (int64_t *)m->take(c->most * 8);
-    c->first = (int32_t *)m->take(c->most * 4);
-    c->count = (int32_t *)m->take(4);
+    __syncthreads();
+    const float *middle = room + 32 * CHUNK; /* sums of the lower 32 rows */
+    sum = 0.0f;
+    for (int s = 32 * half; s < 32 * half + 32 && s < i; s++) {
+        float column = room[i * CHUNK + ((s + i) & (CHUNK - 1))];
+        if (i < 32)
+            column += middle[(s + 32) & (CHUNK - 1)];
+        sum += column * k->w.dt[s];
+    }
+    k->dl[half][i] = sum;
+    if (half == 0)
+        k->ddt[i] = room[i * CHUNK + ((i + i) & (CHUNK - 1))] +
+                    (i < 32 ? middle[(i + 32) & (CHUNK - 1)] : 0.0f);
 }
 
-int64_t forward_floats(int64_t q, int64_t dim, int64_t state) {
-    return 3 * q + q * (dim + 1) + (q + (q > dim ? q : dim)) * (state + 1) + q * (q + 1);
-}
-int64_t backward_floats(int64_t q, int64_t dim, int64_t state) {
-    return 7 * q + 2 * q * (dim + 1) + (3 * q + dim) * (state + 1) + 2 * q * (q + 1);
-}
-/// The longest chunk, 64 or shorter, whose block fits; 0 when none does.
-int longest_chunk(int64_t (*floats)(int64_t, int64_t, int64_t), int64_t dim, int64_t state) {
-    int q = LARGEST_Q;
-    while (q >= 8 && floats(q, dim, state) * (int64_t)sizeof(float) > 220 << 10)
-        q /= 2;
-    return q >= 8 ? q : 0;
-}
-int too_wide(const char *op, int64_t dim, int64_t state) {
-    return cq_fail(CQ_ESHAPE,
-                   "cuda: %s: head_dim %lld and state %lld need more shared memory than "
-                   "there is",
-                   op, (long long)dim, (long long)state);
+/// ddt_raw of a chunk and head and its three sums, by the first warp; `inner` is <dS_out, S_in>.
+__device__ __forceinline__ void time_steps(const scan &a, const chunk_place &c, head_work *k,
+                                           int64_t h, float inner) {
+    int lane = (int)threadIdx.x;
+    float rate = -expf(a.a_log[h]), u[2], v[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int t = 2 * lane + i;
+        u[i] = k->e[t] * k->u[t];
+        v[i] = k->gamma[t] * k->v[t];
+    }
+    float later = u[0] + u[1], vt[2] = {v[0] * k->w.dt[2 * lane], v[1] * k->w.dt[2 * lane + 1]};
+    float earlier = vt[0] + vt[1];
+    for (int d = 1; d < CQ_WARP; d *= 2) {
+        float right = __shfl_down_sync(0xffffffffu, later, (unsigned)d);
+        float left = __shfl_up_sync(0xffffffffu, earlier, (unsigned)d);
+        if (lane + d < CQ_WARP)
+            later += right;
+        if (lane >= d)
+            earlier += left;
+    }
+    /* sums from the next lane's tokens on, and up to the lane before */
+    float right = __shfl_down_sync(0xffffffffu, later, 1u);
+    float left = __shfl_up_sync(0xffffffffu, earlier, 1u);
+    right = lane == CQ_WARP - 1 ? 0.0f : right;
+    left = (lane == 0 ? 0.0f : left) + inner * k->e[c.n - 1];
+    float us[2] = {right + u[1] + u[0], right + u[1]}, vs[2] = {left, left + vt[0]};
+    double sums[3] = {0.0, 0.0, 0.0};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int t = 2 * lane + i;
+        if (t < c.n) {
+            float dl = k->dl[0][t] + k->dl[1][t] + us[i] + vs[i];
+            float z = a.dt_raw[(c.t0 + t) * a.ld_dt + h] + a.dt_bias[h];
+            float ddt = k->ddt[t] + v[i] + rate * dl;
+            ddt = z > 20.0f ? ddt : ddt / (1.0f + expf(-z));
+            a.ddt[(c.t0 + t) * a.ldd_dt + h] = ddt;
+            sums[0] += (double)ddt;
+            sums[1] += (double)(rate * (k->w.dt[t] * dl));
+            sums[2] += (double)k->diagonal[t];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        double sum = cq_warp_sum(sums[i]);
+        if (lane == 0)
+            a.sums[((int64_t)blockIdx.x * a.heads + h) * 3 + i] = sum;
+    }
 }
 
-template <typename Args> scan_shape shape_of(const Args *a, int q) {
-    scan_shape s = {};
-    s.tokens = a->tokens, s.heads = a->heads, s.dim = a->head_dim;
-    s.groups = a->groups, s.state = a->state;
-    s.x = (const float *)a->x, s.B = (const float *)a->B, s.C = (const float *)a->C;
-    s.dt_raw = (const float *)a->dt_raw;
-    s.ldx = a->ldx, s.ldB = a->ldB, s.ldC = a->ldC, s.ld_dt = a->ld_dt;
-    s.dt_bias = (const float *)a->dt_bias, s.a_log = (const float *)a->a_log;
-    s.d = (const float *)a->d;
-    s.chunks.q = q;
-    s.chunks.most = a->tokens / q + a->n_docs + 1;
+/// One chunk and group, head after head: dx, ddt_raw, the sums, and the gradient of C B'.
+template <typename E> __global__ void __launch_bounds__(THREADS, 4) chunk_gradients(scan a) {
+    CQ_SHARED(float4, room4, [E::ROOM / 4]);
+    CQ_SHARED(float4, m4, [CHUNK * CHUNK / 4]);
+    CQ_SHARED(head_work, k, [1]);
+    chunk_place c = a.chunks[blockIdx.x];
+    int64_t g = blockIdx.y;
+    if (c.n == 0) {
+        for (int64_t i = threadIdx.x; i < 3 * a.share; i += THREADS)
+            a.sums[((int64_t)blockIdx.x * a.heads + g * a.share) * 3 + i] = 0.0;
+        return;
+    }
+    float *room = (float *)room4, *m = (float *)m4, dcb[PER_THREAD], acc[PER_THREAD];
+    rows cb = pair_rows(a, a.cb, c, g);
+    clear(dcb);
+    for (int64_t h = g * a.share; h < (g + 1) * a.share; h++) {
+        __syncthreads(); /* the head before is done */
+        load_decays(&k->w, a, c, h);
+        if (threadIdx.x < CHUNK) {
+            int t = (int)threadIdx.x;
+            int64_t at = h * a.tokens + c.t0 + t, end = h * a.tokens + c.t0 + c.n - 1;
+            bool in = t < c.n;
+            k->e[t] = in ? decay_of(a.high[at], 0.0f) : 0.0f;
+            k->gamma[t] = in ? decay_of(a.high[end] - a.high[at], a.low[end] - a.low[at]) : 0.0f;
+            k->u[t] = k->v[t] = 0.0f;
+        }
+        clear(acc);
+        E::template product<true, true>(room, acc, dy_rows(a, c, h, 0), x_rows(a, c, h, 0),
+                                        (int)a.dim);
+        pair_sums<E>(room, m, k, cb, acc, dcb);
+        float skip = a.d[h];
+        for (int64_t p0 = 0; p0 < a.dim; p0 += CHUNK) {
+            rows dy = dy_rows(a, c, h, p0);
+            clear(acc);
+            if (!c.last) {
+                E::template product<true, false>(room, acc, b_rows(a, c, g, 0),
+                                                 state_rows(a, a.grads, c.after, h, 0, p0),
+                                                 (int)a.state);
+                dot_rows<E>(room, k->v, acc, x_rows(a, c, h, p0));
+#pragma unroll
+                for (int q = 0; q < E::ROWS; q++)
+#pragma unroll
+                    for (int u = 0; u < E::RUNS; u++)
+#pragma unroll
+                        for (int j = 0; j < E::RUN; j++)
+                            acc[E::index(q, u, j)] *= k->gamma[E::row(q)];
+            }
+            E::template product<false, false>(room, acc, tile{m}, dy, c.n);
+#pragma unroll
+            for (int q = 0; q < E::ROWS; q++)
+                if (E::row(q) < c.n)
+#pragma unroll
+                    for (int u = 0; u < E::RUNS; u++)
+#pragma unroll
+                        for (int j = 0; j < E::RUN; j++)
+                            if (E::column(u) + j < dy.cols) {
+                                float *v = &acc[E::index(q, u, j)];
+                                *v = *v * k->w.dt[E::row(q)] +
+                                     skip * dy.p[E::row(q) * dy.ld + E::column(u) + j];
+                            }
+            store_tile<E>(a.dx + c.t0 * a.lddx + h * a.dim + p0, a.lddx, acc, c.n, dy.cols,
+                          a.vec_dx);
+            if (c.index > 0) {
+                clear(acc);
+                E::template product<true, false>(room, acc, c_rows(a, c, g, 0),
+                                                 state_rows(a, a.states, c.after - 1, h, 0, p0),
+                                                 (int)a.state);
+                dot_rows<E>(room, k->u, acc, dy);
+            }
+        }
+        float inner = 0.0f;
+        if (c.index > 0 && !c.last) {
+            const float *in = state_rows(a, a.states, c.after - 1, h, 0, 0).p;
+            const float *out = state_rows(a, a.grads, c.after, h, 0, 0).p;
+            int64_t size = a.state * a.dim;
+            if (a.vec_s)
+                for (int64_t i = threadIdx.x; i < size / 4; i += THREADS)
+                    inner += cq_dot4(((const float4 *)in)[i], ((const float4 *)out)[i]);
+            else
+                for (int64_t i = threadIdx.x; i < size; i += THREADS)
+                    inner += in[i] * out[i];
+        }
+        inner = cq_block_sum(inner, k->sums); /* also a barrier for what time_steps reads */
+        if (threadIdx.x < CQ_WARP)
+            time_steps(a, c, k, h, inner);
+    }
+    store_tile<E>(a.dcb + (c.t0 * a.groups + g) * CHUNK, a.groups * CHUNK, dcb, c.n, CHUNK, true);
+}
+
+/// 64 columns of dB (blockIdx.z even) or dC of a chunk and group: the pairs' part, then the heads'.
+template <typename E> __global__ void __launch_bounds__(THREADS, 4) group_gradients(scan a) {
+    CQ_SHARED(float4, room4, [E::ROOM / 4]);
+    CQ_SHARED(float, weight, [CHUNK]);
+    chunk_place c = a.chunks[blockIdx.x];
+    if (c.n == 0)
+        return;
+    int64_t g = blockIdx.y, n0 = blockIdx.z / 2 * CHUNK;
+    bool is_c = blockIdx.z % 2;
+    float *room = (float *)room4, acc[PER_THREAD];
+    rows pairs = pair_rows(a, a.dcb, c, g);
+    clear(acc);
+    if (is_c)
+        E::template product<true, false>(room, acc, pairs, b_rows(a, c, g, n0), c.n);
+    else
+        E::template product<false, false>(room, acc, pairs, c_rows(a, c, g, n0), c.n);
+    if (is_c ? c.index > 0 : !c.last)
+        for (int64_t h = g * a.share; h < (g + 1) * a.share; h++) {
+            /* the product before has read its weights */
+            if (threadIdx.x < CHUNK)
+                weight[threadIdx.x] = weight_of(a, c, h, (int)threadIdx.x, is_c);
+            __syncthreads();
+            weighted left = {is_c ? dy_rows(a, c, h, 0) : x_rows(a, c, h, 0), weight};
+            E::template product<true, true>(
+                room, acc, left, state_rows(a, is_c ? a.states : a.grads, c.after - is_c, h, n0, 0),
+                (int)a.dim);
+        }
+    int64_t ld = is_c ? a.lddc : a.lddb;
+    store_tile<E>((is_c ? a.dc : a.db) + c.t0 * ld + g * a.state + n0, ld, acc, c.n,
+                  (int)(a.state - n0), is_c ? a.vec_dc : a.vec_db);
+}
+
+/// ddt_bias, da_log or dd of head blockIdx.x: the sums of all chunks.
+__global__ void __launch_bounds__(THREADS)
+    add_sums(scan a, int64_t chunks, float *ddt_bias, float *da_log, float *dd) {
+    CQ_SHARED(double, room, [CQ_WARP]);
+    double sum = 0.0;
+    for (int64_t i = threadIdx.x; i < chunks; i += THREADS)
+        sum += a.sums[(i * a.heads + blockIdx.x) * 3 + blockIdx.y];
+    sum = cq_block_sum(sum, room);
+    if (threadIdx.x == 0)
+        (blockIdx.y == 0 ? ddt_bias : blockIdx.y == 1 ? da_log : dd)[blockIdx.x] += (float)sum;
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+int64_t chunk_numbers(const scan &a) { return a.tokens / CHUNK + a.n_docs; }
+
+template <typename Args> scan scan_of(const Args *a) {
+    scan s = {};
+    s.tokens = a->tokens, s.n_docs = a->n_docs, s.starts = a->starts;
+    s.heads = a->heads, s.dim = a->head_dim, s.groups = a->groups, s.state = a->state;
+    s.share = a->heads / a->groups;
+    s.boundaries = a->tokens / CHUNK;
+    s.x = (const float *)a->x, s.b = (const float *)a->B, s.c = (const float *)a->C;
+    s.dt_raw = (const float *)a->dt_raw, s.dt_bias = (const float *)a->dt_bias;
+    s.a_log = (const float *)a->a_log, s.d = (const float *)a->d;
+    s.ldx = a->ldx, s.ldb = a->ldB, s.ldc = a->ldC, s.ld_dt = a->ld_dt;
+    bool dim4 = a->head_dim % 4 == 0, state4 = a->state % 4 == 0;
+    s.vec_x = dim4 && a->ldx % 4 == 0 && cq_aligned16(a->x);
+    s.vec_b = state4 && a->ldB % 4 == 0 && cq_aligned16(a->B);
+    s.vec_c = state4 && a->ldC % 4 == 0 && cq_aligned16(a->C);
+    s.vec_s = dim4;
     return s;
 }
 
-/// Chunk list, decays, and the states that chunks begin with.
-int make_states(cq_stream *s, const char *op, const int64_t *starts, int64_t n_docs,
-                const scan_shape &shape, float *states, float *decay) {
-    int64_t q = shape.chunks.q;
-    size_t bytes = (size_t)(3 * q + q * (shape.dim + 1) + q * (shape.state + 1)) * sizeof(float);
-    dim3 grid((unsigned)shape.chunks.most, (unsigned)shape.heads);
-    dim3 pass(cq_blocks(shape.dim * shape.state, THREADS), (unsigned)shape.heads);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)chunk_states<false>, (int64_t)bytes, op));
-    CQ_LAUNCH(list_chunks, 1, 32, 0, s, starts, n_docs, shape.chunks);
-    CQ_LAUNCH(chunk_states<false>, grid, THREADS, bytes, s, shape, (const float *)NULL, states,
-              decay);
-    CQ_LAUNCH(pass_states<false>, pass, THREADS, 0, s, shape, states, (const float *)decay);
-    return cq_cuda_status(op);
+/// Cuts one piece of scratch; with p NULL it only counts.
+struct scratch {
+    char *p;
+    int64_t used;
+    template <typename T> void take(T **to, int64_t n) {
+        *to = p ? (T *)(p + used) : NULL;
+        used += (n * (int64_t)sizeof(T) + 255) / 256 * 256;
+    }
+};
+void cut(scan *a, scratch *m, bool backward) {
+    int64_t numbers = chunk_numbers(*a), by_head = a->heads * a->tokens;
+    int64_t pairs = a->tokens * a->groups * CHUNK;
+    int64_t states = a->boundaries * a->heads * a->state * a->dim;
+    m->used = 0;
+    m->take(&a->chunks, numbers);
+    m->take(&a->dt, by_head);
+    m->take(&a->high, by_head);
+    m->take(&a->low, by_head);
+    m->take(&a->keep, a->boundaries * a->heads);
+    m->take(&a->cb, pairs);
+    m->take(&a->states, states);
+    if (backward) {
+        m->take(&a->dcb, pairs);
+        m->take(&a->grads, states);
+        m->take(&a->sums, numbers * a->heads * 3);
+    }
+}
+int take_scratch(cq_stream *s, scan *a, bool backward) {
+    scratch m = {NULL, 0};
+    cut(a, &m, backward);
+    m.p = (char *)cq_cuda_scratch(s, m.used);
+    if (!m.p)
+        return CQ_ENOMEM;
+    cut(a, &m, backward);
+    return CQ_OK;
+}
+
+template <bool BACK> void pass(cq_stream *s, const scan &a) {
+    int64_t size = a.state * a.dim;
+    if (a.boundaries == 0)
+        return;
+    if (a.vec_s)
+        CQ_LAUNCH((pass_states<float4, BACK>),
+                  dim3(cq_blocks(size / 4, PASS_THREADS), (unsigned)a.heads), PASS_THREADS, 0, s,
+                  a);
+    else
+        CQ_LAUNCH((pass_states<float, BACK>),
+                  dim3(cq_blocks(size, PASS_THREADS), (unsigned)a.heads), PASS_THREADS, 0, s, a);
+}
+/// C B', and the states at all boundaries.
+template <typename E> void make_states(cq_stream *s, const scan &a) {
+    unsigned numbers = (unsigned)chunk_numbers(a), heads = (unsigned)a.heads;
+    unsigned tiles = cq_blocks(a.state, CHUNK) * cq_blocks(a.dim, CHUNK);
+    CQ_LAUNCH(decays, dim3(numbers, cq_blocks(a.heads, DECAY_WARPS)), DECAY_WARPS * CQ_WARP, 0, s,
+              a);
+    CQ_LAUNCH(pair_products<E>, dim3(numbers, (unsigned)a.groups), THREADS, 0, s, a);
+    if (a.boundaries > 0)
+        CQ_LAUNCH((own_states<E, false>), dim3(numbers, heads, tiles), THREADS, 0, s, a);
+    pass<false>(s, a);
+}
+template <typename E> void forward(cq_stream *s, const scan &a) {
+    make_states<E>(s, a);
+    dim3 grid((unsigned)chunk_numbers(a), (unsigned)a.heads, cq_blocks(a.dim, CHUNK));
+    CQ_LAUNCH(chunk_outputs<E>, grid, THREADS, 0, s, a);
+}
+template <typename E> void backward(cq_stream *s, const scan &a) {
+    unsigned numbers = (unsigned)chunk_numbers(a), groups = (unsigned)a.groups;
+    unsigned tiles = cq_blocks(a.state, CHUNK) * cq_blocks(a.dim, CHUNK);
+    make_states<E>(s, a);
+    if (a.boundaries > 0)
+        CQ_LAUNCH((own_states<E, true>), dim3(numbers, (unsigned)a.heads, tiles), THREADS, 0, s, a);
+    pass<true>(s, a);
+    CQ_LAUNCH(chunk_gradients<E>, dim3(numbers, groups), THREADS, 0, s, a);
+    CQ_LAUNCH(group_gradients<E>, dim3(numbers, groups, 2 * cq_blocks(a.state, CHUNK)), THREADS, 0,
+              s, a);
 }
 
 } // namespace
 
 extern "C" int cq_cuda_ssd_forward(cq_stream *s, const cq_ssd_forward_args *a) {
     CQ_CUDA_F32("ssd_forward", a);
-    int q = longest_chunk(forward_floats, a->head_dim, a->state);
-    if (!q)
-        return too_wide("ssd_forward", a->head_dim, a->state);
     if (a->tokens < 1)
         return CQ_OK;
-    scan_shape shape = shape_of(a, q);
-    int64_t size = shape.chunks.most * a->heads * a->head_dim * a->state * 4;
-    scratch m = {NULL, 0};
-    float *states = NULL, *decay = NULL;
-    for (int pass = 0; pass < 2; pass++) { /* the first counts */
-        m.used = 0;
-        cut_chunks(&shape.chunks, &m);
-        decay = (float *)m.take(shape.chunks.most * a->heads * 4);
-        states = (float *)m.take(size);
-        if (pass == 0 && !(m.p = (char *)cq_cuda_scratch(s, m.used)))
-            return CQ_ENOMEM;
-    }
-    CQ_TRY(make_states(s, "ssd_forward", a->starts, a->n_docs, shape, states, decay));
-    int64_t bytes = forward_floats(q, a->head_dim, a->state) * (int64_t)sizeof(float);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)chunk_outputs, bytes, "ssd_forward"));
-    dim3 grid((unsigned)shape.chunks.most, (unsigned)a->heads);
-    CQ_LAUNCH(chunk_outputs, grid, THREADS, (size_t)bytes, s, shape, (const float *)states,
-              (float *)a->y);
+    scan w = scan_of(a);
+    w.y = (float *)a->y;
+    w.vec_y = a->head_dim % 4 == 0 && cq_aligned16(a->y);
+    CQ_TRY(take_scratch(s, &w, false));
+    if (s->compute == CQ_COMPUTE_BF16)
+        forward<engine_bf16>(s, w);
+    else
+        forward<engine_f32>(s, w);
     CQ_CUDA_END("ssd_forward");
 }
 
 extern "C" int cq_cuda_ssd_backward(cq_stream *s, const cq_ssd_backward_args *a) {
     CQ_CUDA_F32("ssd_backward", a);
-    int q = longest_chunk(backward_floats, a->head_dim, a->state);
-    if (!q)
-        return too_wide("ssd_backward", a->head_dim, a->state);
     if (a->tokens < 1)
         return CQ_OK;
-    scan_shape shape = shape_of(a, q);
-    int64_t most = shape.chunks.most, size = most * a->heads * a->head_dim * a->state * 4;
-    int64_t wide = a->tokens * a->heads * a->state;
-    scratch m = {NULL, 0};
-    float *states = NULL, *grads = NULL, *decay = NULL;
-    scan_gradients o = {};
-    for (int pass = 0; pass < 2; pass++) { /* the first counts */
-        m.used = 0;
-        cut_chunks(&shape.chunks, &m);
-        decay = (float *)m.take(most * a->heads * 4);
-        states = (float *)m.take(size);
-        grads = (float *)m.take(size);
-        o.dB = (float *)m.take(wide * 4);
-        o.dC = (float *)m.take(wide * 4);
-        o.scalars = (float *)m.take(most * 3 * a->heads * 4);
-        if (pass == 0 && !(m.p = (char *)cq_cuda_scratch(s, m.used)))
-            return CQ_ENOMEM;
-    }
-    CQ_TRY(make_states(s, "ssd_backward", a->starts, a->n_docs, shape, states, decay));
-    o.dy = (const float *)a->dy, o.dx = (float *)a->dx, o.ddt_raw = (float *)a->ddt_raw;
-    o.lddx = a->lddx, o.ldd_dt = a->ldd_dt, o.in = states, o.g = grads;
-    dim3 grid((unsigned)most, (unsigned)a->heads);
-    dim3 pass(cq_blocks(a->head_dim * a->state, THREADS), (unsigned)a->heads);
-    size_t few = (size_t)(3 * q + q * (a->head_dim + 1) + q * (a->state + 1)) * sizeof(float);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)chunk_states<true>, (int64_t)few, "ssd_backward"));
-    CQ_LAUNCH(chunk_states<true>, grid, THREADS, few, s, shape, o.dy, grads, decay);
-    CQ_LAUNCH(pass_states<true>, pass, THREADS, 0, s, shape, grads, (const float *)decay);
-    int64_t bytes = backward_floats(q, a->head_dim, a->state) * (int64_t)sizeof(float);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)chunk_gradients, bytes, "ssd_backward"));
-    CQ_LAUNCH(chunk_gradients, grid, THREADS, (size_t)bytes, s, shape, o);
-    int64_t n = a->tokens * a->groups * a->state;
-    CQ_LAUNCH(add_heads, cq_blocks(n, THREADS), THREADS, 0, s, (const float *)o.dB, (float *)a->dB,
-              a->lddB, a->tokens, a->heads, a->groups, a->state);
-    CQ_LAUNCH(add_heads, cq_blocks(n, THREADS), THREADS, 0, s, (const float *)o.dC, (float *)a->dC,
-              a->lddC, a->tokens, a->heads, a->groups, a->state);
+    scan w = scan_of(a);
+    w.dy = (const float *)a->dy;
+    w.dx = (float *)a->dx, w.db = (float *)a->dB, w.dc = (float *)a->dC;
+    w.ddt = (float *)a->ddt_raw;
+    w.lddx = a->lddx, w.lddb = a->lddB, w.lddc = a->lddC, w.ldd_dt = a->ldd_dt;
+    w.vec_y = a->head_dim % 4 == 0 && cq_aligned16(a->dy);
+    w.vec_dx = a->head_dim % 4 == 0 && a->lddx % 4 == 0 && cq_aligned16(a->dx);
+    w.vec_db = a->state % 4 == 0 && a->lddB % 4 == 0 && cq_aligned16(a->dB);
+    w.vec_dc = a->state % 4 == 0 && a->lddC % 4 == 0 && cq_aligned16(a->dC);
+    CQ_TRY(take_scratch(s, &w, true));
+    if (s->compute == CQ_COMPUTE_BF16)
+        backward<engine_bf16>(s, w);
+    else
+        backward<engine_f32>(s, w);
     if (a->ddt_bias)
-        CQ_LAUNCH(add_scalars, cq_blocks(3 * a->heads, THREADS), THREADS, 0, s, shape.chunks,
-                  (const float *)o.scalars, a->heads, (float *)a->ddt_bias, (float *)a->da_log,
-                  (float *)a->dd);
+        CQ_LAUNCH(add_sums, dim3((unsigned)a->heads, 3), THREADS, 0, s, w, chunk_numbers(w),
+                  (float *)a->ddt_bias, (float *)a->da_log, (float *)a->dd);
     CQ_CUDA_END("ssd_backward");
 }
