@@ -256,7 +256,7 @@ extern "C" int cq_cuda_attention_forward(cq_stream *s, const cq_attention_forwar
     float *out = (float *)a->out, *lse = (float *)a->lse;
     if (a->tokens < 1)
         return CQ_OK;
-    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(a->head_dim))
+    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(h))
         return cq_attention_bf16_forward(s, h, out, lse);
     if (a->head_dim <= 16)
         return forward_in<1>(s, h, out, lse);
@@ -272,16 +272,14 @@ extern "C" int cq_cuda_attention_backward(cq_stream *s, const cq_attention_backw
     int64_t rows = a->tokens * a->heads, ld = a->head_dim + 1;
     if (a->tokens < 1)
         return CQ_OK;
-    bool bf16 = s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(a->head_dim);
-    int64_t at = (rows + 63) / 64 * 64, more = bf16 ? 2 * rows * a->head_dim : 0;
-    float *delta = (float *)cq_cuda_scratch(s, (at + more) * (int64_t)sizeof(float));
+    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(h))
+        return cq_attention_bf16_backward(s, h, a);
+    float *delta = (float *)cq_cuda_scratch(s, rows * (int64_t)sizeof(float));
     if (!delta)
         return CQ_ENOMEM;
     const float *dout = (const float *)a->dout, *lse = (const float *)a->lse;
     CQ_LAUNCH(row_products, cq_blocks(rows, THREADS), THREADS, 0, s, dout, (const float *)a->out,
               delta, rows, a->head_dim);
-    if (bf16)
-        return cq_attention_bf16_backward(s, h, dout, lse, delta, delta + at, a);
     int64_t pairs = 2 * SIDE * (SIDE + 1);
     int64_t kv = (6 * SIDE * ld + pairs) * (int64_t)sizeof(float);
     int64_t q = (5 * SIDE * ld + pairs) * (int64_t)sizeof(float);

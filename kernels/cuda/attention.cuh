@@ -26,10 +26,10 @@ __device__ __forceinline__ void cq_find_begins(int32_t *begin, const cq_heads &a
         begin[i] = (int32_t)a.starts[cq_document_of(a.starts, a.n_docs, q0 + i)];
 }
 
-/// Whether attention_bf16.cu has this head_dim.
-static inline bool cq_attention_has_bf16(int64_t dim) { return dim == 64 || dim == 128; }
+/// Whether attention_bf16.cu does this.
+static inline bool cq_attention_has_bf16(const cq_heads &a) {
+    return (a.dim == 64 || a.dim == 128) && a.scale > 0.0f;
+}
 int cq_attention_bf16_forward(cq_stream *s, const cq_heads &a, float *out, float *lse);
-/// delta [tokens, heads] = <dout, out> is made already; `room` [2, tokens, heads, dim] is free.
-int cq_attention_bf16_backward(cq_stream *s, const cq_heads &a, const float *dout, const float *lse,
-                               const float *delta, float *room,
+int cq_attention_bf16_backward(cq_stream *s, const cq_heads &a,
                                const cq_attention_backward_args *args);

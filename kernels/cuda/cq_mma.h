@@ -19,6 +19,12 @@ __device__ __forceinline__ unsigned cq_bf16_pair(float low, float high) {
 
 #ifndef CQ_CUDA_ON_CPU
 
+/// 2 to the x within 2^-22, in one instruction; denormal results are zero.
+__device__ __forceinline__ float cq_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 /// d += a b.
 __device__ __forceinline__ void cq_mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
@@ -55,6 +61,11 @@ template <int PENDING> __device__ __forceinline__ void cq_cp_wait() {
 }
 
 #else
+
+static inline float cq_exp2(float x) {
+    float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
 
 struct cq_mma_lane {
     float *d;
