@@ -38,7 +38,7 @@ enum { REF_WAY, PLAIN_WAY, CPU_WAY, AGAIN_WAY, ALONE_WAY, N_WAYS, MOST_FIELDS = 
 #else
 #define WAYS_PICK(emulated, real) (real)
 #endif
-#ifdef WAYS_RACES /* under ThreadSanitizer: once, and errors are for the other builds */
+#ifdef WAYS_RACES /* under a sanitizer: once, and errors are for the other builds */
 enum { WAYS_ORDERS = 1, WAYS_JUDGES = 0 };
 #define WAYS_SEEDS(emulated, real) 1
 #else

@@ -148,7 +148,7 @@ grep -q 'resumed after step 2' "$work"/halved/points/*.log || fail "a dropped po
 
 # ---- a disk that is full in the middle: what ran stays, the table is shown, and with room the same command ends it
 if [ "$(id -u)" = 0 ] && mkdir -p "$work/small" && mount -t tmpfs -o size=30m none "$work/small" 2>/dev/null; then
-  trap 'umount "$work/small" 2>/dev/null; rm -rf "$work"' EXIT
+  trap 'umount "$work/small" 2>/dev/null || true; rm -rf "$work"' EXIT
   # shellcheck disable=SC2086
   full="$tiny --sweep lr=1e-4,3e-4 --retry=0 --out=$work/small/s"
   # shellcheck disable=SC2086
