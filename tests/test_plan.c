@@ -198,6 +198,20 @@ Test(plan, nothing_is_declared_or_committed_after_commit) {
     cq_plan_close(NULL);
 }
 
+Test(plan, one_for_a_device_that_is_not_here_counts_and_is_never_mapped) {
+    cq_plan *p = open_plan();
+    cq_tensor t;
+    cr_assert_not(cq_plan_on_device(p));
+    cq_plan_imagine(p);
+    cr_assert(cq_plan_on_device(p));
+    add(p, &t, CQ_FOR_TEACHER, (int64_t)1 << 50);
+    cr_assert_eq(cq_plan_bytes(p, CQ_FOR_TEACHER), (int64_t)1 << 50);
+    cr_assert_eq(cq_plan_commit(p, (int64_t)1 << 51), CQ_EUSAGE);
+    cr_assert(strstr(cq_error(), "only counts"), "%s", cq_error());
+    cr_assert_not(cq_plan_committed(p));
+    cq_plan_close(p);
+}
+
 Test(plan, unknown_purposes_and_dtypes_are_usage_errors) {
     cq_plan *p = open_plan();
     cq_tensor t;

@@ -23,15 +23,24 @@ static int64_t scratch_bytes(const cq_config *c, int64_t longest) {
     return (bytes + 63) / 64 * 64;
 }
 
-/* Both operands of the largest product in BF16. */
+/* Both operands of the largest product in BF16: forward and input gradient read rows and weights,
+ * the weight gradient two sets of rows. The head runs over chunks of tokens; a longer one, and what
+ * does not fit otherwise, is rounded in pieces. */
+static int64_t operand_bytes(int64_t rows, int64_t n, int64_t k, int64_t weights) {
+    return 2 * max64(rows * (n + k), rows * max64(n, k) + weights);
+}
+
 static int64_t bf16_bytes(const cq_model *m, int64_t tokens) {
-    int64_t widest = m->config.vocab, largest = m->config.vocab * m->config.hidden;
+    enum { HEAD_ROWS = 1024 };
+    const cq_config *c = &m->config;
+    int64_t bytes = operand_bytes(tokens < HEAD_ROWS ? tokens : HEAD_ROWS, c->vocab, c->hidden,
+                                  c->vocab * c->hidden);
     for (int64_t i = 0; i < m->n_linears; i++) {
-        widest = max64(widest, max64(m->linear[i]->n, m->linear[i]->k));
-        largest = max64(largest, m->linear[i]->n * m->linear[i]->k);
+        const cq_linear *w = m->linear[i];
+        int64_t rows = w->groups > 1 ? tokens * c->top_k : tokens;
+        bytes = max64(bytes, operand_bytes(rows, w->n, w->k, w->n * w->k));
     }
-    int64_t rows = tokens * max64(1, m->config.top_k);
-    return 2 * max64(2 * rows * widest, rows * widest + largest);
+    return bytes;
 }
 
 static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {

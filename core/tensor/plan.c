@@ -35,6 +35,7 @@ struct cq_plan {
     region regions[CQ_N_PURPOSES];
     cq_stream stream; ///< of the device; no table: host memory
     bool committed;
+    bool imagined; ///< for a device that is not here
 };
 
 static const char *const purpose_names[CQ_N_PURPOSES] = {
@@ -64,7 +65,9 @@ void cq_plan_place(cq_plan *plan, const cq_stream *s) {
         plan->stream = *s;
 }
 
-bool cq_plan_on_device(const cq_plan *plan) { return plan->stream.table != NULL; }
+void cq_plan_imagine(cq_plan *plan) { plan->imagined = true; }
+
+bool cq_plan_on_device(const cq_plan *plan) { return plan->stream.table || plan->imagined; }
 
 /* A purpose with only empty tensors gets one line, so that no slot is NULL. */
 static int64_t region_bytes(const region *r) { return r->peak ? r->peak : ALIGN; }
@@ -196,6 +199,8 @@ static int refuse(const cq_plan *plan, int64_t limit, const char *what) {
 int cq_plan_commit(cq_plan *plan, int64_t limit_bytes) {
     if (plan->committed)
         return cq_fail(CQ_EUSAGE, "plan: committed twice");
+    if (plan->imagined)
+        return cq_fail(CQ_EUSAGE, "plan: made for a device that is not here, it only counts");
     int64_t limit = limit_bytes > 0           ? limit_bytes
                     : cq_plan_on_device(plan) ? cq_stream_available(&plan->stream)
                                               : cq_memory_available();

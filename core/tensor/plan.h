@@ -29,6 +29,9 @@ CQ_API int cq_plan_open(cq_plan **out);
 /// memory.
 CQ_API void cq_plan_place(cq_plan *plan, const cq_stream *s);
 CQ_API bool cq_plan_on_device(const cq_plan *plan);
+/// Declares from now on as for the memory of a device that need not be here; such a plan only
+/// counts: commit refuses it with CQ_EUSAGE.
+CQ_API void cq_plan_imagine(cq_plan *plan);
 /// Unmaps everything; slots dangle afterwards.
 CQ_API void cq_plan_close(cq_plan *plan);
 /// Declares one buffer (64-byte aligned). `slot` must stay at its address until commit; its shape

@@ -85,6 +85,7 @@ function data.open(paths, options)
   local held_files = o.holdout
   o.paths, o.holdout = paths, nil
   local self = setmetatable(o, Data)
+  if o.model.device.imagined then return self end
   local tokenizer_file = io.open(o.model.dir .. "/tokenizer.json", "rb")
   if tokenizer_file then
     tokenizer_file:close()

@@ -39,6 +39,7 @@ function model.open(name, options)
   local o = errors.fill("model.open", options, { dtype = "f32" })
   errors.choose("model.open: dtype", o.dtype, { "f32", "f64" })
   local dir = hf.resolve(name)
+  if device.current().imagined then return model.create(dir, o) end
   return wrap(native.open("cq_model", "cq_model_open", dir, C[dtypes[o.dtype]]), { dtype = o.dtype })
 end
 

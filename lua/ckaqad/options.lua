@@ -27,6 +27,10 @@ local common = {
   { "resume", false, "refuse to start over: the folder must hold a stopped run of these options" },
   { "fresh", false, "overwrite a run folder that holds another run, or run a finished one again" },
   { "dry_run", false, "print options, memory, FLOPs and time, and leave without reading weights" },
+  { "gpus", "", "with --dry-run: plan for 1, 1,2,4 or 1..16 (powers of two) GPUs that need not be here, from config.json alone" },
+  { "gpu_memory", 141e9, "bytes of each of them" },
+  { "host_memory", 0, "bytes of the host that up to 8 of them share (0: as many as it takes)" },
+  { "rates", "", "planning rates to change: matmul=790T,fraction=0.45,copy=4.3TB,link=370GB,node=50GB,host=55GB,per_node=8" },
   { "validate_only", false, "calibrate, measure what PTQ costs, and leave" },
 }
 local special = {
@@ -44,7 +48,7 @@ for _, item in ipairs(special) do is_special[item[1]] = true end
 -- How a run is shown, kept and stopped, and how much memory it may use, do not make it another run.
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
-  eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true,
+  eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
 }
 
 local units = {

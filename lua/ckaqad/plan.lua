@@ -32,7 +32,7 @@ end
 
 local function declare(o, mode)
   local p = native.open("cq_plan", "cq_plan_open")
-  C.cq_plan_place(p, o.student.device.stream)
+  if o.student.device.imagined then C.cq_plan_imagine(p) else C.cq_plan_place(p, o.student.device.stream) end
   local tokens, longest, trained = o.tokens, o.longest, o.trained
   local models = {}
   if o.teacher then models[1] = { o.teacher, C.CQ_MODE_INFER, false } end
@@ -55,6 +55,14 @@ local function declare(o, mode)
   end
   side_by_side(p, { C.CQ_FOR_LOGITS, C.CQ_FOR_CKA }, heads)
   return p
+end
+
+-- Bytes by purpose (numbered as in core/tensor/plan.h) of what plan.plan would declare with these options and activations mode.
+function plan.count(o, mode)
+  local p, bytes = declare(o, mode), {}
+  for purpose = 0, tonumber(C.CQ_N_PURPOSES) do bytes[purpose] = tonumber(C.cq_plan_bytes(p, purpose)) end
+  native.close(p, "cq_plan")
+  return bytes
 end
 
 local function total(p) return tonumber(C.cq_plan_bytes(p, C.CQ_N_PURPOSES)) end
@@ -80,17 +88,8 @@ local function lines_of(self)
   return lines
 end
 
---- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
---- list of lists), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the pair can be compared), `seed`
---- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`), `trained` (gradients
---- without `adam`), `dry` (true: nothing is allocated or loaded).
---- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
----
---- Example:
----     local model = cq.model.open(opt.model)
----     local p = cq.plan { student = model, tokens = 256, dry = true }
----     for _, line in ipairs(p.lines) do print(line) end
-function plan.plan(options)
+-- The options of plan.plan with what follows from them; makes the objects of the losses.
+function plan.prepare(options)
   local o = errors.fill("plan", options, {
     teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,
     longest = 0, eval = false, seed = 1, limit = 0, load = true, trained = false,
@@ -104,6 +103,21 @@ function plan.plan(options)
   local many = o.data ~= nil and o.data.batch > o.data.micro
   for _, terms in ipairs(o.lists) do distill.open(o.teacher, o.student, terms, o.seed, many) end
   if o.eval then eval.open(o.teacher, o.student) end
+  return o
+end
+
+--- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
+--- list of lists), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the pair can be compared), `seed`
+--- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`), `trained` (gradients
+--- without `adam`), `dry` (true: nothing is allocated or loaded).
+--- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
+---
+--- Example:
+---     local model = cq.model.open(opt.model)
+---     local p = cq.plan { student = model, tokens = 256, dry = true }
+---     for _, line in ipairs(p.lines) do print(line) end
+function plan.plan(options)
+  local o = plan.prepare(options)
   local limit = o.limit > 0 and o.limit or tonumber(C.cq_stream_available(o.student.device.stream))
   local p, mode = declare(o, C.CQ_MODE_SAVE), C.CQ_MODE_SAVE
   local saved_bytes = total(p)

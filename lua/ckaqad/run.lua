@@ -70,6 +70,10 @@ function run.run(opt, given)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
   self.device = device.device { device = opt.device, threads = opt.threads, kernels = opt.kernels, compute = opt.compute,
     check = opt.check }
+  if opt.gpus ~= "" then
+    if not opt.dry_run then errors.usage("option --gpus: goes with --dry-run") end
+    require "ckaqad.plan_gpus".imagine()
+  end
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
   local said
   if rawget(opt, "model") then
@@ -93,6 +97,7 @@ function run.run(opt, given)
     end
   end
   current = self
+  if opt.gpus ~= "" then return self end
   self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
     self.device.compute == "bf16" and ", bf16 matrix products" or "")
   return self
@@ -181,6 +186,10 @@ function Run:plan(options)
     for _, line in ipairs(o.student:quantization()) do self:say(line) end
   else
     self:say("student %s%s", o.student:describe(), o.student.nvfp4 and ", NVFP4" or "")
+  end
+  if self.opt.gpus ~= "" then
+    o.show = nil
+    return require "ckaqad.plan_gpus".show(function(line) self:say(line) end, self.opt, o)
   end
   if o.data then
     for _, line in ipairs(o.data:describe()) do self:say(line) end

@@ -1,0 +1,315 @@
+-- plan_gpus.lua - `--dry-run --gpus=...`: how a recipe's run would fit GPUs that are not here, from config.json alone.
+--
+-- Parameters are counted and work buffers planned by the code that allocates them on a GPU (a plan that only counts); plan_ranks.lua
+-- does the rest. What a combination needs that this program does not have is marked: an option counts as there when the recipe knows
+-- it and its list of values (complete_words.lua, held against the program by a test) has the value.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local device = require "ckaqad.device"
+local optim = require "ckaqad.optim"
+local plan = require "ckaqad.plan"
+local ranks = require "ckaqad.plan_ranks"
+local select_ = require "ckaqad.select"
+local loss = require "ckaqad.loss"
+local text = require "ckaqad.text"
+local words = require "ckaqad.complete_words"
+local C = native.C
+
+local gpus = {}
+local RESERVE = 1e9 -- bytes of a GPU for the driver's context, cuBLAS and what lies beside the plan
+
+--- "4", "1,2,4" or "1..16" (powers of two) as a list of GPU counts.
+function gpus.counts(value)
+  local from, to = value:match "^(%d+)%.%.(%d+)$"
+  local list = {}
+  if from then
+    for i = 0, 20 do
+      if 2 ^ i >= tonumber(from) and 2 ^ i <= tonumber(to) then list[#list + 1] = 2 ^ i end
+    end
+  else
+    for item in value:gmatch "[^,]+" do list[#list + 1] = tonumber(item:match "^%s*(%d+)%s*$") or errors.usage(
+      "option --gpus: got %q, wanted a count, 1,2,4 or 1..16 (powers of two)", value) end
+  end
+  for _, n in ipairs(list) do
+    if n < 1 or n > 1024 then errors.usage("option --gpus: %d, wanted 1 to 1024", n) end
+  end
+  return #list > 0 and list or errors.usage("option --gpus: got %q, wanted a count, 1,2,4 or 1..16 (powers of two)", value)
+end
+
+--- Planning rates with those of "link=300GB,fraction=0.6" in the place of the defaults.
+function gpus.rates(value)
+  local number, out, names = require "ckaqad.options".number, {}, {}
+  for name, rate in pairs(ranks.rates) do out[name], names[#names + 1] = rate, name end
+  for item in value:gmatch "[^,]+" do
+    local name, rate = item:match "^%s*([%a_]+)%s*=%s*(.-)%s*$"
+    errors.choose("option --rates", name or item, names)
+    out[name] = number(rate)
+    if not out[name] or out[name] <= 0 then errors.usage("option --rates: %s is %q, wanted a number above 0", name, rate) end
+  end
+  return out
+end
+
+-- From here on models are opened from config.json alone, data from nothing, and nothing can be allocated.
+function gpus.imagine()
+  local d = device.current()
+  d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = true, true, "cuda", "bf16", C.CQ_COMPUTE_BF16
+end
+
+-- Parameters by what decides their bytes.
+local function classes(student)
+  local list, by, block, quantized = {}, {}, {}, {}
+  for p in student:params() do
+    local name, n = native.string(p.name), tonumber(C.cq_shape_elems(p.shape))
+    local head = p == C.cq_model_head(student.c)
+    local matrix = p.linear or head
+    local c = {
+      expert = name:find("%.experts%.%d") ~= nil, quantized = p.quantized, trained = p.trainable, matrix = matrix,
+      product = matrix or name:find("gate.weight", 1, true) ~= nil, block = p.block >= 0, n = 0, buffers = 0,
+    }
+    local key = ("%s %s %s %s %s %s"):format(c.expert, c.quantized, c.trained, c.matrix, c.product, c.block)
+    if not by[key] then by[key], list[#list + 1] = c, c end
+    by[key].n, by[key].buffers = by[key].n + n, by[key].buffers + 1
+    if c.block then
+      block[p.block] = (block[p.block] or 0) + n
+      quantized[p.block] = (quantized[p.block] or 0) + (p.quantized and n or 0)
+    end
+  end
+  local largest, opened = 0, 0
+  for i, n in pairs(block) do largest, opened = math.max(largest, n), math.max(opened, quantized[i]) end
+  return list, largest, opened
+end
+
+local function shape(student)
+  local c, out = student.config, {}
+  for _, key in ipairs { "top_k", "experts", "heads", "head_dim", "chunk", "vocab", "hidden", "mamba_heads", "mamba_head_dim" } do
+    out[key] = tonumber(c[key])
+  end
+  out.state, out.groups = tonumber(c.mamba_state), tonumber(c.mamba_groups)
+  local function count(kind) return tonumber(C.cq_config_count(c, kind:byte())) end
+  out.attention, out.mamba, out.moe = count "*" + count "Q", count "M", count "E"
+  return out
+end
+
+-- The work buffers of one activations mode, planned; `operands` is what they lose when nothing is rounded to BF16.
+local function work(o, mode)
+  local full = plan.count(o, mode)
+  local function set(compute)
+    for _, m in ipairs { o.teacher or o.student, o.student } do C.cq_model_set_compute(m.c, compute) end
+  end
+  set(C.CQ_COMPUTE_F32)
+  local plain = plan.count(o, mode)
+  set(C.CQ_COMPUTE_BF16)
+  local scratch = full[tonumber(C.CQ_FOR_SCRATCH)]
+  return {
+    activations = full[tonumber(C.CQ_FOR_ACTIVATIONS)], scratch = scratch, operands = scratch - plain[tonumber(C.CQ_FOR_SCRATCH)],
+    logits = full[tonumber(C.CQ_FOR_LOGITS)], cka = full[tonumber(C.CQ_FOR_CKA)] + full[tonumber(C.CQ_FOR_RESULTS)],
+  }, full
+end
+
+-- What plan_ranks takes of a prepared plan.
+function gpus.model(o)
+  local list, block, quantized = classes(o.student)
+  local model = { classes = list, block = block, quantized_block = quantized, shape = shape(o.student), work = {}, planned = {} }
+  model.work.no, model.planned.no = work(o, C.CQ_MODE_SAVE)
+  model.work.yes, model.planned.yes = work(o, C.CQ_MODE_RECOMPUTE)
+  local _, layers = loss.split(o.lists[1] or { { logits = "kl" } })
+  local taps = layers and #select_.blocks(layers.blocks, o.student.pattern) or 0
+  model.cka_operations = layers and 6 * math.min(layers.tokens, o.tokens) ^ 2 * o.student.hidden * taps or 0
+  return model
+end
+
+-- The same plan with other parameters frozen.
+local function frozen(o, options, globs)
+  local q = {}
+  for key, value in pairs(o.student.quant) do q[key] = value end
+  q.freeze = globs
+  local copy = {}
+  for key, value in pairs(options) do copy[key] = value end
+  copy.student = o.teacher:quantize(q)
+  copy.adam = optim.adamw(copy.student, {})
+  return plan.prepare(copy)
+end
+
+local function longest(r, model, o)
+  local least = ranks.bytes(model, r.combo, { gpus = r.layout.gpus, experts = r.layout.experts })
+  local per_token = (least.activations + least.scratch) / o.tokens
+  return math.floor((o.limit - least.total) / per_token + o.tokens)
+end
+
+local function gib(bytes) return ("%.1f"):format(bytes / 2 ^ 30) end
+
+-- What a combination is made of, where it differs from all F32 with kept activations; "*" behind what is not there.
+local function describe(r)
+  local parts = {}
+  if r.layout.gpus > 1 then
+    local name = r.layout.experts > 1 and ("experts over %d"):format(r.layout.experts) or "data parallel"
+    parts[1] = name .. (r.lacks.ranks and "*" or "")
+  end
+  for _, knob in ipairs(ranks.knobs) do
+    local value = r.combo[knob.name]
+    if value ~= knob.values[1] and knob.name ~= "freeze" then
+      local name = knob.name == "recompute" and "recompute" or knob.name .. "=" .. value
+      parts[#parts + 1] = name .. (r.lacks[knob.name] and "*" or "")
+    end
+  end
+  return #parts > 0 and table.concat(parts, ", ") or "all F32"
+end
+
+-- One row for what is trained: the fastest that fits, the fastest that is exact, and the fastest that is there today.
+local function choose(list)
+  local picked, seen, rows = {}, {}, {}
+  for _, r in ipairs(list) do
+    for _, want in ipairs { "any", "exact", "there" } do
+      local key = r.combo.freeze .. want
+      local right = want == "any" or (want == "exact" and r.loss == 0) or (want == "there" and r.missing == 0)
+      if right and not picked[key] then
+        picked[key] = r
+        if not seen[r] then seen[r], rows[#rows + 1] = true, r end
+      end
+    end
+  end
+  return rows
+end
+
+local trained_names = { none = "all parameters", experts = "all but routed experts" }
+
+local function row(n, r, model, o)
+  local fit = r.fits and "yes" or r.short > 0 and ("%s short"):format(gib(r.short)) or ("host %s short"):format(gib(r.short_host))
+  local rate = o.step.batch * o.step.seq / n / r.seconds.total
+  return { ("%d"):format(n), fit, gib(r.bytes.total), r.bytes.host > 0 and gib(r.bytes.host) or "-", ("%.1f"):format(r.seconds.total),
+    ("%.0f"):format(rate), ("%d"):format(math.max(0, longest(r, model, o))), trained_names[r.combo.freeze] or "as --freeze says",
+    describe(r) }
+end
+
+-- Rows are left-aligned in their last two columns.
+local function lines_of(rows)
+  local tails, body = {}, {}
+  for i, cells in ipairs(rows) do
+    tails[i], body[i] = {}, {}
+    for k, cell in ipairs(cells) do
+      if k > 7 then tails[i][k - 7] = cell else body[i][k] = cell end
+    end
+  end
+  local width = 0
+  for _, tail in ipairs(tails) do width = math.max(width, #tail[1]) end
+  local lines = text.table(body, "  ")
+  for i, line in ipairs(lines) do lines[i] = ("%s  %s%s  %s"):format(line, tails[i][1], (" "):rep(width - #tails[i][1]), tails[i][2]) end
+  return lines
+end
+
+local purpose_names = {
+  teacher = "teacher weights", student = "student weights", fakequant = "fake-quantized copies", gradients = "gradients",
+  moments = "AdamW moments", activations = "activations", scratch = "scratch", logits = "logits", cka = "CKA",
+}
+
+-- The best of each GPU count side by side: bytes by purpose, operations, bytes between ranks, seconds.
+local function details(best, models, o)
+  local head, rows = { "a rank of" }, {}
+  local function add(name, f)
+    local cells = { name }
+    for i, b in ipairs(best) do cells[i + 1] = f(b, models[b.combo.freeze]) end
+    rows[#rows + 1] = cells
+  end
+  for i, b in ipairs(best) do head[i + 1] = ("%d GPU%s"):format(b.layout.gpus, b.layout.gpus > 1 and "s" or "") end
+  rows[1] = head
+  for _, purpose in ipairs(ranks.purposes) do
+    add(purpose_names[purpose] .. ", GiB", function(b) return gib(b.bytes[purpose]) end)
+  end
+  add("total, GiB", function(b) return gib(b.bytes.total) end)
+  add("on the host, GiB", function(b) return gib(b.bytes.host) end)
+  add("operations a step, TFLOP", function(b, m)
+    local per_token = ranks.operations(m, b.combo, o.step.seq).total
+    local tokens = o.step.batch * o.step.seq / b.layout.gpus
+    return ("%.0f"):format((per_token * tokens + m.cka_operations * o.step.batch / o.step.micro / b.layout.gpus) / 1e12)
+  end)
+  for _, part in ipairs { { "reduce", "gradients reduced" }, { "gather", "new weights gathered" }, { "tokens", "tokens to experts" } } do
+    add(part[2] .. ", GB sent", function(b, m)
+      return ("%.2f"):format(ranks.moved(m, b.combo, b.layout, o.step)[part[1]] / 1e9)
+    end)
+  end
+  for _, part in ipairs { { "compute", "products" }, { "update", "AdamW" }, { "unpack", "opening packed weights" },
+    { "between", "between ranks" }, { "host", "host link" }, { "total", "a step" } } do
+    add(part[2] .. ", s", function(b) return ("%.2f"):format(b.seconds[part[1]]) end)
+  end
+  return text.table(rows, "  ")
+end
+
+-- Whether the program has a knob's value.
+local function has(opt)
+  return function(name, value)
+    for _, knob in ipairs(ranks.knobs) do
+      if knob.name == name and knob.values[1] == value then return true end
+    end
+    if name == "recompute" then return true end
+    if rawget(opt, name) == nil then return false end
+    if name == "freeze" then return true end
+    for _, word in ipairs(words.values[name] or {}) do
+      if word == value then return true end
+    end
+    return false
+  end
+end
+
+local function header(o, list, opt)
+  local r, student = o.rates, o.student
+  return {
+    ("plan for %s GPUs of %s GB, 1 GB of each kept back; from config.json alone, for BF16 products: %s"):format(
+      table.concat(list, ", "), ("%.4g"):format(opt.gpu_memory / 1e9), student:describe()),
+    ("  a step: %d rows of %d tokens, %d a micro-batch"):format(o.step.batch, o.step.seq, o.step.micro),
+    ("  rates: products %.0f TFLOP/s (measured, H200) x %.2f in a whole step (measured, Qwen3-4B; 0.13 on 8 blocks of Nemotron 3 Nano),")
+      :format(r.matmul / 1e12, r.fraction),
+    ("  copies %.2f TB/s (measured, H200); assumed: %.0f GB/s between GPUs, %.0f GB/s a GPU between nodes of %d, %.0f GB/s to the host;")
+      :format(r.copy / 1e12, r.link / 1e9, r.node / 1e9, r.per_node, r.host / 1e9),
+    "  experts evenly chosen, nothing overlaps but a streamed teacher with its own forward",
+  }
+end
+
+local function set(value) return value and { [value] = true } or nil end
+
+-- Prints the plan of a prepared run and leaves: exit 0, or out of memory with the smallest shortfall when nothing fits.
+function gpus.show(say, opt, options)
+  local o = plan.prepare(options)
+  if not (o.teacher and o.adam and o.data) then
+    errors.usage("option --gpus: this recipe does not distil, wanted a plan with teacher, adam and data")
+  end
+  local list = gpus.counts(opt.gpus)
+  local data = o.data
+  local typed = rawget(opt, "freeze") ~= nil and opt.freeze ~= ""
+  local search = {
+    step = { batch = data.batch, seq = data.seq, micro = data.micro }, limit = opt.gpu_memory - RESERVE, host = opt.host_memory,
+    rates = gpus.rates(opt.rates), has = has(opt), has_ranks = function() return rawget(opt, "expert_parallel") ~= nil end, fixed = {},
+    student = o.student, tokens = o.tokens,
+  }
+  for _, knob in ipairs(ranks.knobs) do
+    local value = rawget(opt, knob.name)
+    if knob.name ~= "freeze" and value ~= nil and opt.given[knob.name] then search.fixed[knob.name] = set(value) end
+  end
+  local models = { none = gpus.model(o) }
+  if models.none.shape.experts > 0 and not typed and rawget(opt, "freeze") ~= nil and o.student.quant then
+    models.experts = gpus.model(frozen(o, options, "*.experts.*"))
+  end
+  trained_names.none = typed and "all but " .. opt.freeze or "all parameters"
+  for _, line in ipairs(header(search, list, opt)) do say(line) end
+  local rows, best, nearest = { { "GPUs", "fits", "GiB", "host", "s/step", "tokens/s", "longest", "trained", "how" } }, {}, nil
+  for _, n in ipairs(list) do
+    if data.batch % (n * data.micro) ~= 0 then
+      say(("  %d GPUs: %d rows a step are no multiple of %d ranks with %d rows a micro-batch"):format(n, data.batch, n, data.micro))
+    else
+      local found = ranks.search(models, n, search)
+      for _, r in ipairs(choose(found)) do rows[#rows + 1] = row(n, r, models[r.combo.freeze], search) end
+      if found[1].fits then best[#best + 1] = found[1] end
+      if not nearest or found[1].short < nearest.short then nearest = found[1] end
+    end
+  end
+  for _, line in ipairs(lines_of(rows)) do say(line) end
+  say("  * not in this program yet. GiB: of a rank; host: on the host for a rank; tokens/s: of a GPU; longest: tokens of a micro-batch that fit")
+  if #best == 0 then
+    errors.raise(errors.NOMEM, "plan: nothing fits%s", nearest and (": the nearest on %d GPUs is %s GiB short with %s (or %d tokens)"):format(
+      nearest.layout.gpus, gib(nearest.short), describe(nearest), longest(nearest, models[nearest.combo.freeze], search)) or "")
+  end
+  say("the first of each:")
+  for _, line in ipairs(details(best, models, search)) do say(line) end
+  errors.exit(0)
+end
+
+return gpus

@@ -1,0 +1,278 @@
+-- plan_ranks.lua - what one step of distillation takes on each of N GPUs: bytes by purpose, operations, bytes between ranks, seconds.
+--
+-- Arithmetic on counts, no C: `plan_gpus.lua` counts a model's parameters and plans its work buffers with the code that allocates. A
+-- combination names how values are stored (knobs below; the first value of each is how this program began: all F32, products from BF16
+-- copies). A layout is { gpus, experts }: rows of a step go round all GPUs, routed experts are dealt out over `experts` of them, so
+-- gpus / experts ranks hold the same expert and all hold the same of everything else. Master weights and moments of what several
+-- ranks hold are sharded over them: gradients are reduce-scattered, the new weights gathered, quantized ones packed.
+local ranks = {}
+
+-- loss: 0 exact, else how far the stored values are from F32. What `today` cannot do, `plan_gpus` finds out by asking the options.
+ranks.knobs = {
+  { name = "freeze", values = { "none", "experts" } },
+  { name = "weights", values = { "f32", "bf16", "packed" } }, -- packed: quantized ones as NVFP4, opened block by block
+  { name = "master", values = { "f32", "split", "bf16" }, loss = { bf16 = 1 } },
+  { name = "gradients", values = { "f32", "bf16" }, loss = { bf16 = 1 } },
+  { name = "moments", values = { "f32", "bf16", "8bit" }, loss = { bf16 = 1, ["8bit"] = 2 } },
+  { name = "activations", values = { "f32", "bf16" }, loss = { bf16 = 1 } },
+  { name = "recompute", values = { "no", "yes" } },
+  { name = "offload", values = { "none", "teacher", "optimizer", "both" } },
+}
+
+local packed = 0.5625 -- bytes of an NVFP4 value: 4 bits, and 8 bits of scale for 16 of them
+local master_bytes = { f32 = 4, split = 4, bf16 = 2 }
+local value_bytes = { f32 = 4, bf16 = 2 }
+local moment_bytes = { f32 = 8, bf16 = 4, ["8bit"] = 2 + 2 * 4 / 256 } -- 8bit: blocks of 256 with an F32 scale each
+
+-- Purposes of bytes in the order of the tables; the names are those of core/tensor/plan.h.
+ranks.purposes = { "teacher", "student", "fakequant", "gradients", "moments", "activations", "scratch", "logits", "cka" }
+
+-- Planning values of one GPU (H200) and what it hangs on.
+ranks.rates = {
+  matmul = 790e12,  -- BF16 product of 8192^3, operations/s
+  fraction = 0.45,  -- of it in a whole step: measured on Qwen3-4B
+  copy = 4.3e12,    -- bytes/s read and written in device memory
+  link = 370e9,     -- bytes/s of one GPU to others of its node
+  node = 50e9,      -- bytes/s of one GPU to another node
+  host = 55e9,      -- bytes/s to host memory, each way
+  per_node = 8,     -- GPUs in a node
+}
+
+-- What a rank holds of a class of parameters, and how many ranks hold the same.
+local function held(class, layout)
+  if class.expert then return class.n / layout.experts, layout.gpus / layout.experts end
+  return class.n, layout.gpus
+end
+
+local function offloads(combo, what) return combo.offload == what or combo.offload == "both" end
+
+-- Bytes of the student's values, by purpose and on the host: `n` values here, `share` of them updated here.
+local function student(out, class, combo, n, share)
+  local wide, copies = combo.weights == "f32", 0
+  if class.quantized then
+    local copy = wide and 4 or combo.weights == "bf16" and 2 or packed
+    out.fakequant, copies = out.fakequant + n * copy, wide and 2 or 0
+  elseif class.trained and class.matrix then
+    copies = (wide or combo.master == "f32") and 2 or 0 -- else the master's own high half
+  end
+  if not class.trained and not class.quantized then return end
+  out.student = out.student + n * copies
+  if not class.trained then return end
+  local whole = not class.quantized and copies == 0 or (wide and not class.quantized) -- products and look-ups read the master itself
+  local master = master_bytes[combo.master] * (whole and n or share)
+  local moments = moment_bytes[combo.moments] * share
+  out.gradients = out.gradients + value_bytes[combo.gradients] * n
+  if offloads(combo, "optimizer") then
+    out.host = out.host + moments + (whole and 0 or master)
+    out.optimizer = out.optimizer + moments + (whole and 0 or master)
+    master, moments = whole and master or 0, 0
+  end
+  out.student, out.moments = out.student + master, out.moments + moments
+end
+
+--- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
+--- copy), product (a token meets it in a matrix product), trained, block (it lies in one) }, block = values of the largest block,
+--- quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of scratch, what
+--- rounding to BF16 takes).
+function ranks.bytes(model, combo, layout)
+  local out = { host = 0, optimizer = 0, stream = 0 }
+  for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end
+  for _, class in ipairs(model.classes) do
+    local n, copies = held(class, layout)
+    local teacher = n * (combo.weights ~= "f32" and 2 or class.matrix and 6 or 4)
+    if offloads(combo, "teacher") and class.block then
+      out.host, out.stream = out.host + teacher, out.stream + teacher
+    else
+      out.teacher = out.teacher + teacher
+    end
+    student(out, class, combo, n, n / copies)
+  end
+  local each = combo.weights == "f32" and 6 or 2
+  if offloads(combo, "teacher") then out.teacher = out.teacher + 2 * each * model.block / layout.experts end
+  local work = model.work[combo.recompute]
+  local shrink = combo.activations == "bf16" and 0.5 or 1
+  out.activations, out.scratch = work.activations * shrink, (work.scratch - work.operands) * shrink
+  if combo.activations == "f32" then out.scratch = out.scratch + work.operands end
+  if combo.weights == "packed" then out.scratch = out.scratch + 2 * model.quantized_block / layout.experts end
+  out.logits, out.cka, out.total = work.logits, work.cka, 0
+  for _, purpose in ipairs(ranks.purposes) do out.total = out.total + out[purpose] end
+  return out
+end
+
+--- Operations of one token: { forward, teacher, student, backward, again, total }. `shape` holds the model's dimensions; a row is one
+--- document of `seq` tokens, so attention looks at half of it.
+function ranks.operations(model, combo, seq)
+  local s, linear, trained = model.shape, 0, 0
+  for _, class in ipairs(model.classes) do
+    local met = class.product and class.n * (class.expert and s.top_k / s.experts or 1) or 0
+    linear, trained = linear + met, trained + (class.trained and met or 0)
+  end
+  local attention = s.attention * 4 * (seq / 2) * s.heads * s.head_dim
+  local scan = s.mamba * (2 * s.chunk * s.state * s.groups + 2 * s.chunk * s.mamba_head_dim * s.mamba_heads
+    + 4 * s.state * s.mamba_head_dim * s.mamba_heads)
+  local forward = 2 * linear + attention + scan
+  local o = { linear = 2 * linear, attention = attention, scan = scan, forward = forward, teacher = forward, student = forward }
+  o.backward = 2 * linear + 2 * trained + 2 * attention + 2 * scan
+  o.again = combo.recompute == "yes" and forward - 2 * s.vocab * s.hidden or 0
+  o.total = o.teacher + o.student + o.backward + o.again
+  return o
+end
+
+--- Bytes that one rank sends in a step: `reduce` (gradients), `gather` (new weights), `tokens` (to experts and back), `total`.
+function ranks.moved(model, combo, layout, step)
+  local out, s = { reduce = 0, gather = 0, tokens = 0 }, model.shape
+  for _, class in ipairs(model.classes) do
+    local n, copies = held(class, layout)
+    if class.trained and copies > 1 then
+      local part = n * (copies - 1) / copies
+      local weight = class.quantized and packed or combo.weights == "f32" and 4 or 2
+      out.reduce, out.gather = out.reduce + part * value_bytes[combo.gradients], out.gather + part * weight
+    end
+  end
+  if layout.experts > 1 then
+    local ways = combo.recompute == "yes" and 8 or 6 -- teacher 2, forward 2, backward 2, again 2
+    local tokens = step.batch * step.seq / layout.gpus
+    out.tokens = ways * tokens * s.moe * s.top_k * s.hidden * value_bytes[combo.activations] * (layout.experts - 1) / layout.experts
+  end
+  out.total = out.reduce + out.gather + out.tokens
+  return out
+end
+
+-- Bytes/s of a ring through `size` ranks that are `stride` apart: through as many network cards as ranks of a node take part.
+local function ring(rates, gpus, size, stride)
+  if gpus <= rates.per_node or size * stride <= rates.per_node then return rates.link end
+  return math.min(rates.link, math.max(1, rates.per_node / stride) * rates.node)
+end
+
+-- Seconds between ranks: nothing overlaps with anything.
+local function between(model, combo, layout, step, rates)
+  local seconds = 0
+  for _, class in ipairs(model.classes) do
+    local _, copies = held(class, layout)
+    local part = ranks.moved({ classes = { class }, shape = model.shape }, combo, { gpus = layout.gpus, experts = layout.experts,
+      }, { batch = 0, seq = 0 })
+    if copies > 1 then
+      seconds = seconds + part.total / ring(rates, layout.gpus, copies, class.expert and layout.experts or 1)
+    end
+  end
+  if layout.experts > 1 then
+    local tokens = ranks.moved({ classes = {}, shape = model.shape }, combo, layout, step).tokens
+    local far = layout.experts > rates.per_node and (layout.experts - rates.per_node) / (layout.experts - 1) or 0
+    seconds = seconds + math.max(tokens * (1 - far) / rates.link, tokens * far / rates.node)
+  end
+  return seconds
+end
+
+-- Seconds of the optimizer's pass over memory.
+local function update(model, combo, layout, rates)
+  local bytes = 0
+  for _, class in ipairs(model.classes) do
+    if class.trained then
+      local n, copies = held(class, layout)
+      local copy = class.quantized and (combo.weights == "f32" and 6 or combo.weights == "bf16" and 2 or packed) or 2
+      bytes = bytes + n / copies * (2 * master_bytes[combo.master] + 2 * moment_bytes[combo.moments] + value_bytes[combo.gradients] + copy)
+    end
+  end
+  return bytes / rates.copy
+end
+
+--- Seconds of a step of `step.batch` rows: { compute, update, unpack, between, host, total }, from `bytes` of the same combination.
+function ranks.seconds(model, combo, layout, step, rates, bytes)
+  local tokens = step.batch * step.seq / layout.gpus
+  local micros = step.batch / (step.micro * layout.gpus)
+  local o = ranks.operations(model, combo, step.seq)
+  local rate = rates.matmul * rates.fraction
+  local out = { compute = (tokens * o.total + micros * model.cka_operations) / rate, update = update(model, combo, layout, rates) }
+  local opened = 0
+  for _, class in ipairs(model.classes) do
+    if class.quantized and combo.weights == "packed" then opened = opened + held(class, layout) * (packed + 2) end
+  end
+  out.unpack = micros * opened * (combo.recompute == "yes" and 3 or 2) / rates.copy
+  out.between = layout.gpus > 1 and between(model, combo, layout, step, rates) or 0
+  local hidden = tokens / micros * o.teacher / rate -- the teacher's blocks arrive while it computes
+  out.host = micros * math.max(0, bytes.stream / rates.host - hidden) + bytes.optimizer / rates.host
+  out.total = out.compute + out.update + out.unpack + out.between + out.host
+  return out
+end
+
+-- All combinations as a list of { knob = value }.
+local function combinations(fixed)
+  local list = { {} }
+  for _, knob in ipairs(ranks.knobs) do
+    local more = {}
+    for _, combo in ipairs(list) do
+      for _, value in ipairs(knob.values) do
+        if not fixed[knob.name] or fixed[knob.name][value] then
+          local c = {}
+          for key, v in pairs(combo) do c[key] = v end
+          c[knob.name] = value
+          more[#more + 1] = c
+        end
+      end
+    end
+    list = more
+  end
+  return list
+end
+
+--- Layouts of `gpus` GPUs that a model with `experts` routed experts (0: none) can have.
+function ranks.layouts(gpus, experts)
+  local list = {}
+  for n = 1, gpus do
+    if n == 1 or (gpus % n == 0 and experts > 0 and experts % n == 0) then list[#list + 1] = { gpus = gpus, experts = n } end
+  end
+  return list
+end
+
+local function loss_of(combo)
+  local loss = 0
+  for _, knob in ipairs(ranks.knobs) do loss = loss + (knob.loss and knob.loss[combo[knob.name]] or 0) end
+  return loss
+end
+
+-- Faster first; within 2 % the more exact, then what this program has, then the smaller.
+local function before(a, b)
+  if a.bucket ~= b.bucket then return a.bucket < b.bucket end
+  if a.loss ~= b.loss then return a.loss < b.loss end
+  if a.missing ~= b.missing then return a.missing < b.missing end
+  if a.bytes.total ~= b.bytes.total then return a.bytes.total < b.bytes.total end
+  return a.order < b.order
+end
+
+--- Every combination and layout of `gpus` GPUs, those that fit first and by expected time: { combo, layout, bytes, seconds, short,
+--- loss, missing }. `models` = { none = model, experts = model } by what is frozen. Options: `step` { batch, seq, micro }, `limit` and
+--- `host` bytes of a GPU and of a node's host, `rates`, `fixed` (knob name -> set of values), `has(name, value)` and `has_ranks`: what
+--- this program has.
+function ranks.search(models, gpus, o)
+  local list, order = {}, 0
+  local any = models.none or models.experts
+  for _, combo in ipairs(combinations(o.fixed or {})) do
+    local model = models[combo.freeze]
+    for _, layout in ipairs(model and ranks.layouts(gpus, any.shape.experts) or {}) do
+      local bytes = ranks.bytes(model, combo, layout)
+      local r = { combo = combo, layout = layout, bytes = bytes, loss = loss_of(combo), missing = 0, lacks = {} }
+      order = order + 1
+      r.order = order
+      local host = bytes.host * math.min(gpus, o.rates.per_node)
+      r.short = math.max(0, bytes.total - o.limit)
+      r.short_host = o.host > 0 and math.max(0, host - o.host) or 0
+      for _, knob in ipairs(ranks.knobs) do
+        local value = combo[knob.name]
+        if not o.has(knob.name, value) then r.missing, r.lacks[knob.name] = r.missing + 1, true end
+      end
+      if gpus > 1 and not o.has_ranks(layout) then r.missing, r.lacks.ranks = r.missing + 1, true end
+      r.seconds = ranks.seconds(model, combo, layout, o.step, o.rates, bytes)
+      r.bucket = math.floor(math.log(r.seconds.total) / math.log(1.02))
+      r.fits = r.short == 0 and r.short_host == 0
+      list[#list + 1] = r
+    end
+  end
+  table.sort(list, function(a, b)
+    if a.fits ~= b.fits then return a.fits end
+    if not a.fits and a.short ~= b.short then return a.short < b.short end
+    return before(a, b)
+  end)
+  return list
+end
+
+return ranks
