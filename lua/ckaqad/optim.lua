@@ -17,7 +17,7 @@ function optim.adamw(student, options)
   local c = native.new "cq_adamw_options"
   c.beta1, c.beta2, c.eps, c.weight_decay, c.clip = o.betas[1], o.betas[2], o.eps, o.weight_decay, o.clip
   return setmetatable({
-    c = native.open("cq_adamw", "cq_adamw_open", student.c, c), student = student, count = 0, norm = native.new "double[1]",
+    c = native.open("cq_adamw", "cq_adamw_open", student.c, c), student = student, count = 0, norm = native.new "double[1]", options = o,
   }, Adam)
 end
 

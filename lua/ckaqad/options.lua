@@ -48,7 +48,8 @@ for _, item in ipairs(special) do is_special[item[1]] = true end
 -- How a run is shown, kept and stopped, and how much memory it may use, do not make it another run.
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
-  eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
+  eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true,
+  gpus = true, gpu_memory = true, host_memory = true, rates = true,
 }
 
 local units = {

@@ -50,32 +50,41 @@ function gpus.rates(value)
 end
 
 -- From here on models are opened from config.json alone, data from nothing, and nothing can be allocated.
-function gpus.imagine()
+function gpus.imagine(opt)
+  if not opt.dry_run then errors.usage("option --gpus: goes with --dry-run, nothing runs on GPUs that are not here") end
   local d = device.current()
   d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = true, true, "cuda", "bf16", C.CQ_COMPUTE_BF16
 end
 
--- Parameters by what decides their bytes.
+local kinds = { "expert", "quantized", "trained", "matrix", "product", "vector", "block" }
+
+-- Parameters by what decides their bytes and operations; the values of the largest block, and of that with most quantized ones.
 local function classes(student)
   local list, by, block, quantized = {}, {}, {}, {}
+  local head, largest, opened = C.cq_model_head(student.c), 0, 0
   for p in student:params() do
     local name, n = native.string(p.name), tonumber(C.cq_shape_elems(p.shape))
-    local head = p == C.cq_model_head(student.c)
-    local matrix = p.linear or head
-    local c = {
-      expert = name:find("%.experts%.%d") ~= nil, quantized = p.quantized, trained = p.trainable, matrix = matrix,
-      product = matrix or name:find("gate.weight", 1, true) ~= nil, block = p.block >= 0, n = 0, buffers = 0,
+    local matrix = p.linear or p == head
+    local is = {
+      expert = name:find(".experts.", 1, true) ~= nil, quantized = p.quantized, trained = p.trainable, matrix = matrix,
+      product = matrix or name:find("gate.weight", 1, true) ~= nil, block = p.block >= 0,
+      vector = p.shape.rank < 2 or n < 4096, -- core/train/adamw.c keeps their moments in F32
     }
-    local key = ("%s %s %s %s %s %s"):format(c.expert, c.quantized, c.trained, c.matrix, c.product, c.block)
-    if not by[key] then by[key], list[#list + 1] = c, c end
-    by[key].n, by[key].buffers = by[key].n + n, by[key].buffers + 1
-    if c.block then
-      block[p.block] = (block[p.block] or 0) + n
-      quantized[p.block] = (quantized[p.block] or 0) + (p.quantized and n or 0)
+    local key = 0
+    for i, kind in ipairs(kinds) do key = key + (is[kind] and 2 ^ i or 0) end
+    local class = by[key]
+    if not class then
+      class = is
+      class.n, by[key], list[#list + 1] = 0, class, class
     end
+    class.n = class.n + n
+    local b = p.block
+    block[b] = (block[b] or 0) + n
+    quantized[b] = (quantized[b] or 0) + (p.quantized and n or 0)
   end
-  local largest, opened = 0, 0
-  for i, n in pairs(block) do largest, opened = math.max(largest, n), math.max(opened, quantized[i]) end
+  for i, n in pairs(block) do
+    if i >= 0 then largest, opened = math.max(largest, n), math.max(opened, quantized[i]) end
+  end
   return list, largest, opened
 end
 
@@ -90,50 +99,69 @@ local function shape(student)
   return out
 end
 
--- The work buffers of one activations mode, planned; `operands` is what they lose when nothing is rounded to BF16.
-local function work(o, mode)
-  local full = plan.count(o, mode)
-  local function set(compute)
-    for _, m in ipairs { o.teacher or o.student, o.student } do C.cq_model_set_compute(m.c, compute) end
+local modes = { no = C.CQ_MODE_SAVE, yes = C.CQ_MODE_RECOMPUTE }
+local purposes = {
+  teacher = C.CQ_FOR_TEACHER, student = C.CQ_FOR_STUDENT, fakequant = C.CQ_FOR_FAKEQUANT, gradients = C.CQ_FOR_GRADIENT,
+  moments = C.CQ_FOR_MOMENTS, activations = C.CQ_FOR_ACTIVATIONS, scratch = C.CQ_FOR_SCRATCH, logits = C.CQ_FOR_LOGITS, cka = C.CQ_FOR_CKA,
+}
+
+-- Planned bytes by purpose of a prepared plan.
+local function planned(o, mode)
+  local count, out = plan.count(o, modes[mode]), { total = 0, host = 0, optimizer = 0, stream = 0 }
+  for name, purpose in pairs(purposes) do
+    out[name] = count[tonumber(purpose)]
+    out.total = out.total + out[name]
   end
-  set(C.CQ_COMPUTE_F32)
-  local plain = plan.count(o, mode)
-  set(C.CQ_COMPUTE_BF16)
-  local scratch = full[tonumber(C.CQ_FOR_SCRATCH)]
-  return {
-    activations = full[tonumber(C.CQ_FOR_ACTIVATIONS)], scratch = scratch, operands = scratch - plain[tonumber(C.CQ_FOR_SCRATCH)],
-    logits = full[tonumber(C.CQ_FOR_LOGITS)], cka = full[tonumber(C.CQ_FOR_CKA)] + full[tonumber(C.CQ_FOR_RESULTS)],
-  }, full
+  return out
 end
 
--- What plan_ranks takes of a prepared plan.
+-- Scratch that exists only because products round F32 operands to BF16.
+local function operands(o)
+  local with = planned(o, "yes").scratch
+  for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_compute(m.c, C.CQ_COMPUTE_F32) end
+  local without = planned(o, "yes").scratch
+  for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_compute(m.c, C.CQ_COMPUTE_BF16) end
+  return with - without
+end
+
+--- What plan_ranks takes of a prepared plan; `planned` holds what the plan declares without and with recompute.
 function gpus.model(o)
   local list, block, quantized = classes(o.student)
-  local model = { classes = list, block = block, quantized_block = quantized, shape = shape(o.student), work = {}, planned = {} }
-  model.work.no, model.planned.no = work(o, C.CQ_MODE_SAVE)
-  model.work.yes, model.planned.yes = work(o, C.CQ_MODE_RECOMPUTE)
+  local model = { classes = list, block = block, quantized_block = quantized, shape = shape(o.student), planned = {}, work = {} }
+  local rounded = operands(o)
+  for mode in pairs(modes) do
+    local p = planned(o, mode)
+    model.planned[mode], model.work[mode] = p, { operands = rounded }
+    for _, name in ipairs { "activations", "scratch", "logits", "cka" } do model.work[mode][name] = p[name] end
+  end
   local _, layers = loss.split(o.lists[1] or { { logits = "kl" } })
   local taps = layers and #select_.blocks(layers.blocks, o.student.pattern) or 0
   model.cka_operations = layers and 6 * math.min(layers.tokens, o.tokens) ^ 2 * o.student.hidden * taps or 0
   return model
 end
 
--- The same plan with other parameters frozen.
-local function frozen(o, options, globs)
-  local q = {}
-  for key, value in pairs(o.student.quant) do q[key] = value end
-  q.freeze = globs
-  local copy = {}
+-- The same plan with other parameters frozen (`globs`; nil: the same) and other options of the optimizer.
+local function variant(o, options, globs, changes)
+  local copy, quant, adam = {}, {}, {}
   for key, value in pairs(options) do copy[key] = value end
-  copy.student = o.teacher:quantize(q)
-  copy.adam = optim.adamw(copy.student, {})
+  for key, value in pairs(o.student.quant) do quant[key] = value end
+  for key, value in pairs(o.adam.options) do adam[key] = changes[key] or value end
+  quant.freeze = globs or quant.freeze
+  copy.student = o.teacher:quantize(quant)
+  copy.adam = optim.adamw(copy.student, adam)
   return plan.prepare(copy)
 end
 
-local function longest(r, model, o)
-  local least = ranks.bytes(model, r.combo, { gpus = r.layout.gpus, experts = r.layout.experts })
-  local per_token = (least.activations + least.scratch) / o.tokens
-  return math.floor((o.limit - least.total) / per_token + o.tokens)
+-- Tokens of a micro-batch with which a combination just fits: activations and scratch grow with them.
+local function longest(r, o)
+  local per_token = (r.bytes.activations + r.bytes.scratch) / o.tokens
+  return math.max(0, math.floor((o.limit - r.bytes.total) / per_token + o.tokens))
+end
+
+-- Shorter micro-batches would do, perhaps.
+local function tokens_hint(r, o)
+  local n = longest(r, o)
+  return n >= 256 and (" (a micro-batch of %d tokens would fit)"):format(n) or ""
 end
 
 local function gib(bytes) return ("%.1f"):format(bytes / 2 ^ 30) end
@@ -143,7 +171,7 @@ local function describe(r)
   local parts = {}
   if r.layout.gpus > 1 then
     local name = r.layout.experts > 1 and ("experts over %d"):format(r.layout.experts) or "data parallel"
-    parts[1] = name .. (r.lacks.ranks and "*" or "")
+    parts[1] = name .. (r.lacks_ranks and "*" or "")
   end
   for _, knob in ipairs(ranks.knobs) do
     local value = r.combo[knob.name]
@@ -171,13 +199,22 @@ local function choose(list)
   return rows
 end
 
+-- A combination that the program has takes, on one GPU, what the plan declares for it: to the byte.
+local function declared(r, o, options, search)
+  if r.layout.gpus > 1 or r.missing > 0 then return end
+  local globs = r.combo.freeze == "experts" and "*.experts.*" or nil
+  r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master }), r.combo.recompute)
+  r.short = math.max(0, r.bytes.total - search.limit)
+  r.fits = r.short == 0
+end
+
 local trained_names = { none = "all parameters", experts = "all but routed experts" }
 
-local function row(n, r, model, o)
+local function row(n, r, o)
   local fit = r.fits and "yes" or r.short > 0 and ("%s short"):format(gib(r.short)) or ("host %s short"):format(gib(r.short_host))
   local rate = o.step.batch * o.step.seq / n / r.seconds.total
   return { ("%d"):format(n), fit, gib(r.bytes.total), r.bytes.host > 0 and gib(r.bytes.host) or "-", ("%.1f"):format(r.seconds.total),
-    ("%.0f"):format(rate), ("%d"):format(math.max(0, longest(r, model, o))), trained_names[r.combo.freeze] or "as --freeze says",
+    ("%.0f"):format(rate), r.fits and ("%d"):format(longest(r, o)) or "-", trained_names[r.combo.freeze] or "as --freeze says",
     describe(r) }
 end
 
@@ -202,7 +239,7 @@ local purpose_names = {
   moments = "AdamW moments", activations = "activations", scratch = "scratch", logits = "logits", cka = "CKA",
 }
 
--- The best of each GPU count side by side: bytes by purpose, operations, bytes between ranks, seconds.
+-- Combinations side by side: bytes by purpose, operations, bytes between ranks, seconds.
 local function details(best, models, o)
   local head, rows = { "a rank of" }, {}
   local function add(name, f)
@@ -251,18 +288,24 @@ local function has(opt)
 end
 
 local function header(o, list, opt)
-  local r, student = o.rates, o.student
+  local r, n = o.rates, table.concat(list, ", ")
   return {
-    ("plan for %s GPUs of %s GB, 1 GB of each kept back; from config.json alone, for BF16 products: %s"):format(
-      table.concat(list, ", "), ("%.4g"):format(opt.gpu_memory / 1e9), student:describe()),
+    ("plan for %s GPU%s of %.4g GB (%s GiB, of which 1 GB is kept back), from config.json alone, for BF16 products"):format(n,
+      n == "1" and "" or "s", opt.gpu_memory / 1e9, gib(opt.gpu_memory)),
     ("  a step: %d rows of %d tokens, %d a micro-batch"):format(o.step.batch, o.step.seq, o.step.micro),
-    ("  rates: products %.0f TFLOP/s (measured, H200) x %.2f in a whole step (measured, Qwen3-4B; 0.13 on 8 blocks of Nemotron 3 Nano),")
+    ("  rates: products %.0f TFLOP/s (measured, H200) x %.2f in a whole step (measured, Qwen3-4B; on 8 blocks of Nemotron 3 Nano 0.13);")
       :format(r.matmul / 1e12, r.fraction),
-    ("  copies %.2f TB/s (measured, H200); assumed: %.0f GB/s between GPUs, %.0f GB/s a GPU between nodes of %d, %.0f GB/s to the host;")
+    ("    memory %.1f TB/s (measured, H200); assumed: %.0f GB/s in a node, %.0f GB/s a GPU between nodes of %d, %.0f GB/s to the host,")
       :format(r.copy / 1e12, r.link / 1e9, r.node / 1e9, r.per_node, r.host / 1e9),
-    "  experts evenly chosen, nothing overlaps but a streamed teacher with its own forward",
+    "    experts chosen evenly; nothing overlaps but a streamed teacher with its own forward",
   }
 end
+
+-- What the columns mean.
+local legend = {
+  "  *: not in this program yet, added up; rows of one GPU without * are what it would allocate",
+  "  GiB: of a rank; host: GiB on the host for a rank; tokens/s: of a GPU; longest: tokens of a micro-batch that would fit",
+}
 
 local function set(value) return value and { [value] = true } or nil end
 
@@ -286,29 +329,35 @@ function gpus.show(say, opt, options)
   end
   local models = { none = gpus.model(o) }
   if models.none.shape.experts > 0 and not typed and rawget(opt, "freeze") ~= nil and o.student.quant then
-    models.experts = gpus.model(frozen(o, options, "*.experts.*"))
+    models.experts = gpus.model(variant(o, options, "*.experts.*", {}))
   end
   trained_names.none = typed and "all but " .. opt.freeze or "all parameters"
   for _, line in ipairs(header(search, list, opt)) do say(line) end
   local rows, best, nearest = { { "GPUs", "fits", "GiB", "host", "s/step", "tokens/s", "longest", "trained", "how" } }, {}, nil
+  local all = {}
   for _, n in ipairs(list) do
     if data.batch % (n * data.micro) ~= 0 then
       say(("  %d GPUs: %d rows a step are no multiple of %d ranks with %d rows a micro-batch"):format(n, data.batch, n, data.micro))
     else
       local found = ranks.search(models, n, search)
-      for _, r in ipairs(choose(found)) do rows[#rows + 1] = row(n, r, models[r.combo.freeze], search) end
+      for _, r in ipairs(choose(found)) do
+        all[#all + 1] = r
+        declared(r, o, options, search)
+        rows[#rows + 1] = row(n, r, search)
+      end
       if found[1].fits then best[#best + 1] = found[1] end
       if not nearest or found[1].short < nearest.short then nearest = found[1] end
     end
   end
   for _, line in ipairs(lines_of(rows)) do say(line) end
-  say("  * not in this program yet. GiB: of a rank; host: on the host for a rank; tokens/s: of a GPU; longest: tokens of a micro-batch that fit")
+  for _, line in ipairs(legend) do say(line) end
   if #best == 0 then
-    errors.raise(errors.NOMEM, "plan: nothing fits%s", nearest and (": the nearest on %d GPUs is %s GiB short with %s (or %d tokens)"):format(
-      nearest.layout.gpus, gib(nearest.short), describe(nearest), longest(nearest, models[nearest.combo.freeze], search)) or "")
+    errors.raise(errors.NOMEM, "plan: nothing fits%s", nearest and (": the nearest on %d GPU%s is %s GiB short with %s%s"):format(
+      nearest.layout.gpus, nearest.layout.gpus > 1 and "s" or "", gib(math.max(nearest.short, nearest.short_host)), describe(nearest),
+      tokens_hint(nearest, search)) or "")
   end
-  say("the first of each:")
-  for _, line in ipairs(details(best, models, search)) do say(line) end
+  say(#list > 1 and "the first of each:" or "the same, in their order:")
+  for _, line in ipairs(details(#list > 1 and best or all, models, search)) do say(line) end
   errors.exit(0)
 end
 

@@ -46,32 +46,32 @@ end
 
 local function offloads(combo, what) return combo.offload == what or combo.offload == "both" end
 
--- Bytes of the student's values, by purpose and on the host: `n` values here, `share` of them updated here.
+-- Adds the student's values of a class: `n` values here, `share` of them updated here. Narrow masters are for quantized linears: what
+-- is multiplied with as it is stays F32, with a BF16 copy for products.
 local function student(out, class, combo, n, share)
-  local wide, copies = combo.weights == "f32", 0
+  local wide, copy = combo.weights == "f32", 0
   if class.quantized then
-    local copy = wide and 4 or combo.weights == "bf16" and 2 or packed
-    out.fakequant, copies = out.fakequant + n * copy, wide and 2 or 0
+    out.fakequant = out.fakequant + n * (wide and 4 or combo.weights == "bf16" and 2 or packed)
+    copy = wide and 2 or 0
   elseif class.trained and class.matrix then
-    copies = (wide or combo.master == "f32") and 2 or 0 -- else the master's own high half
+    copy = 2
   end
-  if not class.trained and not class.quantized then return end
-  out.student = out.student + n * copies
+  out.student = out.student + n * copy
   if not class.trained then return end
-  local whole = not class.quantized and copies == 0 or (wide and not class.quantized) -- products and look-ups read the master itself
-  local master = master_bytes[combo.master] * (whole and n or share)
-  local moments = moment_bytes[combo.moments] * share
+  local whole = not class.quantized and (wide or not class.matrix) -- the forward reads the master itself
+  local master = class.quantized and master_bytes[combo.master] * share or 4 * (whole and n or share)
+  local moments = moment_bytes[class.vector and "f32" or combo.moments] * share
   out.gradients = out.gradients + value_bytes[combo.gradients] * n
   if offloads(combo, "optimizer") then
-    out.host = out.host + moments + (whole and 0 or master)
-    out.optimizer = out.optimizer + moments + (whole and 0 or master)
+    local moved = moments + (whole and 0 or master)
+    out.host, out.optimizer = out.host + moved, out.optimizer + moved
     master, moments = whole and master or 0, 0
   end
   out.student, out.moments = out.student + master, out.moments + moments
 end
 
 --- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
---- copy), product (a token meets it in a matrix product), trained, block (it lies in one) }, block = values of the largest block,
+--- copy), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values of the largest block,
 --- quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of scratch, what
 --- rounding to BF16 takes).
 function ranks.bytes(model, combo, layout)
@@ -99,8 +99,8 @@ function ranks.bytes(model, combo, layout)
   return out
 end
 
---- Operations of one token: { forward, teacher, student, backward, again, total }. `shape` holds the model's dimensions; a row is one
---- document of `seq` tokens, so attention looks at half of it.
+--- Operations of one token: { linear, attention, scan, forward, teacher, student, backward, again, total }. `shape` holds the model's
+--- dimensions; a row is one document of `seq` tokens, so attention looks at half of it.
 function ranks.operations(model, combo, seq)
   local s, linear, trained = model.shape, 0, 0
   for _, class in ipairs(model.classes) do
@@ -118,21 +118,27 @@ function ranks.operations(model, combo, seq)
   return o
 end
 
+-- What a rank sends of a class: gradients, and new weights.
+local function sent(class, combo, layout)
+  local n, copies = held(class, layout)
+  if not class.trained or copies == 1 then return 0, 0, copies end
+  local part = n * (copies - 1) / copies
+  return part * value_bytes[combo.gradients], part * (class.quantized and packed or combo.weights == "f32" and 4 or 2), copies
+end
+
+-- What a rank sends to experts on other ranks and back: teacher 2 ways, forward 2, backward 2, forward again 2.
+local function tokens_sent(model, combo, layout, step)
+  local s, ways = model.shape, combo.recompute == "yes" and 8 or 6
+  local away = step.batch * step.seq / layout.gpus * (layout.experts - 1) / layout.experts
+  return ways * away * s.moe * s.top_k * s.hidden * value_bytes[combo.activations]
+end
+
 --- Bytes that one rank sends in a step: `reduce` (gradients), `gather` (new weights), `tokens` (to experts and back), `total`.
 function ranks.moved(model, combo, layout, step)
-  local out, s = { reduce = 0, gather = 0, tokens = 0 }, model.shape
+  local out = { reduce = 0, gather = 0, tokens = tokens_sent(model, combo, layout, step) }
   for _, class in ipairs(model.classes) do
-    local n, copies = held(class, layout)
-    if class.trained and copies > 1 then
-      local part = n * (copies - 1) / copies
-      local weight = class.quantized and packed or combo.weights == "f32" and 4 or 2
-      out.reduce, out.gather = out.reduce + part * value_bytes[combo.gradients], out.gather + part * weight
-    end
-  end
-  if layout.experts > 1 then
-    local ways = combo.recompute == "yes" and 8 or 6 -- teacher 2, forward 2, backward 2, again 2
-    local tokens = step.batch * step.seq / layout.gpus
-    out.tokens = ways * tokens * s.moe * s.top_k * s.hidden * value_bytes[combo.activations] * (layout.experts - 1) / layout.experts
+    local reduce, gather = sent(class, combo, layout)
+    out.reduce, out.gather = out.reduce + reduce, out.gather + gather
   end
   out.total = out.reduce + out.gather + out.tokens
   return out
@@ -148,19 +154,12 @@ end
 local function between(model, combo, layout, step, rates)
   local seconds = 0
   for _, class in ipairs(model.classes) do
-    local _, copies = held(class, layout)
-    local part = ranks.moved({ classes = { class }, shape = model.shape }, combo, { gpus = layout.gpus, experts = layout.experts,
-      }, { batch = 0, seq = 0 })
-    if copies > 1 then
-      seconds = seconds + part.total / ring(rates, layout.gpus, copies, class.expert and layout.experts or 1)
-    end
+    local reduce, gather, copies = sent(class, combo, layout)
+    seconds = seconds + (reduce + gather) / ring(rates, layout.gpus, copies, class.expert and layout.experts or 1)
   end
-  if layout.experts > 1 then
-    local tokens = ranks.moved({ classes = {}, shape = model.shape }, combo, layout, step).tokens
-    local far = layout.experts > rates.per_node and (layout.experts - rates.per_node) / (layout.experts - 1) or 0
-    seconds = seconds + math.max(tokens * (1 - far) / rates.link, tokens * far / rates.node)
-  end
-  return seconds
+  local tokens = tokens_sent(model, combo, layout, step)
+  local far = layout.experts > rates.per_node and (layout.experts - rates.per_node) / (layout.experts - 1) or 0
+  return seconds + math.max(tokens * (1 - far) / rates.link, tokens * far / rates.node)
 end
 
 -- Seconds of the optimizer's pass over memory.
@@ -170,7 +169,8 @@ local function update(model, combo, layout, rates)
     if class.trained then
       local n, copies = held(class, layout)
       local copy = class.quantized and (combo.weights == "f32" and 6 or combo.weights == "bf16" and 2 or packed) or 2
-      bytes = bytes + n / copies * (2 * master_bytes[combo.master] + 2 * moment_bytes[combo.moments] + value_bytes[combo.gradients] + copy)
+      local master = class.quantized and master_bytes[combo.master] or 4
+      bytes = bytes + n / copies * (2 * master + 2 * moment_bytes[combo.moments] + value_bytes[combo.gradients] + copy)
     end
   end
   return bytes / rates.copy
@@ -180,8 +180,9 @@ end
 function ranks.seconds(model, combo, layout, step, rates, bytes)
   local tokens = step.batch * step.seq / layout.gpus
   local micros = step.batch / (step.micro * layout.gpus)
-  local o = ranks.operations(model, combo, step.seq)
-  local rate = rates.matmul * rates.fraction
+  model.operations = model.operations or {}
+  model.operations[combo.recompute] = model.operations[combo.recompute] or ranks.operations(model, combo, step.seq)
+  local o, rate = model.operations[combo.recompute], rates.matmul * rates.fraction
   local out = { compute = (tokens * o.total + micros * model.cka_operations) / rate, update = update(model, combo, layout, rates) }
   local opened = 0
   for _, class in ipairs(model.classes) do
@@ -224,54 +225,43 @@ function ranks.layouts(gpus, experts)
   return list
 end
 
-local function loss_of(combo)
-  local loss = 0
-  for _, knob in ipairs(ranks.knobs) do loss = loss + (knob.loss and knob.loss[combo[knob.name]] or 0) end
-  return loss
-end
-
--- Faster first; within 2 % the more exact, then what this program has, then the smaller.
-local function before(a, b)
-  if a.bucket ~= b.bucket then return a.bucket < b.bucket end
-  if a.loss ~= b.loss then return a.loss < b.loss end
-  if a.missing ~= b.missing then return a.missing < b.missing end
-  if a.bytes.total ~= b.bytes.total then return a.bytes.total < b.bytes.total end
-  return a.order < b.order
+-- What the list is sorted by: fitting ones first and the nearest of the others; faster; within 2 % the more exact, then what this
+-- program has, then the smaller.
+local function cost(r)
+  local time = math.floor(math.log(r.seconds.total) / math.log(1.02))
+  local short = r.fits and 0 or 1e12 + 1e3 * (r.short + r.short_host)
+  return short + time * 1e6 + r.loss * 1e5 + r.missing * 1e4 + math.min(9999, r.bytes.total / 2 ^ 30)
 end
 
 --- Every combination and layout of `gpus` GPUs, those that fit first and by expected time: { combo, layout, bytes, seconds, short,
---- loss, missing }. `models` = { none = model, experts = model } by what is frozen. Options: `step` { batch, seq, micro }, `limit` and
---- `host` bytes of a GPU and of a node's host, `rates`, `fixed` (knob name -> set of values), `has(name, value)` and `has_ranks`: what
---- this program has.
+--- short_host, fits, loss, missing, lacks }. `models` = { none = model, experts = model } by what is frozen. Options: `step` { batch,
+--- seq, micro }, `limit` and `host` bytes of a GPU and of a node's host (0: any), `rates`, `fixed` (knob name -> set of values),
+--- `has(name, value)` and `has_ranks(layout)`: what this program has.
 function ranks.search(models, gpus, o)
-  local list, order = {}, 0
-  local any = models.none or models.experts
+  local list, nodes = {}, math.min(gpus, o.rates.per_node)
   for _, combo in ipairs(combinations(o.fixed or {})) do
     local model = models[combo.freeze]
-    for _, layout in ipairs(model and ranks.layouts(gpus, any.shape.experts) or {}) do
+    local loss, missing, lacks = 0, 0, {}
+    for _, knob in ipairs(ranks.knobs) do
+      local value = combo[knob.name]
+      loss = loss + (knob.loss and knob.loss[value] or 0)
+      if not o.has(knob.name, value) then missing, lacks[knob.name] = missing + 1, true end
+    end
+    for _, layout in ipairs(model and ranks.layouts(gpus, model.shape.experts) or {}) do
       local bytes = ranks.bytes(model, combo, layout)
-      local r = { combo = combo, layout = layout, bytes = bytes, loss = loss_of(combo), missing = 0, lacks = {} }
-      order = order + 1
-      r.order = order
-      local host = bytes.host * math.min(gpus, o.rates.per_node)
-      r.short = math.max(0, bytes.total - o.limit)
-      r.short_host = o.host > 0 and math.max(0, host - o.host) or 0
-      for _, knob in ipairs(ranks.knobs) do
-        local value = combo[knob.name]
-        if not o.has(knob.name, value) then r.missing, r.lacks[knob.name] = r.missing + 1, true end
+      local r = { combo = combo, layout = layout, bytes = bytes, loss = loss, missing = missing, lacks = lacks }
+      if gpus > 1 and not o.has_ranks(layout) then
+        r.missing, r.lacks_ranks = missing + 1, true
       end
-      if gpus > 1 and not o.has_ranks(layout) then r.missing, r.lacks.ranks = r.missing + 1, true end
-      r.seconds = ranks.seconds(model, combo, layout, o.step, o.rates, bytes)
-      r.bucket = math.floor(math.log(r.seconds.total) / math.log(1.02))
+      r.short = math.max(0, bytes.total - o.limit)
+      r.short_host = o.host > 0 and math.max(0, bytes.host * nodes - o.host) or 0
       r.fits = r.short == 0 and r.short_host == 0
+      r.seconds = ranks.seconds(model, combo, layout, o.step, o.rates, bytes)
+      r.cost = cost(r)
       list[#list + 1] = r
     end
   end
-  table.sort(list, function(a, b)
-    if a.fits ~= b.fits then return a.fits end
-    if not a.fits and a.short ~= b.short then return a.short < b.short end
-    return before(a, b)
-  end)
+  table.sort(list, function(a, b) return a.cost < b.cost end)
   return list
 end
 

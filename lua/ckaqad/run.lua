@@ -68,12 +68,10 @@ function run.run(opt, given)
   local o = errors.fill("run", given, { named = errors.NONE })
   local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock() }, Run)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
-  self.device = device.device { device = opt.device, threads = opt.threads, kernels = opt.kernels, compute = opt.compute,
-    check = opt.check }
-  if opt.gpus ~= "" then
-    if not opt.dry_run then errors.usage("option --gpus: goes with --dry-run") end
-    require "ckaqad.plan_gpus".imagine()
-  end
+  local imagined = opt.gpus ~= ""
+  self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
+    compute = opt.compute, check = opt.check }
+  if imagined then require "ckaqad.plan_gpus".imagine(opt) end
   local has_model = rawget(opt, "model") or rawget(opt, "teacher")
   local said
   if rawget(opt, "model") then
@@ -86,7 +84,7 @@ function run.run(opt, given)
     self:say(preset.apply(opt, model.count(rawget(opt, "model") or opt.teacher)))
   end
   if said then self:say("model " .. said) end
-  if rawget(opt, "data") then self:say("data %s", choose_data(opt)) end
+  if rawget(opt, "data") and not imagined then self:say("data %s", choose_data(opt)) end
   if rawget(opt, "out") then
     local out = opt.out:gsub("(.)/+$", "%1")
     self.folder = folder.open(out, opt)
@@ -97,7 +95,7 @@ function run.run(opt, given)
     end
   end
   current = self
-  if opt.gpus ~= "" then return self end
+  if imagined then return self end
   self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
     self.device.compute == "bf16" and ", bf16 matrix products" or "")
   return self

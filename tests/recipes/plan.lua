@@ -1,0 +1,59 @@
+-- What plan_ranks adds up is what the plan declares, and what the plan declares for a GPU that is not here is what it allocates here,
+-- where the two are the same. Run by plan.sh: plan.lua MODEL...
+local cq = require "ckaqad"
+local native = require "ckaqad.ffi"
+local device = require "ckaqad.device"
+local gpus = require "ckaqad.plan_gpus"
+local plan = require "ckaqad.plan"
+local ranks = require "ckaqad.plan_ranks"
+local C = native.C
+
+local weights = { teacher = 0, student = 1, fakequant = 2, gradients = 3, moments = 4 } -- numbers in core/tensor/plan.h
+
+local function prepare(dir, freeze)
+  local teacher = cq.model.open(dir)
+  local student = teacher:quantize { preset = "all", freeze = freeze }
+  local adam = cq.optim.adamw(student, {})
+  local terms = { cq.loss.kl {}, cq.loss.cka { tokens = 32 } }
+  return { teacher = teacher, student = student, adam = adam, terms = terms, tokens = 256, longest = 128, eval = true }
+end
+
+local function combination(recompute)
+  local c = {}
+  for _, knob in ipairs(ranks.knobs) do c[knob.name] = knob.values[1] end
+  c.recompute = recompute
+  return c
+end
+
+for _, dir in ipairs(arg) do
+  for _, freeze in ipairs { "", "*.experts.*", "*norm*" } do
+    device.device {}
+    local real = prepare(dir, freeze)
+    local made = plan.plan(real)
+    local allocated = {}
+    for name, purpose in pairs(weights) do allocated[name] = tonumber(C.cq_plan_bytes(made.c, purpose)) end
+
+    gpus.imagine { dry_run = true }
+    local o = plan.prepare(prepare(dir, freeze))
+    local model, buffers = gpus.model(o), 0
+    for _ in o.student:params() do buffers = buffers + 1 end
+    local slack = 64 * 4 * buffers -- every buffer begins at a multiple of 64, and scales of quantized matrices are not counted
+    for _, recompute in ipairs { "no", "yes" } do
+      local sum, declared = ranks.bytes(model, combination(recompute), { gpus = 1, experts = 1 }), model.planned[recompute]
+      for _, purpose in ipairs(ranks.purposes) do
+        local off = declared[purpose] - sum[purpose]
+        assert(off >= 0 and off <= slack, ("%s, freeze %q, recompute %s: %s is %d declared, %d added up"):format(dir, freeze, recompute,
+          purpose, declared[purpose], sum[purpose]))
+      end
+      assert(math.abs(sum.total - declared.total) <= 3 * slack)
+    end
+
+    for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_compute(m.c, C.CQ_COMPUTE_F32) end
+    local counted = plan.count(o, C.CQ_MODE_SAVE)
+    for name, purpose in pairs(weights) do
+      assert(counted[purpose] == allocated[name], ("%s, freeze %q: %s is %d counted, %d allocated"):format(dir, freeze, name,
+        counted[purpose], allocated[name]))
+    end
+    print(("%s, freeze %q: %d bytes on a GPU with recompute, as declared"):format(dir, freeze, model.planned.yes.total))
+  end
+end
