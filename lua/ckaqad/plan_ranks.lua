@@ -29,10 +29,10 @@ ranks.purposes = { "teacher", "student", "fakequant", "gradients", "moments", "a
 
 -- Planning values of one GPU (H200) and what it hangs on.
 ranks.rates = {
-  matmul = 790e12,  -- BF16 product of 8192^3, operations/s
-  fraction = 0.45,  -- of it in a whole step: measured on Qwen3-4B
+  matmul = 790e12,  -- BF16 product of 8192^3, operations/s: measured on an H200, as the next two
+  fraction = 0.45,  -- of it in a whole step: of Qwen3-4B; 0.16 in 8 blocks of Nemotron 3 Nano (kernels/cuda/README.md)
   copy = 4.3e12,    -- bytes/s read and written in device memory
-  link = 370e9,     -- bytes/s of one GPU to others of its node
+  link = 370e9,     -- bytes/s of one GPU to others of its node: assumed, as all below
   node = 50e9,      -- bytes/s of one GPU to another node
   host = 55e9,      -- bytes/s to host memory, each way
   per_node = 8,     -- GPUs in a node
@@ -70,10 +70,10 @@ local function student(out, class, combo, n, share)
   out.student, out.moments = out.student + master, out.moments + moments
 end
 
---- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
---- copy), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values of the largest block,
---- quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of scratch, what
---- rounding to BF16 takes).
+-- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
+-- copy), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values of the largest block,
+-- quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of scratch, what
+-- rounding to BF16 takes).
 function ranks.bytes(model, combo, layout)
   local out = { host = 0, optimizer = 0, stream = 0 }
   for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end
@@ -99,8 +99,8 @@ function ranks.bytes(model, combo, layout)
   return out
 end
 
---- Operations of one token: { linear, attention, scan, forward, teacher, student, backward, again, total }. `shape` holds the model's
---- dimensions; a row is one document of `seq` tokens, so attention looks at half of it.
+-- Operations of one token: { linear, attention, scan, forward, teacher, student, backward, again, total }. `shape` holds the model's
+-- dimensions; a row is one document of `seq` tokens, so attention looks at half of it.
 function ranks.operations(model, combo, seq)
   local s, linear, trained = model.shape, 0, 0
   for _, class in ipairs(model.classes) do
@@ -133,7 +133,7 @@ local function tokens_sent(model, combo, layout, step)
   return ways * away * s.moe * s.top_k * s.hidden * value_bytes[combo.activations]
 end
 
---- Bytes that one rank sends in a step: `reduce` (gradients), `gather` (new weights), `tokens` (to experts and back), `total`.
+-- Bytes that one rank sends in a step: `reduce` (gradients), `gather` (new weights), `tokens` (to experts and back), `total`.
 function ranks.moved(model, combo, layout, step)
   local out = { reduce = 0, gather = 0, tokens = tokens_sent(model, combo, layout, step) }
   for _, class in ipairs(model.classes) do
@@ -176,7 +176,7 @@ local function update(model, combo, layout, rates)
   return bytes / rates.copy
 end
 
---- Seconds of a step of `step.batch` rows: { compute, update, unpack, between, host, total }, from `bytes` of the same combination.
+-- Seconds of a step of `step.batch` rows: { compute, update, unpack, between, host, total }, from `bytes` of the same combination.
 function ranks.seconds(model, combo, layout, step, rates, bytes)
   local tokens = step.batch * step.seq / layout.gpus
   local micros = step.batch / (step.micro * layout.gpus)
@@ -216,7 +216,7 @@ local function combinations(fixed)
   return list
 end
 
---- Layouts of `gpus` GPUs that a model with `experts` routed experts (0: none) can have.
+-- Layouts of `gpus` GPUs that a model with `experts` routed experts (0: none) can have.
 function ranks.layouts(gpus, experts)
   local list = {}
   for n = 1, gpus do
@@ -233,10 +233,10 @@ local function cost(r)
   return short + time * 1e6 + r.loss * 1e5 + r.missing * 1e4 + math.min(9999, r.bytes.total / 2 ^ 30)
 end
 
---- Every combination and layout of `gpus` GPUs, those that fit first and by expected time: { combo, layout, bytes, seconds, short,
---- short_host, fits, loss, missing, lacks }. `models` = { none = model, experts = model } by what is frozen. Options: `step` { batch,
---- seq, micro }, `limit` and `host` bytes of a GPU and of a node's host (0: any), `rates`, `fixed` (knob name -> set of values),
---- `has(name, value)` and `has_ranks(layout)`: what this program has.
+-- Every combination and layout of `gpus` GPUs, those that fit first and by expected time: { combo, layout, bytes, seconds, short,
+-- short_host, fits, loss, missing, lacks }. `models` = { none = model, experts = model } by what is frozen. Options: `step` { batch,
+-- seq, micro }, `limit` and `host` bytes of a GPU and of a node's host (0: any), `rates`, `fixed` (knob name -> set of values),
+-- `has(name, value)` and `has_ranks(layout)`: what this program has.
 function ranks.search(models, gpus, o)
   local list, nodes = {}, math.min(gpus, o.rates.per_node)
   for _, combo in ipairs(combinations(o.fixed or {})) do
