@@ -28,9 +28,9 @@ local common = {
   { "fresh", false, "overwrite a run folder that holds another run, or run a finished one again" },
   { "dry_run", false, "print options, memory, FLOPs and time, and leave without reading weights" },
   { "gpus", "", "with --dry-run: plan for 1, 1,2,4 or 1..16 (powers of two) GPUs that need not be here, from config.json alone" },
-  { "gpu_memory", 141e9, "bytes of each of them" },
+  { "gpu_memory", 141e9, "bytes of each of them (141GB: an H200)" },
   { "host_memory", 0, "bytes of the host that up to 8 of them share (0: as many as it takes)" },
-  { "rates", "", "planning rates to change: matmul=790T,fraction=0.45,copy=4.3TB,link=370GB,node=50GB,host=55GB,per_node=8" },
+  { "rates", "", "planning rates to change, as link=300GB,host=25GB: matmul (790T), fraction (0.45), copy, link, node, host, per_node" },
   { "validate_only", false, "calibrate, measure what PTQ costs, and leave" },
 }
 local special = {
