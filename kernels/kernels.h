@@ -413,12 +413,15 @@ typedef struct cq_kl_args {
     int64_t *agree; ///< += valid rows whose top-1 tokens agree (ties to the lowest id); may be NULL
     int64_t *valid; ///< += valid rows; may be NULL
 } cq_kl_args;
-/// Cross-entropy of rows with labels >= 0; logits become scale * gradient when `gradient`.
+/// Cross-entropy of rows with labels >= 0; logits become scale * gradient when `gradient`. A row
+/// counts weights[r] times in sum and gradient, once in `correct` and `valid`; weights below 0 make
+/// its label less likely.
 typedef struct cq_cross_entropy_args {
     cq_dtype dtype;
     int64_t rows, vocab;
     void *logits;
     const int32_t *labels;
+    const float *weights; ///< [rows]; NULL: all 1
     double scale;
     bool gradient;
     double *sum;

@@ -175,16 +175,23 @@ Test(cpu_losses, cross_entropy_agrees_with_ref) {
     for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = 1000; w.seed < 1000 + 3 * SEEDS; w.seed++, w.drawn = 0) {
             int64_t rows = 41, vocab = (int64_t[]){1024, 77, 1}[(w.seed - 1000) % 3];
+            float weights[41];
+            bool weighted = w.seed % 2 == 0;
+            for (int64_t r = 0; r < rows; r++)
+                weights[r] = (float)cq_random_normal(w.seed, 5, (uint64_t)r);
             cq_cross_entropy_args a = {.rows = rows,
                                        .vocab = vocab,
                                        .scale = 0.2,
                                        .gradient = true,
+                                       .weights = weighted ? weights : NULL,
                                        .labels = labels_of(rows, vocab, w.seed)};
-            snprintf(w.what, sizeof(w.what), "cross-entropy %lld, seed %llu", (long long)vocab,
-                     (unsigned long long)w.seed);
+            snprintf(w.what, sizeof(w.what), "cross-entropy %lld, weighted %d, seed %llu",
+                     (long long)vocab, weighted, (unsigned long long)w.seed);
             WAYS_OUT(&w, cross_entropy, logits, rows, vocab, vocab, 3);
             WAYS_DOUBLE(&w, cross_entropy, sum, 1);
             WAYS_RAW(&w, cross_entropy, labels, rows * 4);
+            if (weighted)
+                WAYS_RAW(&w, cross_entropy, weights, rows * 4);
             WAYS_RUN(&w, cross_entropy, a);
             free((void *)(uintptr_t)a.labels);
         }

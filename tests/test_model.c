@@ -16,10 +16,12 @@ static harness_options pair(const char *dir) {
 
 static double *at(cq_param *p, int64_t i) { return (double *)p->value.data + i; }
 
-/* kl + 0.7 mean(layer loss), the loss of the golden files. */
-static double total_loss(harness *h, cq_distill_result *r) {
+/* kl + 0.7 mean(layer loss), the loss of the golden files. `weights` are for a policy loss only. */
+static double total_loss(harness *h, const float *weights, cq_distill_result *r) {
     int64_t blocks = cq_model_config(h->student)->n_blocks;
     double sum = 0;
+    if (weights)
+        OK(cq_distill_set_weights(h->distill, weights, h->batch[0]->tokens));
     OK(cq_distill_forward(h->distill, &h->stream, h->batch[0], 1, 0, h->batch[0]->valid, r));
     for (int64_t l = 0; l < blocks; l++)
         sum += isnan(r->layer_loss[l]) ? 0 : r->layer_loss[l];
@@ -27,14 +29,14 @@ static double total_loss(harness *h, cq_distill_result *r) {
 }
 
 /* Richardson-extrapolated central difference of one element. */
-static double slope(harness *h, cq_param *p, int64_t i) {
+static double slope(harness *h, const float *weights, cq_param *p, int64_t i) {
     cq_distill_result r;
     double x = *at(p, i), e = 1e-4 * (fabs(x) > 0.01 ? fabs(x) : 0.01), d[2];
     for (int k = 0; k < 2; k++, e /= 2) {
         *at(p, i) = x + e;
-        double up = total_loss(h, &r);
+        double up = total_loss(h, weights, &r);
         *at(p, i) = x - e;
-        d[k] = (up - total_loss(h, &r)) / (2 * e);
+        d[k] = (up - total_loss(h, weights, &r)) / (2 * e);
     }
     *at(p, i) = x;
     return (4 * d[1] - d[0]) / 3;
@@ -56,14 +58,17 @@ static void check_gradients(const char *dir, cq_layer_loss layer_loss, cq_logit_
         w[l] = 0.7 / (double)blocks;
     cq_distill_result r;
     OK(cq_model_zero_grad(h.student));
-    total_loss(&h, &r);
+    float some[64], *weights = logit_loss == CQ_LOGIT_POLICY ? some : NULL;
+    for (int i = 0; i < 64; i++)
+        some[i] = (float)cq_random_normal(12, 0, (uint64_t)i);
+    total_loss(&h, weights, &r);
     OK(cq_distill_backward(h.distill, &h.stream, h.batch[0], 1, w));
     for (int64_t i = 0; i < cq_model_n_params(h.student); i++) {
         cq_param *p = cq_model_param(h.student, i);
         if (!p->grad.data)
             continue;
         int64_t n = cq_tensor_elems(p->value), k = cq_random_below(11, (uint64_t)i, 0, n);
-        double norm = 0, want = slope(&h, p, k), got = ((double *)p->grad.data)[k];
+        double norm = 0, want = slope(&h, weights, p, k), got = ((double *)p->grad.data)[k];
         for (int64_t j = 0; j < n; j++)
             norm += pow(((double *)p->grad.data)[j], 2);
         double bound = 2e-5 * fabs(want) + 1e-5 * sqrt(norm / (double)n) + 1e-9;
@@ -82,6 +87,31 @@ Test(model, gradient_of_kl_and_biased_cka_equals_differences_qwen3) {
 }
 Test(model, gradient_of_cross_entropy_and_cosine_equals_differences_qwen3) {
     check_gradients(models[1], CQ_LAYER_COSINE, CQ_LOGIT_CE);
+}
+Test(model, gradient_of_weighted_labels_equals_differences_nemotron) {
+    check_gradients(models[0], CQ_LAYER_NONE, CQ_LOGIT_POLICY);
+}
+Test(model, weights_of_labels_are_for_one_forward_of_a_policy_loss) {
+    harness h;
+    harness_options o = pair(models[1]);
+    cq_distill_result a, b;
+    float weights[43];
+    for (int i = 0; i < 43; i++)
+        weights[i] = 1;
+    o.distill.layer_loss = CQ_LAYER_NONE;
+    o.distill.logit_loss = CQ_LOGIT_CE;
+    harness_open(&h, &o);
+    cr_expect_eq(cq_distill_set_weights(h.distill, weights, 43), CQ_EUSAGE, "no policy loss");
+    total_loss(&h, NULL, &a);
+    harness_close(&h);
+    o.distill.logit_loss = CQ_LOGIT_POLICY;
+    harness_open(&h, &o);
+    cr_expect_eq(cq_distill_set_weights(h.distill, weights, 44), CQ_EUSAGE, "more than planned");
+    total_loss(&h, weights, &b);
+    cr_expect_eq(a.logit_loss, b.logit_loss, "weights of 1 are cross-entropy");
+    cr_expect_eq(cq_distill_forward(h.distill, &h.stream, h.batch[0], 2, 0, h.batch[0]->valid, &b),
+                 CQ_EUSAGE, "the weights are used up");
+    harness_close(&h);
 }
 Test(model, gradient_of_gram_loss_alone_equals_differences_nemotron) {
     check_gradients(models[0], CQ_LAYER_GRAM, CQ_LOGIT_NONE);

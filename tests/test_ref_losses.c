@@ -293,13 +293,14 @@ Test(kl, wrong_arguments_are_refused) {
 
 typedef struct ce_case {
     double *z, *value;
+    const float *weights;
 } ce_case;
 
 static int ce_forward(const void *args) {
     const ce_case *c = args;
     *c->value = 0;
     REF(cross_entropy, .rows = T, .vocab = V, .logits = c->z, .labels = some_labels,
-        .sum = c->value);
+        .weights = c->weights, .sum = c->value);
     return CQ_OK;
 }
 
@@ -310,7 +311,7 @@ Test(cross_entropy, gradient_equals_finite_differences) {
     z[4] = dz[4] = 10; /* row 0 is right */
     REF(cross_entropy, .rows = T, .vocab = V, .logits = dz, .labels = some_labels, .scale = scale,
         .gradient = true, .sum = &sum, .correct = &correct, .valid = &valid);
-    ce_case c = {z, &value};
+    ce_case c = {z, &value, NULL};
     finite_check("cross-entropy, seed 24", &(finite_forward){ce_forward, &c, &value, &scale, 1},
                  &(finite_input){"logits", z, dz, T * V, 1}, 1);
     cr_expect_eq(sum, value);
@@ -318,6 +319,30 @@ Test(cross_entropy, gradient_equals_finite_differences) {
     cr_expect(correct >= 1 && correct < 4);
     for (int j = 0; j < V; j++)
         cr_expect_eq(dz[V + j], 0);
+    free(z);
+    free(dz);
+}
+
+Test(cross_entropy, gradient_of_weighted_rows_equals_finite_differences) {
+    double *z = finite_normal(T * V, 25, 0, 2, 0), *dz = check_copy(z, T * V), value, scale = 0.25;
+    double sum = 0, plain = 0;
+    int64_t valid = 0;
+    float weights[T];
+    for (int i = 0; i < T; i++)
+        weights[i] = (float)(i % 3 == 0 ? 0 : i % 2 ? -1.5 : 0.75);
+    REF(cross_entropy, .rows = T, .vocab = V, .logits = dz, .labels = some_labels,
+        .weights = weights, .scale = scale, .gradient = true, .sum = &sum, .valid = &valid);
+    ce_case c = {z, &value, weights};
+    finite_check("weighted cross-entropy, seed 25",
+                 &(finite_forward){ce_forward, &c, &value, &scale, 1},
+                 &(finite_input){"logits", z, dz, T * V, 1}, 1);
+    cr_expect_eq(sum, value);
+    cr_expect_eq(valid, 4, "a row of weight 0 is still a target");
+    for (int i = 0; i < T; i++)
+        weights[i] = -2;
+    REF(cross_entropy, .rows = T, .vocab = V, .logits = z, .labels = some_labels, .sum = &plain);
+    ce_forward(&c);
+    check_near(value, -2 * plain, 1e-13, "every weight -2");
     free(z);
     free(dz);
 }

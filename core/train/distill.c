@@ -19,13 +19,14 @@ struct cq_distill {
     cq_dtype dtype;
     int64_t n_blocks, dim, teacher_dim, vocab;
     bool *taps;
-    cq_tensor zt, zs, dxf, dhead;
+    cq_tensor zt, zs, dxf, dhead, weights;
     cq_tensor rows, xs, centred, dxs, work;
     cq_tensor *of_teacher, *of_student; ///< [n_blocks] Grams or rows
     int32_t *sampled;              ///< [tokens] on the host; the first n_rows are those in `rows`
     cq_tensor sums, counts, stats; ///< results: loss [1], right answers [1], [n_blocks, 4]
     double *loss;
     int64_t n_rows, given, valid, valid_total, step;
+    int64_t n_weights; ///< given for the next forward
 };
 
 static bool is_row_loss(const cq_distill *d) {
@@ -138,6 +139,9 @@ int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (d->o.logit_loss != CQ_LOGIT_NONE)
         CQ_TRY(cq_plan_add(p, &d->zs, CQ_FOR_LOGITS, "student logits", d->dtype,
                            CQ_SHAPE2(d->o.chunk, d->vocab)));
+    if (d->o.logit_loss == CQ_LOGIT_POLICY)
+        CQ_TRY(cq_plan_add(p, &d->weights, CQ_FOR_LOGITS, "weights of the labels", CQ_F32,
+                           CQ_SHAPE1(tokens)));
     CQ_TRY(cq_plan_add(p, &d->sums, CQ_FOR_RESULTS, "logit loss", CQ_F64, CQ_SHAPE1(1)));
     CQ_TRY(cq_plan_add(p, &d->counts, CQ_FOR_RESULTS, "right answers", CQ_I64, CQ_SHAPE1(1)));
     CQ_TRY(cq_plan_add(p, &d->dxf, CQ_FOR_LOGITS, "final hidden gradient", d->dtype,
@@ -185,6 +189,16 @@ int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n) {
                        (long)n, (long)d->o.rows);
     d->given = n;
     return cq_copy(d->rows.data, rows, n * (int64_t)sizeof *rows);
+}
+
+int cq_distill_set_weights(cq_distill *d, const float *weights, int64_t n) {
+    if (d->o.logit_loss != CQ_LOGIT_POLICY || n < 1 || n > cq_tensor_elems(d->weights))
+        return cq_fail(CQ_EUSAGE,
+                       "distill: %ld weights given, wanted at most the planned tokens and a policy "
+                       "loss",
+                       (long)n);
+    d->n_weights = n;
+    return cq_copy(d->weights.data, weights, n * (int64_t)sizeof *weights);
 }
 
 static double *stats_of(const cq_distill *d, int64_t l) { return (double *)d->stats.data + 4 * l; }
@@ -244,8 +258,10 @@ static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at
                       .agree = d->counts.data));
     } else
         CQ_TRY(CQ_RUN(s, cross_entropy, .dtype = d->dtype, .rows = n, .vocab = d->vocab,
-                      .logits = d->zs.data, .labels = labels, .scale = scale, .gradient = true,
-                      .sum = d->sums.data, .correct = d->counts.data));
+                      .logits = d->zs.data, .labels = labels,
+                      .weights = d->weights.data ? (const float *)d->weights.data + at : NULL,
+                      .scale = scale, .gradient = true, .sum = d->sums.data,
+                      .correct = d->counts.data));
     CQ_TRY(CQ_RUN(s, matmul, .dtype = d->dtype, .m = n, .n = d->dim, .k = d->vocab, .a = d->zs.data,
                   .lda = d->vocab, .b = head->fq.data, .ldb = d->dim,
                   .c = (char *)d->dxf.data + at * d->dim * size, .ldc = d->dim, .alpha = 1,
@@ -304,6 +320,10 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
             CQ_EDATA,
             "distill: %ld of %ld tokens of a micro-batch are targets, wanted at least one",
             (long)b->valid, (long)valid_total);
+    if (d->o.logit_loss == CQ_LOGIT_POLICY && d->n_weights != b->tokens)
+        return cq_fail(CQ_EUSAGE, "distill: weights of %ld labels, wanted those of %ld tokens",
+                       (long)d->n_weights, (long)b->tokens);
+    d->n_weights = 0;
     d->step = step;
     d->valid = b->valid;
     d->valid_total = valid_total;

@@ -19,7 +19,9 @@ typedef enum cq_layer_loss {
 
 typedef enum cq_logit_loss {
     CQ_LOGIT_KL,
-    CQ_LOGIT_CE, ///< cross-entropy with the labels; the teacher may be NULL
+    CQ_LOGIT_CE,     ///< cross-entropy with the labels; the teacher may be NULL
+    CQ_LOGIT_POLICY, ///< the same, each label weighted (cq_distill_set_weights): the gradient of
+                     ///< - sum weight log q[label], a policy gradient when weights are advantages
     CQ_LOGIT_NONE
 } cq_logit_loss;
 
@@ -58,6 +60,9 @@ typedef struct cq_distill_result {
 /// in the step. CQ_ENUMERIC names the block whose output or loss is not finite.
 CQ_API int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step,
                               int64_t micro, int64_t valid_total, cq_distill_result *out);
+/// CQ_LOGIT_POLICY: the weight of every token's label in the next forward, whose micro-batch must
+/// have `n` tokens; those of labels below 0 count nothing.
+CQ_API int cq_distill_set_weights(cq_distill *d, const float *weights, int64_t n);
 /// Takes these rows for the next forward instead of sampling (golden files).
 CQ_API int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n);
 /// Adds the gradient of (valid / valid_total) (w_kl KL + sum_l w_layer[l] loss_l) to the student's

@@ -337,14 +337,15 @@ static void entropy_row(const cq_cross_entropy_args *a, int64_t r, totals *to) {
     if (a->correct)
         to->agree += first_at(z, a->vocab, top) == label;
     double sum = exponential_sum(z, a->gradient ? z : NULL, top, a->vocab);
-    to->sum += log(sum) - at_label;
+    double weight = a->weights ? (double)a->weights[r] : 1.0, scale = a->scale * weight;
+    to->sum += weight * (log(sum) - at_label);
     to->valid++;
     if (!a->gradient)
         return;
-    float q = (float)(a->scale / sum);
+    float q = (float)(scale / sum);
     for (int64_t j = 0; j < a->vocab; j++)
         z[j] *= q;
-    z[label] = (float)(a->scale * (exp(at_label) / sum - 1.0));
+    z[label] = (float)(scale * (exp(at_label) / sum - 1.0));
 }
 
 int CQ_OP(cross_entropy)(cq_stream *s, const cq_cross_entropy_args *a) {

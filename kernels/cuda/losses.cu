@@ -510,6 +510,7 @@ template <int W> __global__ void __launch_bounds__(MOST_THREADS, 1) kl_top_k(kl_
 struct entropy_job {
     float *logits;
     const int32_t *labels;
+    const float *weights; ///< may be NULL
     row_result *result;
     double scale;
     int vocab, n;
@@ -539,12 +540,14 @@ template <int W> __global__ void __launch_bounds__(MOST_THREADS, 1) entropy(entr
     agree_on_top(&all, nullptr, tops, places);
     all.sum = cq_block_sum(all.sum, room);
     double at_label = label < j.vocab ? (double)z[label] - (double)all.top : (double)NAN;
+    double weight = j.weights ? (double)j.weights[r] : 1.0, scale = j.scale * weight;
     if (tid == 0)
-        j.result[r] = row_result{log(all.sum) - at_label, 0.0, 0.0, flags_of(all.at == label)};
+        j.result[r] =
+            row_result{weight * (log(all.sum) - at_label), 0.0, 0.0, flags_of(all.at == label)};
     if (!j.gradient)
         return;
     __syncthreads();
-    float q = (float)(j.scale / all.sum);
+    float q = (float)(scale / all.sum);
     for (int i = (j.n - 1) / step * step + tid; i >= 0; i -= step) {
         if (i >= j.n)
             continue;
@@ -553,7 +556,7 @@ template <int W> __global__ void __launch_bounds__(MOST_THREADS, 1) entropy(entr
         for (int e = 0; e < W; e++) {
             g.v[e] = expf(g.v[e] - all.top) * q;
             if (i * W + e == label)
-                g.v[e] = (float)(j.scale * (exp(at_label) / all.sum - 1.0));
+                g.v[e] = (float)(scale * (exp(at_label) / all.sum - 1.0));
         }
         store<W>(z, i, g);
     }
@@ -667,6 +670,7 @@ extern "C" int cq_cuda_cross_entropy(cq_stream *s, const cq_cross_entropy_args *
         return CQ_ENOMEM;
     entropy_job j = {static_cast<float *>(a->logits),
                      a->labels,
+                     a->weights,
                      result,
                      a->scale,
                      static_cast<int>(a->vocab),

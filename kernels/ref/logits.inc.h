@@ -8,6 +8,7 @@
      B truncated      sum_S p log(p/q)                        q P - p             q P
      C tail bucket    B + (1-P) log((1-P)/(1-Q))              q - p               q - (1-P) q/(1-Q)
      cross-entropy    -log q[label]                           q - [j = label]
+       weighted       -w log q[label]                         w (q - [j = label])
 
    1-P and 1-Q are summed over the entries outside S, all of which are here, rather than taken as
    the difference 1 - P or as log(-expm1(log P)), which know nothing of a tail below the rounding
@@ -153,13 +154,14 @@ static int CQ_FN(cross_entropy)(const cq_cross_entropy_args *a) {
             continue;
         }
         acc lse = CQ_FN(log_sum_exp)(z, a->vocab, NULL, true);
-        *a->sum += (double)(lse - (acc)z[label]);
+        acc weight = a->weights ? (acc)a->weights[r] : 1;
+        *a->sum += (double)(weight * (lse - (acc)z[label]));
         if (a->correct)
             *a->correct += CQ_FN(arg_max)(z, a->vocab) == label;
         if (a->valid)
             *a->valid += 1;
         for (int64_t j = 0; a->gradient && j < a->vocab; j++)
-            z[j] = (real)((acc)a->scale * (exp((acc)z[j] - lse) - (j == label)));
+            z[j] = (real)((acc)a->scale * weight * (exp((acc)z[j] - lse) - (j == label)));
     }
     return CQ_OK;
 }

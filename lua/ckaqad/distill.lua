@@ -11,6 +11,7 @@ local Pass = errors.class("pass", {})
 local forms = {
   full = "CQ_KL_FULL", renormalized = "CQ_KL_RENORMALIZED", truncated = "CQ_KL_TRUNCATED", bucket = "CQ_KL_TAIL_BUCKET",
 }
+local logit_losses = { kl = "CQ_LOGIT_KL", ce = "CQ_LOGIT_CE", policy = "CQ_LOGIT_POLICY" }
 local layer_losses = {
   cka = "CQ_LAYER_CKA", cka_unbiased = "CQ_LAYER_CKA_UNBIASED", cosine = "CQ_LAYER_COSINE", mse = "CQ_LAYER_MSE",
   gram = "CQ_LAYER_GRAM",
@@ -27,7 +28,7 @@ end
 function distill.open(teacher, student, terms, seed, many)
   local logits, layers = loss.split(terms)
   local o, taps = native.new "cq_distill_options", native.new("bool[?]", student.n_blocks)
-  o.logit_loss = not logits and C.CQ_LOGIT_NONE or logits.logits == "kl" and C.CQ_LOGIT_KL or C.CQ_LOGIT_CE
+  o.logit_loss = C[logits and logit_losses[logits.logits] or "CQ_LOGIT_NONE"]
   o.form = C[forms[logits and logits.tail or "full"]]
   o.top_k = logits and logits.top_k and logits.tail ~= "full" and math.min(logits.top_k, student.vocab) or student.vocab
   o.chunk = logits and logits.chunk > 0 and logits.chunk or distill.chunk(student.vocab, student.device.on_device)
@@ -35,7 +36,7 @@ function distill.open(teacher, student, terms, seed, many)
   for _, block in ipairs(blocks) do taps[block] = true end
   o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE
   o.rows, o.taps, o.seed, o.many = layers and layers.tokens or 0, taps, seed, many
-  if logits and logits.logits == "ce" and o.layer_loss == C.CQ_LAYER_NONE then teacher = nil end
+  if logits and logits.logits ~= "kl" and o.layer_loss == C.CQ_LAYER_NONE then teacher = nil end
   local c = native.open("cq_distill", "cq_distill_open", teacher and teacher.c, student.c, o)
   student.distillers = student.distillers or {}
   student.distillers[terms] = { c = c, teacher = teacher, logits = logits, layers = layers, blocks = blocks, taps = taps }
@@ -43,8 +44,9 @@ function distill.open(teacher, student, terms, seed, many)
 end
 
 --- Both forwards of one micro-batch (`part` of a batch) with a list of terms that the plan knows. `teacher` is nil for
---- cross-entropy. Returns a pass: `step`, `kl` (nats; the cross-entropy as `ce`), `top1` agreement or accuracy, `cka` = { [block] =
---- value } with value = 1 - layer loss (blocks counted from 0, untapped ones absent), `tokens` that are targets, `rows`.
+--- cross-entropy. Returns a pass: `step`, `kl` (nats; the cross-entropy as `ce`, the weighted one as `policy`), `top1` agreement or
+--- accuracy, `cka` = { [block] = value } with value = 1 - layer loss (blocks counted from 0, untapped ones absent), `tokens` that
+--- are targets, `rows`.
 ---
 --- Example:
 ---     local pass = cq.distill(teacher, student, part, terms)
@@ -57,6 +59,11 @@ function distill.distill(teacher, student, part, terms)
     native.broken = nil
     call.cq_model_zero_grad(student.c)
   end
+  local form = d.logits and d.logits.logits
+  if form == "policy" then
+    if not part.weights then errors.usage("distill: this batch has no weights, which a policy loss needs; wanted one of cq.batch_of") end
+    call.cq_distill_set_weights(d.c, part.weights, part.c.tokens)
+  end
   local out = native.new "cq_distill_result"
   call.cq_distill_forward(d.c, student:stream(), part.c, part.step, part.index, part.valid, out)
   local pass = setmetatable({
@@ -64,7 +71,8 @@ function distill.distill(teacher, student, part, terms)
     top1 = out.accuracy, cka = {},
   }, Pass)
   pass.kl = out.logit_loss
-  pass.ce = d.logits and d.logits.logits == "ce" and out.logit_loss or nil
+  pass.ce = form == "ce" and out.logit_loss or nil
+  pass.policy = form == "policy" and out.logit_loss or nil
   for _, block in ipairs(d.blocks) do
     local value = out.layer_loss[block]
     if value == value then pass.cka[block] = 1 - value end

@@ -70,7 +70,7 @@ function dry.lines(opt, o)
   for _, row in ipairs(rows) do
     lines[#lines + 1] = ("  %s%s  %s"):format(row[1], (" "):rep(width - #row[1]), row[2])
   end
-  if not o.adam then return lines end
+  if not o.adam or not o.data then return lines end
   local step, rate = dry.step(o), dry.rate()
   lines[#lines + 1] = ("operations: %s a step, %s in %d steps (%s tokens a step)"):format(text.count(step), text.count(step * opt.steps),
     opt.steps, text.count(o.data.batch * o.data.seq))

@@ -36,6 +36,14 @@ function errors.write(file, path, bytes)
 end
 jit.off(errors.write)
 
+--- Ends a recipe with one line, `reason`, and exit code 3 (data or models that it cannot work with); goes on when `reason` is nil.
+---
+--- Example:
+---     cq.refuse(data:facts().train.documents < 1 and "no documents" or nil)
+function errors.refuse(reason)
+  if reason then errors.raise(errors.DATA, "%s", reason) end
+end
+
 -- Edit distance in which swapping two neighbours counts one (optimal string alignment).
 function errors.distance(a, b)
   local before, last = nil, {}

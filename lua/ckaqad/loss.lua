@@ -28,6 +28,17 @@ function loss.ce(options)
   return o
 end
 
+--- Policy gradient: the cross-entropy of a model's own answers, each token counted with its answer's weight (its advantage), so
+--- that what was better than expected becomes likelier. Batches come from `cq.batch_of`; needs no teacher.
+---
+--- Example:
+---     local terms = { cq.loss.policy() }
+function loss.policy(options)
+  local o = errors.fill("loss.policy", options, { chunk = 0 })
+  o.logits = "policy"
+  return o
+end
+
 local function layer(name, options, more)
   local defaults = { blocks = "all", tokens = 512 }
   for key, value in pairs(more or {}) do defaults[key] = value end

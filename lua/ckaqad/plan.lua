@@ -6,6 +6,7 @@ local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local distill = require "ckaqad.distill"
 local eval = require "ckaqad.eval"
+local loss = require "ckaqad.loss"
 local text = require "ckaqad.text"
 local C, call = native.C, native.call
 
@@ -101,6 +102,7 @@ function plan.prepare(options)
   if o.longest == 0 then o.longest = o.tokens end
   o.lists = term_lists(o.terms)
   local many = o.data ~= nil and o.data.batch > o.data.micro
+  for _, terms in ipairs(o.lists) do many = many or (loss.split(terms) or {}).logits == "policy" end -- as many as its answers need
   for _, terms in ipairs(o.lists) do distill.open(o.teacher, o.student, terms, o.seed, many) end
   if o.eval then eval.open(o.teacher, o.student) end
   return o

@@ -258,7 +258,7 @@ function Run:track(what)
   if not self.resumable then return end
   local state = self.folder:restore(self.tracked.student, self.tracked.adam)
   self.tracked.adam.count = state.step
-  self.tracked.data:seek(state.position)
+  if self.tracked.data then self.tracked.data:seek(state.position) end
   self.history, self.at = self.folder:rewind("metrics.jsonl", state.step), state.step
   self.evals = self.folder:rewind("evals.jsonl", state.step)
   self:say("resumed after step %d", state.step)
@@ -319,7 +319,9 @@ function Batch:split()
   return function()
     i = i + 1
     if i < self.count then
-      return { c = self.list + i, index = i, step = self.step, valid = self.valid, batch = self }
+      local own = self.own and self.own[i + 1]
+      return { c = own and own.c or self.list + i, weights = own and own.weights, index = i, step = self.step, valid = self.valid,
+        batch = self }
     end
   end
 end
@@ -339,8 +341,56 @@ function run.batch(data, step)
   return self
 end
 
+-- Answers [from, to] of a list as one micro-batch of `tokens` tokens with weights.
+local function micro_batch(answers, from, to, tokens)
+  local ids, labels = native.new("int32_t[?]", tokens), native.new("int32_t[?]", tokens)
+  local weights, starts = native.new("float[?]", tokens), native.new("int64_t[?]", to - from + 2)
+  local at = 0
+  for i = from, to do
+    local a = answers[i]
+    local prompt, n = #a.prompt_ids, #a.prompt_ids + #a.ids
+    starts[i - from] = at
+    for j = 1, n do
+      local next_ = j + 1 > prompt and a.ids[j + 1 - prompt]
+      ids[at], labels[at], weights[at] = j > prompt and a.ids[j - prompt] or a.prompt_ids[j], next_ or -100, a.weight
+      at = at + 1
+    end
+  end
+  starts[to - from + 1] = at
+  return { c = native.open("cq_batch", "cq_batch_make", ids, labels, tokens, starts, to - from + 1), weights = weights }
+end
+
+--- A batch of answers as `model:generate` gives them, { prompt_ids, ids } with a `weight` each: what `cq.loss.policy` trains on. The
+--- answers' tokens are its targets. Options: `tokens` of a micro-batch, at most (4096), `step` (1).
+---
+--- Example:
+---     local batch = cq.batch_of({ { prompt_ids = { 5, 6 }, ids = { 7, 2 }, weight = 0.5 } }, { tokens = 64 })
+---     print(batch.tokens, batch.valid) --> 4	2
+function run.batch_of(answers, options)
+  local o = errors.fill("batch_of", options, { tokens = 4096, step = 1 })
+  local self = setmetatable({ own = {}, count = 0, step = o.step, valid = 0, tokens = 0, passes = {} }, Batch)
+  local from, room = 1, 0
+  local function close(to)
+    if to < from then return end
+    local part = micro_batch(answers, from, to, room)
+    self.count = self.count + 1
+    self.own[self.count], self.valid, self.tokens = part, self.valid + tonumber(part.c.valid), self.tokens + room
+    from, room = to + 1, 0
+  end
+  for i, a in ipairs(answers) do
+    local n = #a.prompt_ids + #a.ids
+    if type(a.weight) ~= "number" then errors.usage("batch_of: answer %d has no weight, wanted a number", i) end
+    if n < 2 or n > o.tokens then errors.usage("batch_of: answer %d has %d tokens with its prompt, wanted 2 to %d", i, n, o.tokens) end
+    if room + n > o.tokens then close(i - 1) end
+    room = room + n
+  end
+  close(#answers)
+  return self
+end
+
 --- `for step, batch in run:steps(n, data) do`: counts, watches the clock, evaluates, saves checkpoints. One Ctrl-C ends the run
---- after the step, saved (exit code 130; 143 for SIGTERM, 129 for a hangup), a second one at once; SIGUSR1 saves.
+--- after the step, saved (exit code 130; 143 for SIGTERM, 129 for a hangup), a second one at once; SIGUSR1 saves. Without `data` the
+--- loop makes its own batches and gives them to `run:log`.
 ---
 --- Example:
 ---     for step, batch in run:steps(2, data) do
@@ -374,7 +424,7 @@ function Run:steps(n, data)
     end
     step = step + 1
     self.started = native.clock()
-    self.batch = run.batch(data, step)
+    self.batch = data and run.batch(data, step) or run.batch_of({}, { step = step })
     return step, self.batch
   end
 end
@@ -382,9 +432,13 @@ end
 -- Means of the passes of a step, weighted by their targets.
 local function measure(passes, n_blocks)
   local m, valid, weights, per_block = { kl = 0, top1 = 0, weight = 0 }, 0, 0, {}
+  local function add(name, pass)
+    if pass[name] then m[name] = (m[name] or 0) + pass[name] * pass.tokens end
+  end
   for _, pass in ipairs(passes) do
     m.kl, m.top1, valid = m.kl + pass.kl * pass.tokens, m.top1 + pass.top1 * pass.tokens, valid + pass.tokens
-    if pass.ce then m.ce = (m.ce or 0) + pass.ce * pass.tokens end
+    add("ce", pass)
+    add("policy", pass)
     local w = pass.weight and pass.weight.cka
     if type(w) == "table" then
       local sum, count = 0, 0
@@ -400,6 +454,7 @@ local function measure(passes, n_blocks)
   end
   if valid == 0 then return m end
   m.kl, m.top1, m.weight, m.ce = m.kl / valid, m.top1 / valid, weights / valid, m.ce and m.ce / valid
+  m.policy = m.policy and m.policy / valid
   local blocks, sum, count = {}, 0, 0
   for i = 0, n_blocks - 1 do
     local b = per_block[i]
@@ -414,22 +469,23 @@ local function measure(passes, n_blocks)
   return m
 end
 
---- Writes a step to metrics.jsonl and shows it. `values`: `lr`, `norm` (gradient norm), and what else you want to keep.
+--- Writes a step to metrics.jsonl and shows it. `values`: `lr`, `norm` (gradient norm), `batch` when the loop made it, and what else
+--- you want to keep.
 function Run:log(step, values)
-  local batch = self.batch
+  local batch = values.batch or self.batch
   local student = self.tracked and self.tracked.student or (batch.passes[1] and batch.passes[1].student)
   local m = measure(batch.passes, student.n_blocks)
   m.step, m.lr, m.grad_norm, m.tokens = step, values.lr, values.norm, batch.tokens
   m.seconds = native.clock() - self.started
   m.saturated = student:saturated()
-  if m.ce then m.kl = nil end
+  if m.ce or m.policy or #batch.passes == 0 then m.kl = nil end
   local list = {
-    "step", step, "ce", m.ce, "kl", m.kl, "top1", m.top1, "cka", m.cka or json.null, "cka_blocks", m.cka_blocks,
+    "step", step, "ce", m.ce, "policy", m.policy, "kl", m.kl, "top1", m.top1, "cka", m.cka or json.null, "cka_blocks", m.cka_blocks,
     "weight", m.weight, "lr", m.lr, "grad_norm", m.grad_norm, "tokens", m.tokens, "seconds", m.seconds,
     "saturated", m.saturated,
   }
   for _, key in ipairs(json.keys(values)) do
-    if key ~= "lr" and key ~= "norm" then list[#list + 1], list[#list + 2] = key, values[key] end
+    if key ~= "lr" and key ~= "norm" and key ~= "batch" then list[#list + 1], list[#list + 2] = key, values[key] end
   end
   local record_ = json.object(list)
   self.history[#self.history + 1] = record_
@@ -444,7 +500,7 @@ end
 --- Scalars of a step for TensorBoard, and every tenth step the blocks' CKA as a histogram. `run:log` calls it.
 function Run:draw(step, m)
   local now = os.time()
-  for _, key in ipairs { "kl", "ce", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
+  for _, key in ipairs { "kl", "ce", "policy", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
     if type(m[key]) == "number" then self.board:scalar("train/" .. key, step, m[key], now) end
   end
   if step % 10 ~= 1 and step ~= self.total then return end

@@ -26,6 +26,7 @@ local function fixed(value, format) return value and value == value and format:f
 function screen.status(m, steps, eta)
   local parts = { ("step %d/%d  %d %%  eta %s"):format(m.step, steps, math.floor(100 * m.step / steps), text.duration(eta)) }
   if m.ce then parts[#parts + 1] = "ce " .. fixed(m.ce, "%.4f") end
+  if m.policy then parts[#parts + 1] = "policy " .. fixed(m.policy, "%.4f") end
   if m.kl then parts[#parts + 1] = "kl " .. fixed(m.kl, "%.4f") end
   if m.top1 and m.ce then parts[#parts + 1] = "accuracy " .. fixed(m.top1, "%.3f") end
   if m.cka then

@@ -113,6 +113,19 @@ function stats.paired(a, b, given)
   return { n = n, difference = sum / n, low = low, high = high, clear = low > 0 or high < 0, few = n < stats.FEW }
 end
 
+--- The mean of a list of numbers with its percentile bootstrap interval: `{ n, mean, low, high }`. Of the answers to a benchmark the
+--- list has one number for each question, the share of its samples that is right: the mean is pass@1. Options as of `paired`.
+---
+--- Example:
+---     local pass = cq.stats.interval { 1, 0.5, 0, 1 } -- four questions
+---     print(pass.n, pass.mean, pass.low < pass.mean and pass.mean < pass.high) --> 4	0.625	true
+function stats.interval(list, given)
+  local nothing = {}
+  for key in pairs(list) do nothing[key] = 0 end
+  local p = stats.paired(list, nothing, given)
+  return { n = p.n, mean = p.difference, low = p.low, high = p.high }
+end
+
 --- How much of the loss between teacher and PTQ the student won back, in percent: 0 is PTQ, 100 the teacher; negative when it got
 --- worse. Any measure does, KL with 0 for the teacher too. nil when PTQ lost nothing.
 ---

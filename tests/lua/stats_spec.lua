@@ -138,3 +138,20 @@ describe("recovery", function()
     assert.is_nil(stats.recovery(0 / 0, 1, 0))
   end)
 end)
+
+describe("an interval of a mean", function()
+  it("holds it, and narrows with more numbers", function()
+    local few, many = {}, {}
+    for i = 1, 20 do few[i] = i % 2 end
+    for i = 1, 2000 do many[i] = i % 2 end
+    local a, b = stats.interval(few, { resamples = 2000 }), stats.interval(many, { resamples = 2000 })
+    assert.same({ 20, 0.5, 2000, 0.5 }, { a.n, a.mean, b.n, b.mean })
+    assert.is_true(a.low < b.low and b.low < 0.5 and 0.5 < b.high and b.high < a.high)
+    assert.near(1.96 * 0.5 / math.sqrt(2000), b.high - 0.5, 0.004)
+  end)
+
+  it("of one number is no interval, of none nothing", function()
+    assert.same({ n = 1, mean = 3 }, stats.interval { 3 })
+    assert.same({ n = 0 }, stats.interval {})
+  end)
+end)

@@ -1,0 +1,37 @@
+-- Teach a pretrained small model to solve the study's problems: written solutions, loss on the solution only.
+--   ckaqad recipes/lab/sft.lua --model=runs/pretrain --out=runs/sft
+local cq = require "ckaqad"
+local here = (arg[0]:match "^(.*/)" or "./")
+local problems, setting = dofile(here .. "problems.lua"), dofile(here .. "setting.lua")
+
+local opt = cq.options {
+  model = "runs/pretrain/model", -- what lab/pretrain.lua made
+  out = "runs/sft",           -- the run; the checkpoint is in OUT/model
+  documents = 150000,         -- problems of the training part, easy ones first in number (problems.mixes.sft)
+  steps = 2000,               -- optimizer steps
+  batch = 32,                 -- packed rows per step
+  seq = 128,                  -- tokens per packed row
+  lr = 3e-3,                  -- peak learning rate
+  items = 400,                -- validation problems that say what was learnt; 0: none
+  seed = 1,                   -- problems and their order
+}
+local run = cq.run(opt)
+local text = opt.out .. ".text.jsonl"
+local train = problems.set(problems.mixes.sft, "train", opt.documents, cq.stats.generator(opt.seed))
+local held = problems.set(problems.mixes.test, "validation", math.max(1, opt.items), cq.stats.generator(1))
+cq.refuse(problems.overlap(train, held))
+setting.documents(text, train, problems.stop)
+
+local model = cq.model.open(opt.model)
+local data = cq.data.open(text, { model = model, seq = opt.seq, batch = opt.batch, seed = opt.seed, mask = "assistant", fraction = 0 })
+local terms = { cq.loss.ce {} }
+local adam = cq.optim.adamw(model, { betas = { 0.9, 0.95 }, weight_decay = 0.05, clip = 1 })
+local rate = cq.schedule.cosine { peak = opt.lr, warmup = 0.03, steps = opt.steps, floor = opt.lr / 50 }
+run:plan { student = model, adam = adam, terms = terms, data = data }
+for step, batch in run:steps(opt.steps, data) do
+  for part in batch:split() do cq.distill(nil, model, part, terms):backward { kl = 1 } end
+  run:log(step, { norm = adam:step(rate(step)), lr = rate(step) })
+end
+model:save(opt.out .. "/model")
+os.remove(text)
+run:finish {}
