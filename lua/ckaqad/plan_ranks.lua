@@ -225,12 +225,15 @@ function ranks.layouts(gpus, experts)
   return list
 end
 
--- What the list is sorted by: fitting ones first and the nearest of the others; faster; within 2 % the more exact, then what this
--- program has, then the smaller.
+local trouble = { packed = 1, bf16 = 1, teacher = 1, optimizer = 1, both = 2 } -- of `weights` and `offload`
+
+-- What the list is sorted by: fitting ones first, then the nearest; faster; within 5 % the more exact, then what this program has, then
+-- the simpler, then the smaller.
 local function cost(r)
-  local time = math.floor(math.log(r.seconds.total) / math.log(1.02))
+  local time = math.floor(math.log(r.seconds.total) / math.log(1.05))
   local short = r.fits and 0 or 1e12 + 1e3 * (r.short + r.short_host)
-  return short + time * 1e6 + r.loss * 1e5 + r.missing * 1e4 + math.min(9999, r.bytes.total / 2 ^ 30)
+  local simple = (trouble[r.combo.weights] or 0) + (trouble[r.combo.offload] or 0) + (r.layout.experts > 1 and 1 or 0)
+  return short + time * 1e6 + r.loss * 1e5 + r.missing * 1e4 + simple * 1e3 + math.min(999, r.bytes.total / 2 ^ 30)
 end
 
 -- Every combination and layout of `gpus` GPUs, those that fit first and by expected time: { combo, layout, bytes, seconds, short,
