@@ -22,6 +22,7 @@
 #include "core/text/corpus.h"
 #include "core/text/show.h"
 #include "core/text/tokenizer.h"
+#include "core/train/cache.h"
 #include "core/train/checkpoint.h"
 #include "core/train/distill.h"
 #include "core/train/optimizer.h"

@@ -413,6 +413,40 @@ typedef struct cq_kl_args {
     int64_t *agree; ///< += valid rows whose top-1 tokens agree (ties to the lowest id); may be NULL
     int64_t *valid; ///< += valid rows; may be NULL
 } cq_kl_args;
+/// What a cache keeps of a teacher's row: its k largest log-probabilities, the larger first (the
+/// lower id first of equals), and the log of the mass of all others (-inf where k = vocab).
+typedef struct cq_top_logits_args {
+    cq_dtype dtype;
+    int64_t rows, vocab, k; ///< 1 <= k <= vocab
+    const void *logits;     ///< [rows, vocab]
+    const int32_t *labels;  ///< [rows] rows with labels < 0 are left out
+    const int32_t *at;      ///< [rows] row of ids, log_p, log_tail and log_label that each fills
+    int32_t *ids;           ///< [.., k]
+    void *log_p;            ///< [.., k]
+    void *log_tail;         ///< [..]
+    void *log_label;        ///< [..] of the label; may be NULL
+} cq_top_logits_args;
+/// `kl` against a teacher of which top_logits is all there is. The k log-probabilities count
+/// relative to each other and their mass is 1 - tail, so rounded ones are a distribution too. S is
+/// the first top_k of them; the others count as tail. top_k >= vocab, or CQ_KL_FULL, needs k =
+/// vocab.
+typedef struct cq_kl_cached_args {
+    cq_dtype dtype;
+    int64_t rows, vocab;
+    cq_kl_form form;
+    int64_t top_k, k;
+    const int32_t *ids;               ///< [.., k] distinct, below vocab
+    const void *log_p;                ///< [.., k]
+    bool half;                        ///< log_p is F16
+    const void *log_tail, *log_label; ///< [..]; log_label may be NULL
+    const int32_t *at; ///< [rows] the row of each row with a label in the four before
+    void *student;     ///< from here on as in `kl`; nll_teacher += -log_label
+    const int32_t *labels;
+    double scale;
+    bool gradient;
+    double *sum, *nll_teacher, *nll_student;
+    int64_t *agree, *valid;
+} cq_kl_cached_args;
 /// Cross-entropy of rows with labels >= 0; logits become scale * gradient when `gradient`. A row
 /// counts weights[r] times in sum and gradient, once in `correct` and `valid`; weights below 0 make
 /// its label less likely.

@@ -9,6 +9,7 @@ local opt = cq.options {
   holdout = "",                 -- JSONL files to report on; none: a seeded 5 % of the documents
   preset = "auto",              -- full, tiny (under 100 M parameters: seq 256, batch 8, lr 1e-4, 60 steps), paper, or auto
   out = "runs/qwen3",           -- options, log, report, checkpoints and the NVFP4 folder land here
+  teacher_cache = "",           -- folder of recipes/teacher_cache.lua in the teacher's place; none: the teacher runs along
   quant = "qwen3",              -- linears in NVFP4: qwen3 (every projection), mlp, weights_only
   scales = "max",               -- weight scales: max, or searched: mse, four_over_six
   calibrate = 32,               -- documents the activation scales come from
@@ -42,6 +43,7 @@ local data = cq.data.open(opt.data, { model = teacher, seq = opt.seq, batch = op
 
 local terms = { cq.loss.logits(opt.loss, { top_k = opt.top_k, tail = opt.tail }),
   cq.loss.layer(opt.layer, { blocks = opt.cka, tokens = opt.rows, estimator = opt.estimator }) }
+teacher = cq.cache.open(opt.teacher_cache, { model = teacher, data = data, terms = terms, steps = opt.steps, seed = opt.seed })
 local balance = cq.balance.get(opt.balance, { max = opt.max_weight }) -- or function(p) return { kl = 1, cka = p.kl } end
 local adam = cq.optim.adamw(student, { betas = { 0.9, 0.95 }, weight_decay = 0, clip = opt.clip })
 local rate = cq.schedule[opt.schedule] { peak = opt.lr, warmup = opt.warmup, steps = opt.steps }

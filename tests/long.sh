@@ -83,6 +83,27 @@ trial() { # NAME TRIALS COMMAND...: its last line is the result
 }
 n=$(part 40 2); trial "stop at step k of 40 and resume" "$n" bash tests/recipes/resume.sh --trials="$n"
 n=$(part 100 5); trial "kills in a sweep of 12 runs" "$n" bash tests/recipes/sweep.sh --trials="$n"
+n=$(part 20 1); [ "$n" = 1 ] || trial "kills while a cache is made" "$n" bash tests/recipes/teacher_cache.sh --kills="$n"
+# shellcheck disable=SC2317
+cached() { # ROUNDS LEAST: training from a cache beside the ideal of a step without its teacher, both gsm8k models
+  local model documents="--data=$train --holdout=$work/few.jsonl --steps=$1 --top_k=64"
+  head -n 20 tests/data/gsm8k_test.jsonl >"$work/few.jsonl"
+  for model in nemotron_h_gsm8k qwen3_gsm8k; do
+    # shellcheck disable=SC2086
+    build/ckaqad recipes/teacher_cache.lua --model="tests/golden/$model" $documents --cache="$work/cache" >/dev/null || return 1
+    # shellcheck disable=SC2086
+    build/ckaqad tests/recipes/cache_speed.lua --model="tests/golden/$model" $documents --teacher-cache="$work/cache" | tail -n 1 >"$work/speed" || return 1
+    rm -rf "$work/cache"
+    LEAST=$2 luajit - "$work/speed" "$model" <<'EOT' >>"$work/speeds" || return 1
+local f = io.open(arg[1]); local r = require("cjson").decode(f:read "*l"); f:close()
+io.write(("%s: teacher %.0f %% of a step, %.2f times as fast, %.0f %% of the ideal; "):format(arg[2], 100 * r.share, r.speedup, 100 * r.efficiency))
+os.exit(r.efficiency >= tonumber(os.getenv "LEAST") and 0 or 1)
+EOT
+  done
+  cat "$work/speeds"; echo
+}
+n=$(part 30 5); least=0.9; [ "$share" = 1 ] || least=0.7 # few rounds say little on a busy machine
+trial "steps from a cache, at least 90 % of 1 / (1 - teacher's share)" "$n" cached "$n" "$least"
 n=$(part 200 10); trial "Ctrl-C at the prompt" "$n" bash tests/recipes/prompt.sh --trials="$n"
 # shellcheck disable=SC2317
 listed() { # RUNS: seconds of `runs list` once the index is there

@@ -249,12 +249,24 @@ int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {
     return n ? n : cq_fail(CQ_EUSAGE, "learning rates: no parameter matches %s", globs);
 }
 
+/* Frozen parameters lie in the teacher's memory, where it has some. */
+static bool shares(const cq_model *m) { return m->teacher && !m->alone; }
+
+int cq_model_alone(cq_model *m) {
+    if (m->teacher && !m->teacher->files)
+        return cq_fail(CQ_EUSAGE,
+                       "model: %s was created without weights, wanted a checkpoint to load from",
+                       m->dir);
+    m->alone = true;
+    return CQ_OK;
+}
+
 /* A stack whose parts are all frozen lives in the teacher's memory. */
 static bool stack_shared(const cq_model *m, const cq_linear *w) {
     bool trainable = false;
     for (int64_t i = 0; i < w->n_parts; i++)
         trainable = trainable || w->part[i]->trainable;
-    return m->teacher && !trainable;
+    return shares(m) && !trainable;
 }
 
 static bool stack_trained(const cq_model *m, const cq_linear *w) {
@@ -309,10 +321,10 @@ int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
         cq_param *q = m->param[i];
         if (cq_param_stacked(m, q))
             continue;
-        if (q->trainable || !m->teacher)
+        if (q->trainable || !shares(m))
             CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, q->buffer ? CQ_F32 : m->env.dtype,
                                q->shape));
-        if (q == m->head && wants_16(m, p) && (q->trainable || !m->teacher))
+        if (q == m->head && wants_16(m, p) && (q->trainable || !shares(m)))
             CQ_TRY(cq_plan_add(p, &q->fq16, weights, q->name, CQ_BF16, q->shape));
         if (trained && q->trainable)
             CQ_TRY(cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape));
@@ -355,7 +367,7 @@ int cq_model_bind(cq_model *m) {
         cq_param *p = m->param[i];
         if (cq_param_stacked(m, p))
             continue;
-        if (m->teacher && !p->trainable) {
+        if (shares(m) && !p->trainable) {
             const cq_param *shared = cq_model_find(m->teacher, p->name);
             p->value = shared->value;
             p->fq16 = shared->fq16;

@@ -26,6 +26,9 @@ CQ_API int cq_model_create(cq_model **out, const char *dir, cq_dtype dtype);
 CQ_API int cq_model_init(cq_model *m, uint64_t seed);
 /// The 4-bit student of a teacher: same checkpoint, quantization decided by `o`.
 CQ_API int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_options *o);
+/// A student whose teacher never gets memory (a cache stands in for it): frozen parameters get
+/// memory of their own, and loading reads the teacher's files. Before the plan.
+CQ_API int cq_model_alone(cq_model *student);
 CQ_API void cq_model_close(cq_model *m);
 
 CQ_API const cq_config *cq_model_config(const cq_model *m);

@@ -8,6 +8,7 @@ struct cq_model {
     char *dir;
     cq_safetensors *files; ///< the checkpoint; NULL for a created model
     cq_model *teacher;     ///< of a student
+    bool alone;            ///< the teacher has no memory
     bool nvfp4;            ///< opened from an exported folder
     bool trained;          ///< gradients are planned
     bool weights_only;

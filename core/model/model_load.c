@@ -85,21 +85,22 @@ static int unstage(cq_param *p, cq_tensor made, void *owned, int status) {
 }
 
 static int load_param(cq_model *m, cq_param *p) {
-    if (m->teacher) {
+    cq_model *source = m->alone ? m->teacher : m;
+    if (m->teacher && !m->alone) {
         const cq_param *from = cq_model_find(m->teacher, p->name);
         p->disk = from->disk;
         return from->value.data == p->value.data
                    ? CQ_OK
                    : cq_copy(p->value.data, from->value.data, cq_tensor_bytes(p->value));
     }
-    const cq_entry *e = cq_model_entry(m, p->name);
+    const cq_entry *e = cq_model_entry(source, p->name);
     cq_tensor to;
     void *owned;
     CQ_TRY(stage(&to, &owned, p));
     int status = m->nvfp4 && p->quantized ? load_nvfp4(m, p, to, e)
                                           : cq_convert(to.data, to.dtype, e->tensor.data,
                                                        e->tensor.dtype, cq_tensor_elems(to));
-    cq_safetensors_drop(m->files, e);
+    cq_safetensors_drop(source->files, e);
     if (!status)
         status = check_finite(m, p, to);
     return unstage(p, to, owned, status);

@@ -5,8 +5,8 @@
 /// 1; the backward scales them.
 #include "core/train/distill.h"
 #include "core/base/error.h"
-#include "core/base/rng.h"
 #include "core/tensor/device.h"
+#include "core/train/cached.h"
 #include "core/train/taps.h"
 #include <math.h>
 #include <stdio.h>
@@ -27,6 +27,9 @@ struct cq_distill {
     double *loss;
     int64_t n_rows, given, valid, valid_total, step;
     int64_t n_weights; ///< given for the next forward
+    cq_cached file;    ///< of the micro-batch at hand, when a cache stands in for the teacher
+    char *from;
+    int32_t *at; ///< [tokens] rows of the file
 };
 
 static bool is_row_loss(const cq_distill *d) {
@@ -41,9 +44,28 @@ static cq_gram_loss gram_loss(const cq_distill *d) {
     return d->o.layer_loss == CQ_LAYER_GRAM ? CQ_GRAM_FROBENIUS : CQ_GRAM_CKA;
 }
 
+/* What a cache can stand in for. */
+static int check_cached(const cq_distill_options *o, const cq_config *s) {
+    if (o->layer_loss == CQ_LAYER_COSINE || o->layer_loss == CQ_LAYER_MSE)
+        return cq_fail(CQ_EUSAGE,
+                       "distill: %s needs the teacher's hidden states, a cache holds "
+                       "their Grams only: wanted layer cka, gram or none",
+                       o->layer_loss == CQ_LAYER_COSINE ? "cosine" : "mse");
+    bool whole = o->form == CQ_KL_FULL || o->top_k >= s->vocab;
+    if (o->logit_loss == CQ_LOGIT_KL && (whole ? s->vocab : o->top_k) > o->cached_k)
+        return cq_fail(CQ_EUSAGE,
+                       "distill: %s wants %ld logits a token, the cache holds the %ld largest: "
+                       "wanted top_k at most that, and no full KL",
+                       whole ? "the full KL" : "top_k", (long)(whole ? s->vocab : o->top_k),
+                       (long)o->cached_k);
+    return CQ_OK;
+}
+
 static int check_pair(const cq_model *teacher, const cq_model *student,
                       const cq_distill_options *o) {
     const cq_config *s = cq_model_config(student), *t = teacher ? cq_model_config(teacher) : NULL;
+    if (o->cached_k)
+        return check_cached(o, s);
     if (!t)
         return o->logit_loss == CQ_LOGIT_KL || o->layer_loss != CQ_LAYER_NONE
                    ? cq_fail(CQ_EUSAGE, "distill: no teacher, wanted one for KL and layer losses")
@@ -70,13 +92,13 @@ int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
     cq_distill *d = calloc(1, sizeof *d);
     if (!d)
         return cq_fail(CQ_ENOMEM, "distill: no memory");
-    d->teacher = teacher;
+    d->teacher = o->cached_k ? NULL : teacher;
     d->student = student;
     d->o = *o;
     d->dtype = cq_model_dtype(student);
     d->n_blocks = cq_model_config(student)->n_blocks;
     d->dim = cq_model_config(student)->hidden;
-    d->teacher_dim = teacher ? cq_model_config(teacher)->hidden : 0;
+    d->teacher_dim = d->teacher ? cq_model_config(teacher)->hidden : 0;
     d->vocab = cq_model_config(student)->vocab;
     size_t n = (size_t)d->n_blocks;
     d->taps = calloc(n, sizeof *d->taps);
@@ -102,6 +124,9 @@ void cq_distill_close(cq_distill *d) {
     free(d->of_student);
     free(d->sampled);
     free(d->loss);
+    free(d->from);
+    free(d->at);
+    cq_cached_close(&d->file);
     free(d);
 }
 
@@ -133,7 +158,15 @@ static int plan_taps(cq_distill *d, cq_plan *p, int64_t tokens) {
 int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (d->o.chunk > tokens)
         d->o.chunk = tokens;
-    if (d->o.logit_loss == CQ_LOGIT_KL)
+    if (d->o.cached_k) {
+        if (cq_plan_on_device(p))
+            return cq_fail(CQ_EUSAGE, "distill: a cached teacher on a device is not there, wanted "
+                                      "--device=cpu");
+        free(d->at);
+        if (!(d->at = calloc((size_t)tokens, sizeof *d->at)))
+            return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
+    }
+    if (d->o.logit_loss == CQ_LOGIT_KL && !d->o.cached_k)
         CQ_TRY(cq_plan_add(p, &d->zt, CQ_FOR_LOGITS, "teacher logits", d->dtype,
                            CQ_SHAPE2(d->o.chunk, d->vocab)));
     if (d->o.logit_loss != CQ_LOGIT_NONE)
@@ -152,34 +185,14 @@ int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     return d->o.layer_loss == CQ_LAYER_NONE ? CQ_OK : plan_taps(d, p, tokens);
 }
 
-int64_t cq_tap_candidates(int32_t *rows, const cq_batch *b) {
-    int64_t n = 0;
-    for (int64_t i = 0; i < b->tokens; i++)
-        if (b->labels[i] >= 0 && b->positions[i] > 0)
-            rows[n++] = (int32_t)i;
-    return n;
-}
-
-int cq_tap_gram(cq_stream *s, cq_dtype dtype, const void *h, int64_t dim, const int32_t *rows,
-                int64_t n, bool unbiased, void *xs, void *centred, void *gram) {
-    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = dtype, .rows = n, .dim = dim, .x = h, .index = rows,
-                  .y = xs));
-    return CQ_RUN(s, gram, .dtype = dtype, .n = n, .dim = dim, .x = xs, .unbiased = unbiased,
-                  .scratch = centred, .gram = gram);
-}
-
 static int sample_rows(cq_distill *d, const cq_batch *b, int64_t step, int64_t micro) {
-    int32_t *row = d->sampled, *candidate = row + b->tokens;
+    int32_t *row = d->sampled;
     if (d->given) {
         d->n_rows = d->given;
         d->given = 0;
         return CQ_OK;
     }
-    int64_t found = cq_tap_candidates(candidate, b);
-    d->n_rows = found < d->o.rows ? found : d->o.rows;
-    cq_random_sample(row, d->n_rows, found, d->o.seed, ((uint64_t)step << 24) + (uint64_t)micro);
-    for (int64_t i = 0; i < d->n_rows; i++)
-        row[i] = candidate[row[i]];
+    d->n_rows = cq_tap_sample(row, b, d->o.rows, d->o.seed, step, micro);
     return cq_copy(d->rows.data, row, d->n_rows * (int64_t)sizeof *row);
 }
 
@@ -250,7 +263,14 @@ static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at
     const cq_tensor *xf = cq_model_final(d->student);
     cq_param *head = cq_model_head(d->student);
     CQ_TRY(cq_model_head_forward(d->student, s, xf, at, n, d->zs.data));
-    if (d->o.logit_loss == CQ_LOGIT_KL) {
+    if (d->o.logit_loss == CQ_LOGIT_KL && d->o.cached_k) {
+        const cq_cached *f = &d->file;
+        CQ_TRY(CQ_RUN(s, kl_cached, .dtype = d->dtype, .rows = n, .vocab = d->vocab,
+                      .form = d->o.form, .top_k = d->o.top_k, .k = f->k, .ids = f->ids,
+                      .log_p = f->log_p, .half = f->half, .log_tail = f->log_tail, .at = d->at + at,
+                      .student = d->zs.data, .labels = labels, .scale = scale, .gradient = true,
+                      .sum = d->sums.data, .agree = d->counts.data));
+    } else if (d->o.logit_loss == CQ_LOGIT_KL) {
         CQ_TRY(cq_model_head_forward(d->teacher, s, cq_model_final(d->teacher), at, n, d->zt.data));
         CQ_TRY(CQ_RUN(s, kl, .dtype = d->dtype, .rows = n, .vocab = d->vocab, .form = d->o.form,
                       .top_k = d->o.top_k, .teacher = d->zt.data, .student = d->zs.data,
@@ -299,8 +319,8 @@ static int not_finite(cq_distill *d, const cq_batch *b, int64_t step, const char
                            "step %ld: %s is %g; the first output that is not finite is block %ld's",
                            (long)step, what, value, (long)l);
     return cq_fail(CQ_ENUMERIC,
-                   "step %ld: %s is %g; every block's output is finite, the head's is not",
-                   (long)step, what, value);
+                   "step %ld: %s is %g; every block's output is finite, the head's%s is not",
+                   (long)step, what, value, d->o.cached_k ? " or the cached teacher's" : "");
 }
 
 static int check_losses(cq_distill *d, const cq_batch *b, int64_t step, double logit_loss) {
@@ -310,6 +330,41 @@ static int check_losses(cq_distill *d, const cq_batch *b, int64_t step, double l
     for (int64_t l = 0; l < d->n_blocks; l++)
         if (d->taps[l] && d->n_rows >= 4 && !isfinite(d->loss[l]))
             return not_finite(d, b, step, "a layer loss", d->loss[l]);
+    return CQ_OK;
+}
+
+int cq_distill_from(cq_distill *d, const char *path) {
+    char *copy = strdup(path);
+    if (!copy)
+        return cq_fail(CQ_ENOMEM, "distill: no memory");
+    free(d->from);
+    d->from = copy;
+    return CQ_OK;
+}
+
+/* The teacher's part of this micro-batch, from its file; once for each cq_distill_from. */
+static int read_teacher(cq_distill *d, const cq_batch *b) {
+    if (!d->from)
+        return cq_fail(CQ_EUSAGE, "distill: no file for this micro-batch, wanted cq_distill_from");
+    cq_cached_close(&d->file);
+    int status = cq_cached_open(&d->file, d->from, b, d->dtype, d->vocab);
+    free(d->from);
+    d->from = NULL;
+    CQ_TRY(status);
+    if (d->file.k != d->o.cached_k)
+        return cq_fail(CQ_EDATA, "%s: holds %ld entries a token, wanted %ld", d->file.path,
+                       (long)d->file.k, (long)d->o.cached_k);
+    cq_cached_at(d->at, b);
+    if (d->o.layer_loss == CQ_LAYER_NONE)
+        return CQ_OK;
+    CQ_TRY(cq_cached_check_rows(&d->file, d->sampled, d->n_rows));
+    if (d->file.n_groups != 1 || d->file.groups[0] != d->n_rows)
+        return cq_fail(CQ_EDATA, "%s: its rows are in %ld groups, wanted one Gram of all",
+                       d->file.path, (long)d->file.n_groups);
+    for (int64_t l = 0; l < d->n_blocks && d->n_rows >= 4; l++)
+        if (d->taps[l])
+            CQ_TRY(cq_cached_gram(&d->file, l, 0, d->o.layer_loss == CQ_LAYER_CKA_UNBIASED,
+                                  d->dtype, d->of_teacher[l].data));
     return CQ_OK;
 }
 
@@ -334,6 +389,8 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
     int64_t *right = d->counts.data;
     *sum = 0;
     *right = 0;
+    if (d->o.cached_k)
+        CQ_TRY(read_teacher(d, b));
     if (d->teacher)
         CQ_TRY(in_step(d, forward(d, s, b, true), "teacher"));
     CQ_TRY(in_step(d, forward(d, s, b, false), "student"));

@@ -36,6 +36,8 @@ typedef struct cq_distill_options {
     const bool *taps; ///< [n_blocks]
     uint64_t seed;    ///< of the sampled rows
     bool many; ///< more than one micro-batch per step: the head's gradient gets a buffer of its own
+    int64_t cached_k; ///< above 0: the teacher is NULL, its part comes from files with this many
+                      ///< entries a token (cache.h); cq_distill_from before each forward
 } cq_distill_options;
 
 typedef struct cq_distill cq_distill;
@@ -63,6 +65,9 @@ CQ_API int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, in
 /// CQ_LOGIT_POLICY: the weight of every token's label in the next forward, whose micro-batch must
 /// have `n` tokens; those of labels below 0 count nothing.
 CQ_API int cq_distill_set_weights(cq_distill *d, const float *weights, int64_t n);
+/// The file of the next forward's micro-batch. CQ_EDATA of that forward names it when it is of
+/// another micro-batch, sample or selection of blocks.
+CQ_API int cq_distill_from(cq_distill *d, const char *path);
 /// Takes these rows for the next forward instead of sampling (golden files).
 CQ_API int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n);
 /// Adds the gradient of (valid / valid_total) (w_kl KL + sum_l w_layer[l] loss_l) to the student's
@@ -81,6 +86,12 @@ CQ_API int cq_distill_norms(cq_distill *d, cq_stream *s, const cq_batch *b, doub
 /// context: octave k holds the tokens at positions 2^k - 1 to 2^(k + 1) - 2.
 typedef struct cq_eval cq_eval;
 CQ_API int cq_eval_open(cq_eval **out, cq_model *teacher, cq_model *student);
+/// The same against files of held-out micro-batches (cache.h) with k entries a token and Grams of
+/// at most group_rows rows: KL is that of the k largest and one bucket, a lower bound (the KL
+/// itself where k is the vocabulary); the map is not made.
+CQ_API int cq_eval_open_cached(cq_eval **out, cq_model *student, int64_t k, int64_t group_rows);
+/// The file of the next cq_eval_add.
+CQ_API int cq_eval_from(cq_eval *e, const char *path);
 CQ_API void cq_eval_close(cq_eval *e);
 CQ_API int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk);
 CQ_API void cq_eval_reset(cq_eval *e);

@@ -10,6 +10,7 @@
 /// summed apart for octaves of the position, one masked call of the kernel each.
 #include "core/base/error.h"
 #include "core/tensor/device.h"
+#include "core/train/cached.h"
 #include "core/train/taps.h"
 #include <math.h>
 #include <stdlib.h>
@@ -30,17 +31,17 @@ struct cq_eval {
     cq_tensor kl_sums, nll, valid_counts, agree; ///< results: [N_OCTAVES], [2], [N_OCTAVES], [1]
     cq_tensor masked, map_grams; ///< [chunk]; [2 * n_blocks, MAP_ROWS, MAP_ROWS], teacher first
     bool want_map;
+    int64_t group_rows; ///< rows in a Gram, at most
+    int64_t cached_k;   ///< above 0: a cache in the teacher's place
+    cq_cached file;
+    char *from;
+    int32_t *at;                ///< [tokens] rows of the file
     double *cross, *self, *map; ///< sums [n_blocks, n_blocks] and [2 * n_blocks]; the map itself
 };
 
-int cq_eval_open(cq_eval **out, cq_model *teacher, cq_model *student) {
-    const cq_config *t = cq_model_config(teacher), *s = cq_model_config(student);
-    *out = NULL;
-    if (t->vocab != s->vocab || t->n_blocks != s->n_blocks)
-        return cq_fail(CQ_ESHAPE,
-                       "compare: %s has vocabulary %ld and %ld blocks, %s has %ld and %ld",
-                       cq_model_dir(teacher), (long)t->vocab, (long)t->n_blocks,
-                       cq_model_dir(student), (long)s->vocab, (long)s->n_blocks);
+static int open_eval(cq_eval **out, cq_model *teacher, cq_model *student, int64_t cached_k,
+                     int64_t group_rows) {
+    const cq_config *s = cq_model_config(student);
     cq_eval *e = calloc(1, sizeof *e);
     if (e) {
         e->hsic = calloc((size_t)s->n_blocks, sizeof *e->hsic);
@@ -55,10 +56,43 @@ int cq_eval_open(cq_eval **out, cq_model *teacher, cq_model *student) {
     }
     e->teacher = teacher;
     e->student = student;
+    e->cached_k = cached_k;
+    e->group_rows = group_rows;
     e->dtype = cq_model_dtype(student);
     e->n_blocks = s->n_blocks;
     e->vocab = s->vocab;
     *out = e;
+    return CQ_OK;
+}
+
+int cq_eval_open(cq_eval **out, cq_model *teacher, cq_model *student) {
+    const cq_config *t = cq_model_config(teacher), *s = cq_model_config(student);
+    *out = NULL;
+    if (t->vocab != s->vocab || t->n_blocks != s->n_blocks)
+        return cq_fail(CQ_ESHAPE,
+                       "compare: %s has vocabulary %ld and %ld blocks, %s has %ld and %ld",
+                       cq_model_dir(teacher), (long)t->vocab, (long)t->n_blocks,
+                       cq_model_dir(student), (long)s->vocab, (long)s->n_blocks);
+    return open_eval(out, teacher, student, 0, GROUP_ROWS);
+}
+
+int cq_eval_open_cached(cq_eval **out, cq_model *student, int64_t k, int64_t group_rows) {
+    *out = NULL;
+    if (k < 1 || k > cq_model_config(student)->vocab || group_rows < 4)
+        return cq_fail(
+            CQ_EUSAGE,
+            "compare: a cache of %ld entries a token and %ld rows in a Gram, wanted 1 to "
+            "%ld and at least 4",
+            (long)k, (long)group_rows, (long)cq_model_config(student)->vocab);
+    return open_eval(out, NULL, student, k, group_rows);
+}
+
+int cq_eval_from(cq_eval *e, const char *path) {
+    char *copy = strdup(path);
+    if (!copy)
+        return cq_fail(CQ_ENOMEM, "compare: no memory");
+    free(e->from);
+    e->from = copy;
     return CQ_OK;
 }
 
@@ -72,24 +106,32 @@ void cq_eval_close(cq_eval *e) {
     free(e->cross);
     free(e->map);
     free(e->self);
+    free(e->from);
+    free(e->at);
+    cq_cached_close(&e->file);
     free(e);
 }
 
-void cq_eval_want_map(cq_eval *e, bool on) { e->want_map = on; }
+void cq_eval_want_map(cq_eval *e, bool on) { e->want_map = on && !e->cached_k; }
 
 int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
-    int64_t n = tokens < GROUP_ROWS ? tokens : GROUP_ROWS;
+    int64_t n = tokens < e->group_rows ? tokens : e->group_rows;
     int64_t few = tokens < MAP_ROWS ? tokens : MAP_ROWS;
-    int64_t dim = cq_model_config(e->teacher)->hidden, other = cq_model_config(e->student)->hidden;
-    if (other > dim)
-        dim = other;
+    int64_t dim = cq_model_config(e->student)->hidden;
+    if (e->teacher && cq_model_config(e->teacher)->hidden > dim)
+        dim = cq_model_config(e->teacher)->hidden;
+    if (e->cached_k && cq_plan_on_device(p))
+        return cq_fail(CQ_EUSAGE,
+                       "compare: a cached teacher on a device is not there, wanted --device=cpu");
     e->chunk = chunk < tokens ? chunk : tokens;
-    e->groups = (tokens + GROUP_ROWS - 1) / GROUP_ROWS;
+    e->groups = cq_tap_groups(tokens, e->group_rows);
     free(e->candidates);
     free(e->labels);
+    free(e->at);
     e->candidates = calloc((size_t)tokens, sizeof *e->candidates);
     e->labels = calloc((size_t)e->chunk, sizeof *e->labels);
-    if (!e->candidates || !e->labels)
+    e->at = calloc((size_t)tokens, sizeof *e->at);
+    if (!e->candidates || !e->labels || !e->at)
         return cq_fail(CQ_ENOMEM, "compare: no memory for its rows");
     CQ_TRY(cq_plan_add(p, &e->kl_sums, CQ_FOR_RESULTS, "KL", CQ_F64, CQ_SHAPE1(N_OCTAVES)));
     CQ_TRY(cq_plan_add(p, &e->nll, CQ_FOR_RESULTS, "log-likelihoods", CQ_F64, CQ_SHAPE1(2)));
@@ -98,16 +140,18 @@ int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
     CQ_TRY(cq_plan_add(p, &e->agree, CQ_FOR_RESULTS, "right answers", CQ_I64, CQ_SHAPE1(1)));
     CQ_TRY(cq_plan_add(p, &e->products, CQ_FOR_RESULTS, "inner products", CQ_F64,
                        CQ_SHAPE3(e->n_blocks, e->groups, 4)));
-    CQ_TRY(cq_plan_add(p, &e->zt, CQ_FOR_LOGITS, "teacher logits", e->dtype,
-                       CQ_SHAPE2(e->chunk, e->vocab)));
+    if (!e->cached_k)
+        CQ_TRY(cq_plan_add(p, &e->zt, CQ_FOR_LOGITS, "teacher logits", e->dtype,
+                           CQ_SHAPE2(e->chunk, e->vocab)));
     CQ_TRY(cq_plan_add(p, &e->zs, CQ_FOR_LOGITS, "student logits", e->dtype,
                        CQ_SHAPE2(e->chunk, e->vocab)));
     CQ_TRY(cq_plan_add(p, &e->masked, CQ_FOR_LOGITS, "labels of some positions", CQ_I32,
                        CQ_SHAPE1(e->chunk)));
     CQ_TRY(cq_plan_add(p, &e->rows, CQ_FOR_CKA, "held-out rows", CQ_I32,
                        CQ_SHAPE1(tokens + MAP_ROWS)));
-    CQ_TRY(cq_plan_add(p, &e->map_grams, CQ_FOR_CKA, "Grams of all blocks", e->dtype,
-                       CQ_SHAPE3(2 * e->n_blocks, few, few)));
+    if (!e->cached_k)
+        CQ_TRY(cq_plan_add(p, &e->map_grams, CQ_FOR_CKA, "Grams of all blocks", e->dtype,
+                           CQ_SHAPE3(2 * e->n_blocks, few, few)));
     CQ_TRY(cq_plan_add(p, &e->xs, CQ_FOR_CKA, "rows", e->dtype, CQ_SHAPE2(n, dim)));
     CQ_TRY(cq_plan_add(p, &e->centred, CQ_FOR_CKA, "centred rows", e->dtype, CQ_SHAPE2(n, dim)));
     CQ_TRY(cq_plan_add(p, &e->k, CQ_FOR_CKA, "student's Gram", e->dtype, CQ_SHAPE2(n, n)));
@@ -127,19 +171,27 @@ static double *products_of(const cq_eval *e, int64_t block, int64_t g) {
     return (double *)e->products.data + 4 * (block * e->groups + g);
 }
 
+/* The teacher's Gram of one group of rows. */
+static int gram_of_teacher(cq_eval *e, cq_stream *s, int64_t block, int64_t g, const int32_t *rows,
+                           int64_t n) {
+    if (e->cached_k)
+        return cq_cached_gram(&e->file, block, g, true, e->dtype, e->l.data);
+    return cq_tap_gram(s, e->dtype, cq_model_hidden(e->teacher, block)->data,
+                       cq_model_config(e->teacher)->hidden, rows, n, true, e->xs.data,
+                       e->centred.data, e->l.data);
+}
+
 static int add_cka(cq_eval *e, cq_stream *s, int64_t block, int64_t found) {
-    const cq_tensor *x = cq_model_hidden(e->student, block),
-                    *y = cq_model_hidden(e->teacher, block);
-    int64_t groups = (found + GROUP_ROWS - 1) / GROUP_ROWS;
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t begin = found * g / groups, n = found * (g + 1) / groups - begin;
+    const cq_tensor *x = cq_model_hidden(e->student, block);
+    for (int64_t g = 0; g < cq_tap_groups(found, e->group_rows); g++) {
+        int64_t begin = cq_tap_group_begin(found, e->group_rows, g),
+                n = cq_tap_group_begin(found, e->group_rows, g + 1) - begin;
         const int32_t *rows = (const int32_t *)e->rows.data + begin;
         if (n < 4)
             continue;
         CQ_TRY(cq_tap_gram(s, e->dtype, x->data, cq_model_config(e->student)->hidden, rows, n, true,
                            e->xs.data, e->centred.data, e->k.data));
-        CQ_TRY(cq_tap_gram(s, e->dtype, y->data, cq_model_config(e->teacher)->hidden, rows, n, true,
-                           e->xs.data, e->centred.data, e->l.data));
+        CQ_TRY(gram_of_teacher(e, s, block, g, rows, n));
         CQ_TRY(CQ_RUN(s, cka, .dtype = e->dtype, .n = n, .k = e->k.data, .l = e->l.data,
                       .out = products_of(e, block, g)));
     }
@@ -148,10 +200,10 @@ static int add_cka(cq_eval *e, cq_stream *s, int64_t block, int64_t found) {
 
 /* After a wait: the sums over the groups of a batch. */
 static void add_products(cq_eval *e, int64_t found) {
-    int64_t groups = (found + GROUP_ROWS - 1) / GROUP_ROWS;
     for (int64_t block = 0; block < e->n_blocks; block++)
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t n = found * (g + 1) / groups - found * g / groups;
+        for (int64_t g = 0; g < cq_tap_groups(found, e->group_rows); g++) {
+            int64_t n = cq_tap_group_begin(found, e->group_rows, g + 1) -
+                        cq_tap_group_begin(found, e->group_rows, g);
             for (int i = 0; i < 3 && n >= 4; i++)
                 e->hsic[block][i] += products_of(e, block, g)[i] / ((double)n * (double)(n - 3));
         }
@@ -214,6 +266,18 @@ static int octave(int64_t position) {
     return k;
 }
 
+static int add_cached(cq_eval *e, cq_stream *s, int64_t at, int64_t n, int octave) {
+    const cq_cached *f = &e->file;
+    double *nll = e->nll.data;
+    return CQ_RUN(s, kl_cached, .dtype = e->dtype, .rows = n, .vocab = e->vocab,
+                  .form = CQ_KL_TAIL_BUCKET, .top_k = f->k, .k = f->k, .ids = f->ids,
+                  .log_p = f->log_p, .half = f->half, .log_tail = f->log_tail,
+                  .log_label = f->log_label, .at = e->at + at, .student = e->zs.data,
+                  .labels = e->masked.data, .scale = 1, .sum = (double *)e->kl_sums.data + octave,
+                  .nll_teacher = nll, .nll_student = nll + 1, .agree = e->agree.data,
+                  .valid = (int64_t *)e->valid_counts.data + octave);
+}
+
 /* The losses of one chunk, octave by octave. */
 static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, int64_t n) {
     int32_t *masked = e->labels;
@@ -228,6 +292,10 @@ static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, i
         for (int64_t i = 0; i < n; i++)
             masked[i] = octave(b->positions[at + i]) == k ? b->labels[at + i] : -100;
         CQ_TRY(cq_copy(e->masked.data, masked, n * (int64_t)sizeof *masked));
+        if (e->cached_k) {
+            CQ_TRY(add_cached(e, s, at, n, k));
+            continue;
+        }
         CQ_TRY(CQ_RUN(s, kl, .dtype = e->dtype, .rows = n, .vocab = e->vocab, .form = CQ_KL_FULL,
                       .teacher = e->zt.data, .student = e->zs.data, .labels = e->masked.data,
                       .scale = 1, .sum = (double *)e->kl_sums.data + k, .nll_teacher = nll,
@@ -240,11 +308,39 @@ static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, i
 static int add_head(cq_eval *e, cq_stream *s, const cq_batch *b) {
     for (int64_t at = 0; at < b->tokens; at += e->chunk) {
         int64_t n = b->tokens - at < e->chunk ? b->tokens - at : e->chunk;
-        CQ_TRY(cq_model_head_forward(e->teacher, s, cq_model_final(e->teacher), at, n, e->zt.data));
+        if (e->teacher)
+            CQ_TRY(cq_model_head_forward(e->teacher, s, cq_model_final(e->teacher), at, n,
+                                         e->zt.data));
         CQ_TRY(cq_model_head_forward(e->student, s, cq_model_final(e->student), at, n, e->zs.data));
         CQ_TRY(add_losses(e, s, b, at, n));
     }
     return CQ_OK;
+}
+
+/* Opens the file of this micro-batch and checks that it compares all of its rows. */
+static int read_teacher(cq_eval *e, const cq_batch *b, int64_t found) {
+    if (!e->from)
+        return cq_fail(CQ_EUSAGE, "compare: no file for this micro-batch, wanted cq_eval_from");
+    cq_cached_close(&e->file);
+    int status = cq_cached_open(&e->file, e->from, b, e->dtype, e->vocab);
+    free(e->from);
+    e->from = NULL;
+    CQ_TRY(status);
+    if (e->file.k != e->cached_k || e->file.n_groups != cq_tap_groups(found, e->group_rows))
+        return cq_fail(CQ_EDATA,
+                       "%s: holds %ld entries a token and %ld groups of rows, wanted %ld "
+                       "and %ld",
+                       e->file.path, (long)e->file.k, (long)e->file.n_groups, (long)e->cached_k,
+                       (long)cq_tap_groups(found, e->group_rows));
+    for (int64_t g = 0; g < e->file.n_groups; g++)
+        if (e->file.groups[g] != cq_tap_group_begin(found, e->group_rows, g + 1) -
+                                     cq_tap_group_begin(found, e->group_rows, g))
+            return cq_fail(CQ_EDATA,
+                           "%s: its group %ld has %d rows, wanted those of held-out "
+                           "documents",
+                           e->file.path, (long)g, (int)e->file.groups[g]);
+    cq_cached_at(e->at, b);
+    return cq_cached_check_rows(&e->file, e->candidates, found);
 }
 
 int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b) {
@@ -256,16 +352,21 @@ int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b) {
         spaced[i] = e->candidates[found * i / few];
     CQ_TRY(cq_copy(rows, e->candidates, found * (int64_t)sizeof *rows));
     CQ_TRY(cq_copy(rows + found, spaced, few * (int64_t)sizeof *rows));
-    CQ_TRY(cq_model_embed_forward(e->teacher, s, b));
+    if (e->cached_k)
+        CQ_TRY(read_teacher(e, b, found));
+    else
+        CQ_TRY(cq_model_embed_forward(e->teacher, s, b));
     CQ_TRY(cq_model_embed_forward(e->student, s, b));
     for (int64_t l = 0; l < e->n_blocks; l++) {
-        CQ_TRY(cq_model_block_forward(e->teacher, s, b, l));
+        if (e->teacher)
+            CQ_TRY(cq_model_block_forward(e->teacher, s, b, l));
         CQ_TRY(cq_model_block_forward(e->student, s, b, l));
         CQ_TRY(add_cka(e, s, l, found));
         if (map)
             CQ_TRY(keep_grams(e, s, l, found, few));
     }
-    CQ_TRY(cq_model_norm_forward(e->teacher, s, b));
+    if (e->teacher)
+        CQ_TRY(cq_model_norm_forward(e->teacher, s, b));
     CQ_TRY(cq_model_norm_forward(e->student, s, b));
     CQ_TRY(add_head(e, s, b));
     CQ_TRY(cq_stream_wait(s));

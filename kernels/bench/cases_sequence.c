@@ -156,6 +156,24 @@ void bench_kl(bench *b) {
     kl_case(b, "2048x1024 full", CQ_KL_FULL, VOCAB);
     kl_case(b, "2048x1024 tail, top 64", CQ_KL_TAIL_BUCKET, 64);
 }
+void bench_top_logits(bench *b) {
+    MEASURE(b, top_logits, "2048x1024, top 64", 0, 4.0 * T * (VOCAB + 2 * 64), .rows = T,
+            .vocab = VOCAB, .k = 64, .logits = bench_floats(b, T * VOCAB),
+            .labels = bench_ints(b, T, VOCAB), .at = bench_permutation(b, T),
+            .ids = bench_zeros(b, 4 * T * 64), .log_p = bench_zeros(b, 4 * T * 64),
+            .log_tail = bench_zeros(b, 4 * T));
+}
+void bench_kl_cached(bench *b) {
+    int32_t *ids = bench_zeros(b, 4 * T * 64);
+    for (int64_t i = 0; i < T * 64; i++)
+        ids[i] = (int32_t)(16 * (i % 64));
+    MEASURE(b, kl_cached, "2048x1024 tail, top 64", 0, 8.0 * T * VOCAB + 6.0 * T * 64, .rows = T,
+            .vocab = VOCAB, .form = CQ_KL_TAIL_BUCKET, .top_k = 64, .k = 64, .ids = ids,
+            .log_p = bench_zeros(b, 2 * T * 64), .half = true, .log_tail = bench_floats(b, T),
+            .at = bench_permutation(b, T), .student = bench_floats(b, T * VOCAB),
+            .labels = bench_ints(b, T, VOCAB), .scale = 1.0 / T, .gradient = true,
+            .sum = bench_zeros(b, 8));
+}
 void bench_cross_entropy(bench *b) {
     MEASURE(b, cross_entropy, "2048x1024", 0, 8.0 * T * VOCAB, .rows = T, .vocab = VOCAB,
             .logits = bench_floats(b, T * VOCAB), .labels = bench_ints(b, T, VOCAB),

@@ -8,6 +8,7 @@
  * the number of threads.
  */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/base/error.h"
@@ -278,6 +279,22 @@ static void kl_row(const cq_kl_args *a, int64_t r, bool whole, totals *to) {
     to->valid++;
 }
 
+/// Adds the runs of rows in order; all but the first may be NULL.
+static void add_parts(const totals *part, double *sum, double *nll_teacher, double *nll_student,
+                      int64_t *agree, int64_t *valid) {
+    for (int64_t p = 0; p < PARTS; p++) {
+        *sum += part[p].sum;
+        if (nll_teacher)
+            *nll_teacher += part[p].nll_teacher;
+        if (nll_student)
+            *nll_student += part[p].nll_student;
+        if (agree)
+            *agree += part[p].agree;
+        if (valid)
+            *valid += part[p].valid;
+    }
+}
+
 int CQ_OP(kl)(cq_stream *s, const cq_kl_args *a) {
     CQ_F32_OR_REF(kl);
     bool whole = a->form == CQ_KL_FULL || a->top_k >= a->vocab;
@@ -292,17 +309,7 @@ int CQ_OP(kl)(cq_stream *s, const cq_kl_args *a) {
             kl_row(a, r, whole, &mine);
         part[p] = mine;
     }
-    for (int64_t p = 0; p < PARTS; p++) {
-        *a->sum += part[p].sum;
-        if (a->nll_teacher)
-            *a->nll_teacher += part[p].nll_teacher;
-        if (a->nll_student)
-            *a->nll_student += part[p].nll_student;
-        if (a->agree)
-            *a->agree += part[p].agree;
-        if (a->valid)
-            *a->valid += part[p].valid;
-    }
+    add_parts(part, a->sum, a->nll_teacher, a->nll_student, a->agree, a->valid);
     return CQ_OK;
 }
 
@@ -322,6 +329,179 @@ static double exponential_sum(const float *z, float *e, float top, int64_t n) {
         total += (double)sum;
     }
     return total;
+}
+
+typedef struct ranked {
+    float value;
+    int32_t id;
+} ranked;
+
+static int by_rank(const void *a, const void *b) {
+    const ranked *x = a, *y = b;
+    if (x->value != y->value)
+        return x->value > y->value ? -1 : 1;
+    return (x->id > y->id) - (x->id < y->id);
+}
+
+/// One row into row a->at[r] of the results; `order` is scratch [k].
+static void top_row(const cq_top_logits_args *a, int64_t r, ranked *order) {
+    const float *t = (const float *)a->logits + r * a->vocab;
+    int vocab = (int)a->vocab, n = 0;
+    int64_t at = a->at[r];
+    kept s = {.least = -INFINITY, .last = vocab};
+    if (a->k < a->vocab)
+        s = keep_largest(t, vocab, (int)a->k);
+    for (int j = 0; j < vocab && n < (int)a->k; j++)
+        if (is_kept(&s, t[j], j))
+            order[n++] = (ranked){t[j], j};
+    for (; n < (int)a->k; n++) /* NaN is kept nowhere */
+        order[n] = (ranked){NAN, 0};
+    qsort(order, (size_t)a->k, sizeof *order, by_rank);
+    side in, out;
+    split_tops(&in, &out, &s, t, t, vocab);
+    for (int j = 0; j < vocab; j += SPAN)
+        split_exponentials(&in, &out, &s, t + j, t + j, NULL, j,
+                           vocab - j < SPAN ? vocab - j : SPAN);
+    double all = log_sum(in.teacher_top, in.teacher, out.teacher_top, out.teacher);
+    float *log_p = (float *)a->log_p + at * a->k;
+    for (int i = 0; i < (int)a->k; i++) {
+        a->ids[at * a->k + i] = order[i].id;
+        log_p[i] = (float)((double)order[i].value - all);
+    }
+    ((float *)a->log_tail)[at] = (float)((double)out.teacher_top + log(out.teacher) - all);
+    if (a->log_label)
+        ((float *)a->log_label)[at] = (float)((double)t[a->labels[r]] - all);
+}
+
+int CQ_OP(top_logits)(cq_stream *s, const cq_top_logits_args *a) {
+    CQ_F32_OR_REF(top_logits);
+    if (a->k < 1 || a->k > a->vocab)
+        return cq_fail(CQ_EUSAGE, "top_logits: k is %lld, wanted 1 to %lld", (long long)a->k,
+                       (long long)a->vocab);
+    CQ_TRY(check_labels(a->labels, a->rows, a->vocab));
+    ranked *order = malloc((size_t)(PARTS * a->k) * sizeof *order);
+    if (!order)
+        return cq_fail(CQ_ENOMEM, "top_logits: no memory to rank %lld logits", (long long)a->k);
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+    for (int64_t p = 0; p < PARTS; p++)
+        for (int64_t r = part_start(a->rows, p); r < part_start(a->rows, p + 1); r++)
+            if (a->labels[r] >= 0)
+                top_row(a, r, order + p * a->k);
+    free(order);
+    return CQ_OK;
+}
+
+/// F16 to float: the exponent is moved by a product, which is exact and serves subnormals too.
+static void from_half(float *to, const uint16_t *from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = from[i];
+        to[i] = vec_float((u & 0x8000u) << 16 | (u & 0x7fffu) << 13) * 0x1p112f;
+    }
+}
+
+/// Scratch of one thread, [k] each.
+typedef struct cached_room {
+    float *log_p, *p, *z;
+} cached_room;
+
+/// A row whose teacher is k log-probabilities l: the student's entries in S are taken out of the
+/// row, so that what stays is the tail, and put back when all sums are known.
+static double cached_row(const cq_kl_cached_args *a, int64_t at, float *z, cached_room m,
+                         double *ls) {
+    int64_t top = a->form == CQ_KL_FULL || a->top_k > a->vocab ? a->vocab : a->top_k;
+    const int32_t *ids = a->ids + at * a->k;
+    double tail = (double)((const float *)a->log_tail)[at];
+    const float *l = (const float *)a->log_p + at * a->k;
+    if (a->half)
+        from_half(m.log_p, (const uint16_t *)a->log_p + at * a->k, a->k), l = m.log_p;
+    float first = l[0], most = -INFINITY;
+    double kept_sum = exponential_sum(l, m.p, first, top);
+    double others = exponential_sum(l + top, NULL, first, a->k - top);
+    double unit = -expm1(tail) / (kept_sum + others), rest = exp(tail) + others * unit;
+    for (int64_t i = 0; i < top; i++) {
+        m.z[i] = z[ids[i]];
+        most = m.z[i] > most ? m.z[i] : most;
+        z[ids[i]] = -INFINITY;
+    }
+    side in = {.teacher_top = first, .student_top = most > -INFINITY ? most : 0.0f}, out = {0};
+    for (int64_t i = 0; i < top; i += SPAN)
+        exponentials(&in, l + i, m.z + i, NULL, top - i < SPAN ? top - i : SPAN);
+    bool all = top == a->vocab;
+    float least = all ? -INFINITY : vec_max(z, a->vocab, -INFINITY);
+    out.student_top = least > -INFINITY ? least : 0.0f;
+    if (!all)
+        out.student = exponential_sum(z, a->gradient ? z : NULL, out.student_top, a->vocab);
+    *ls = log_sum(in.student_top, in.student, out.student_top, out.student);
+    bool alone = all || a->form == CQ_KL_RENORMALIZED, bucket = a->form == CQ_KL_TAIL_BUCKET;
+    double q_top = exp((double)in.student_top - *ls), mass = unit * in.teacher, value;
+    double by_q = bucket ? q_top : q_top * mass, by_p = unit, by_out;
+    by_out = exp((double)out.student_top - *ls) * (bucket ? 1.0 : mass);
+    if (alone) {
+        value = side_kl(&in) + 0.0 * *ls; /* a NaN outside S must show */
+        by_q = 1.0 / in.student, by_p = 1.0 / in.teacher, by_out = 0.0;
+    } else {
+        value = unit * (in.difference + in.teacher * (log(unit) - ((double)in.student_top - *ls)));
+        if (bucket && rest > 0.0) {
+            value += rest * (log(rest) - ((double)out.student_top + log(out.student) - *ls));
+            by_out -= rest / out.student;
+        }
+    }
+    float q = (float)(a->scale * by_q), p = (float)(a->scale * by_p),
+          o = (float)(a->scale * by_out);
+    if (a->gradient && !all)
+        for (int64_t j = 0; j < a->vocab; j++)
+            z[j] *= o;
+    if (a->gradient)
+        for (int64_t i = 0; i < top; i++)
+            m.z[i] = vec_exp(m.z[i] - in.student_top) * q - m.p[i] * p;
+    for (int64_t i = 0; i < top; i++)
+        z[ids[i]] = m.z[i];
+    return value;
+}
+
+static void cached_kl_row(const cq_kl_cached_args *a, int64_t r, cached_room m, totals *to) {
+    float *z = (float *)a->student + r * a->vocab;
+    int32_t label = a->labels[r];
+    if (label < 0) {
+        if (a->gradient)
+            memset(z, 0, (size_t)a->vocab * sizeof(float));
+        return;
+    }
+    int64_t at = a->at[r];
+    double ls, at_label = (double)z[label];
+    if (a->agree)
+        to->agree += first_at(z, a->vocab, vec_max(z, a->vocab, -INFINITY)) == a->ids[at * a->k];
+    to->sum += cached_row(a, at, z, m, &ls);
+    if (a->log_label)
+        to->nll_teacher -= (double)((const float *)a->log_label)[at];
+    to->nll_student += ls - at_label;
+    to->valid++;
+}
+
+int CQ_OP(kl_cached)(cq_stream *s, const cq_kl_cached_args *a) {
+    CQ_F32_OR_REF(kl_cached);
+    int64_t top = a->form == CQ_KL_FULL || a->top_k > a->vocab ? a->vocab : a->top_k;
+    if (top < 1 || top > a->k || a->k > a->vocab)
+        return cq_fail(CQ_EUSAGE, "kl_cached: top_k is %lld of %lld, wanted 1 to %lld",
+                       (long long)top, (long long)a->vocab, (long long)a->k);
+    CQ_TRY(check_labels(a->labels, a->rows, a->vocab));
+    int64_t ld = (a->k + 15) / 16 * 16;
+    float *room = malloc((size_t)(3 * ld * PARTS) * sizeof *room);
+    if (!room)
+        return cq_fail(CQ_ENOMEM, "kl_cached: no memory for %lld entries", (long long)a->k);
+    totals part[PARTS] = {{0}};
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+    for (int64_t p = 0; p < PARTS; p++) {
+        totals mine = {0};
+        float *at = room + 3 * ld * p;
+        cached_room m = {at, at + ld, at + 2 * ld};
+        for (int64_t r = part_start(a->rows, p); r < part_start(a->rows, p + 1); r++)
+            cached_kl_row(a, r, m, &mine);
+        part[p] = mine;
+    }
+    free(room);
+    add_parts(part, a->sum, a->nll_teacher, a->nll_student, a->agree, a->valid);
+    return CQ_OK;
 }
 
 static void entropy_row(const cq_cross_entropy_args *a, int64_t r, totals *to) {

@@ -13,7 +13,12 @@
    1-P and 1-Q are summed over the entries outside S, all of which are here, rather than taken as
    the difference 1 - P or as log(-expm1(log P)), which know nothing of a tail below the rounding
    of P: a student that is sure and wrong keeps its gradient. With k >= vocabulary every form is the
-   full KL. Hinton et al. 2015, arXiv:1503.02531. */
+   full KL. Hinton et al. 2015, arXiv:1503.02531.
+
+   A cached teacher is its k largest log-probabilities l and the log of the tail's mass. They count
+   relative to each other, p_j = (1 - tail) exp(l_j) / sum_k exp(l): rounding them to half precision
+   then leaves a distribution, and moves KL by sum p d log(p/q) with |d| <= 2^-11 |l|, small where
+   the student is near, rather than by sum p d. */
 
 /* log sum exp of the entries whose membership in S equals `inside`; of all without `kept`. */
 static acc CQ_FN(log_sum_exp)(const real *z, int64_t n, const bool *kept, bool inside) {
@@ -141,6 +146,132 @@ static int CQ_FN(kl)(const cq_kl_args *a) {
     free(kept);
     free(order);
     return CQ_OK;
+}
+
+static int CQ_FN(top_logits)(const cq_top_logits_args *a) {
+    int64_t n = a->vocab;
+    if (a->k < 1 || a->k > n)
+        return cq_fail(CQ_EUSAGE, "top_logits: k is %lld, wanted 1 to %lld", (long long)a->k,
+                       (long long)n);
+    CQ_TRY(CQ_FN(check_labels)(a->labels, a->rows, n));
+    bool *kept = cq_ref_zeros(n, sizeof(*kept));
+    cq_ref_ranked *order = cq_ref_zeros(n, sizeof(*order));
+    for (int64_t r = 0; kept && order && r < a->rows; r++) {
+        if (a->labels[r] < 0)
+            continue;
+        const real *z = (const real *)a->logits + r * n;
+        int64_t at = a->at[r];
+        acc all = CQ_FN(log_sum_exp)(z, n, NULL, true);
+        CQ_FN(keep_largest)(kept, order, z, n, a->k);
+        for (int64_t i = 0; i < a->k; i++) {
+            a->ids[at * a->k + i] = (int32_t)order[i].id;
+            ((real *)a->log_p)[at * a->k + i] = (real)((acc)z[order[i].id] - all);
+        }
+        ((real *)a->log_tail)[at] = (real)(CQ_FN(log_sum_exp)(z, n, kept, false) - all);
+        if (a->log_label)
+            ((real *)a->log_label)[at] = (real)((acc)z[a->labels[r]] - all);
+    }
+    int status = kept && order ? CQ_OK
+                               : cq_fail(CQ_ENOMEM, "top_logits: no memory to rank %lld logits",
+                                         (long long)n);
+    free(kept);
+    free(order);
+    return status;
+}
+
+/* log p of the k entries of a cached row; returns the mass of all but the first `top`. */
+static acc CQ_FN(cached_log_p)(const cq_kl_cached_args *a, int64_t at, int64_t top, acc *log_p) {
+    acc tail = (acc)((const real *)a->log_tail)[at], sum = 0, rest = exp(tail);
+    for (int64_t i = 0; i < a->k; i++) {
+        float half = 0;
+        if (a->half)
+            cq_convert(&half, CQ_F32, (const uint16_t *)a->log_p + at * a->k + i, CQ_F16, 1);
+        log_p[i] = a->half ? (acc)half : (acc)((const real *)a->log_p)[at * a->k + i];
+    }
+    acc largest = log_p[0];
+    for (int64_t i = 0; i < a->k; i++)
+        sum += exp(log_p[i] - largest);
+    acc shift = log(-expm1(tail)) - log(sum) - largest;
+    for (int64_t i = 0; i < a->k; i++) {
+        log_p[i] += shift;
+        rest += i < top ? 0 : exp(log_p[i]);
+    }
+    return rest;
+}
+
+/* One row; `kept` marks S, `log_p` holds the k entries of the teacher. */
+static void CQ_FN(cached_row)(const cq_kl_cached_args *a, int64_t at, real *zs, int64_t top,
+                              const bool *kept, acc *log_p) {
+    const int32_t *ids = a->ids + at * a->k;
+    bool alone = a->form == CQ_KL_RENORMALIZED || top == a->vocab;
+    bool bucket = a->form == CQ_KL_TAIL_BUCKET && !alone;
+    acc rest = CQ_FN(cached_log_p)(a, at, top, log_p), mass = 0, value = 0;
+    acc ls = CQ_FN(log_sum_exp)(zs, a->vocab, alone ? kept : NULL, true);
+    acc tail_s = CQ_FN(log_sum_exp)(zs, a->vocab, kept, false);
+    for (int64_t i = 0; i < top; i++)
+        mass += exp(log_p[i]);
+    for (int64_t i = 0; i < top; i++) {
+        log_p[i] -= alone ? log(mass) : 0;
+        if (exp(log_p[i]) > 0)
+            value += exp(log_p[i]) * (log_p[i] - ((acc)zs[ids[i]] - ls));
+    }
+    if (bucket && rest > 0)
+        value += rest * (log(rest) - (tail_s - ls));
+    *a->sum += (double)value;
+    if (!a->gradient)
+        return;
+    for (int64_t j = 0; j < a->vocab; j++) {
+        acc q = exp((acc)zs[j] - ls), outside = alone ? 0 : q * mass;
+        if (bucket)
+            outside = q - (rest > 0 ? rest * exp((acc)zs[j] - tail_s) : 0);
+        zs[j] = (real)((acc)a->scale * (kept[j] ? alone || bucket ? q : q * mass : outside));
+    }
+    for (int64_t i = 0; i < top; i++)
+        zs[ids[i]] = (real)((acc)zs[ids[i]] - (acc)a->scale * exp(log_p[i]));
+}
+
+static void CQ_FN(cached_counts)(const cq_kl_cached_args *a, int64_t r, int64_t at,
+                                 const real *zs) {
+    if (a->nll_teacher && a->log_label)
+        *a->nll_teacher -= (double)((const real *)a->log_label)[at];
+    if (a->nll_student)
+        *a->nll_student +=
+            (double)(CQ_FN(log_sum_exp)(zs, a->vocab, NULL, true) - (acc)zs[a->labels[r]]);
+    if (a->agree)
+        *a->agree += a->ids[at * a->k] == CQ_FN(arg_max)(zs, a->vocab);
+    if (a->valid)
+        *a->valid += 1;
+}
+
+static int CQ_FN(kl_cached)(const cq_kl_cached_args *a) {
+    bool whole = a->form == CQ_KL_FULL || a->top_k >= a->vocab;
+    int64_t top = whole ? a->vocab : a->top_k;
+    if (top < 1 || top > a->k || a->k > a->vocab)
+        return cq_fail(CQ_EUSAGE, "kl_cached: top_k is %lld of %lld, wanted 1 to %lld",
+                       (long long)top, (long long)a->vocab, (long long)a->k);
+    CQ_TRY(CQ_FN(check_labels)(a->labels, a->rows, a->vocab));
+    bool *kept = cq_ref_zeros(a->vocab, sizeof(*kept));
+    acc *log_p = cq_ref_zeros(a->k, sizeof(*log_p));
+    for (int64_t r = 0; kept && log_p && r < a->rows; r++) {
+        real *zs = (real *)a->student + r * a->vocab;
+        if (a->labels[r] < 0) {
+            if (a->gradient)
+                memset(zs, 0, (size_t)a->vocab * sizeof(*zs));
+            continue;
+        }
+        int64_t at = a->at[r];
+        memset(kept, 0, (size_t)a->vocab * sizeof(*kept));
+        for (int64_t i = 0; i < top; i++)
+            kept[a->ids[at * a->k + i]] = true;
+        CQ_FN(cached_counts)(a, r, at, zs);
+        CQ_FN(cached_row)(a, at, zs, top, kept, log_p);
+    }
+    int status = kept && log_p ? CQ_OK
+                               : cq_fail(CQ_ENOMEM, "kl_cached: no memory for %lld logits",
+                                         (long long)a->vocab);
+    free(kept);
+    free(log_p);
+    return status;
 }
 
 static int CQ_FN(cross_entropy)(const cq_cross_entropy_args *a) {

@@ -13,14 +13,14 @@ complete.values = {
   scales = { "max", "mse", "four_over_six" }, schedule = { "constant", "cosine", "linear" }, mask = { "all", "assistant" },
   loss = { "kl", "ce" }, tail = { "bucket", "renormalized", "truncated", "full" }, layer = { "cka", "cosine", "mse", "gram", "none" },
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
-  balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" },
+  balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" }, storage = { "f16", "f32" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
   template = { "auto", "nano3", "qwen3-thinking" },
 }
 -- Options that name files, the words that may stand for one, and the file names that fit.
 local paths = {
   model = { models, "/$" }, teacher = { {}, "/$" }, student = { {}, "/$" }, out = { {}, "/$" }, data = { documents, "%.jsonl$" },
-  holdout = { {}, "%.jsonl$" }, options = { {}, "" },
+  holdout = { {}, "%.jsonl$" }, cache = { {}, "/$" }, teacher_cache = { {}, "/$" }, options = { {}, "" },
 }
 local runs = {
   commands = { "list", "show", "compare", "table", "query", "report", "prune" },

@@ -37,6 +37,7 @@ function distill.open(teacher, student, terms, seed, many)
   o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE
   o.rows, o.taps, o.seed, o.many = layers and layers.tokens or 0, taps, seed, many
   if logits and logits.logits ~= "kl" and o.layer_loss == C.CQ_LAYER_NONE then teacher = nil end
+  if teacher and teacher.cached then o.cached_k = teacher.top_k end
   local c = native.open("cq_distill", "cq_distill_open", teacher and teacher.c, student.c, o)
   student.distillers = student.distillers or {}
   student.distillers[terms] = { c = c, teacher = teacher, logits = logits, layers = layers, blocks = blocks, taps = taps }
@@ -44,9 +45,9 @@ function distill.open(teacher, student, terms, seed, many)
 end
 
 --- Both forwards of one micro-batch (`part` of a batch) with a list of terms that the plan knows. `teacher` is nil for
---- cross-entropy. Returns a pass: `step`, `kl` (nats; the cross-entropy as `ce`, the weighted one as `policy`), `top1` agreement or
---- accuracy, `cka` = { [block] = value } with value = 1 - layer loss (blocks counted from 0, untapped ones absent), `tokens` that
---- are targets, `rows`.
+--- cross-entropy, and may be what `cq.cache.open` gives. Returns a pass: `step`, `kl` (nats; the cross-entropy as `ce`, the weighted
+--- one as `policy`), `top1` agreement or accuracy, `cka` = { [block] = value } with value = 1 - layer loss (blocks counted from 0,
+--- untapped ones absent), `tokens` that are targets, `rows`.
 ---
 --- Example:
 ---     local pass = cq.distill(teacher, student, part, terms)
@@ -64,6 +65,7 @@ function distill.distill(teacher, student, part, terms)
     if not part.weights then errors.usage("distill: this batch has no weights, which a policy loss needs; wanted one of cq.batch_of") end
     call.cq_distill_set_weights(d.c, part.weights, part.c.tokens)
   end
+  if d.teacher and d.teacher.cached then call.cq_distill_from(d.c, d.teacher:step_file(part.step, part.index)) end
   local out = native.new "cq_distill_result"
   call.cq_distill_forward(d.c, student:stream(), part.c, part.step, part.index, part.valid, out)
   local pass = setmetatable({

@@ -36,7 +36,7 @@ end
 ---     print(cq.operations { student = teacher:quantize {}, teacher = teacher } == 0) --> true
 function dry.step(o)
   local n = dry.active(o.student)
-  local per_token = (o.teacher and 2 or 0) * n + (o.adam and 6 or 2) * n
+  local per_token = (o.teacher and not o.teacher.cached and 2 or 0) * n + (o.adam and 6 or 2) * n
   local tokens = o.data and o.data.batch * o.data.seq or 0
   local total = per_token * tokens
   local list = o.terms and (o.terms[1].logits or o.terms[1].layers) and o.terms or o.terms and o.terms[1]

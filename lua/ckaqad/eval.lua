@@ -11,7 +11,9 @@ local eval = {}
 --- The comparison of a pair as C sees it; `cq.plan { eval = true }` calls it.
 function eval.open(teacher, student)
   student.evaluators = student.evaluators or {}
-  student.evaluators[teacher] = native.open("cq_eval", "cq_eval_open", teacher.c, student.c)
+  student.evaluators[teacher] = teacher.cached and native.open("cq_eval", "cq_eval_open_cached", student.c, teacher.top_k,
+    teacher.holdout_rows) or
+    native.open("cq_eval", "cq_eval_open", teacher.c, student.c)
   return student.evaluators[teacher]
 end
 
@@ -43,6 +45,8 @@ end
 --- Unless `extras = false`, also { kl_positions = list of { first, last, kl, tokens } over octaves of the position in the
 --- document, cka_map[teacher block + 1][student block + 1] = unbiased CKA over 128 rows of each batch, sqnr and scales = what
 --- `student:quantization_error()` and `student:scale_histogram()` give (absent when the student has no master weights) }.
+--- With a cached teacher (`cq.cache.open`) the batches are those it was made of, KL is over its logits and one bucket, and there is
+--- no map.
 ---
 --- Example:
 ---     local r = cq.eval.compare(teacher, student, data:holdout(), { extras = false })
@@ -53,7 +57,10 @@ function eval.compare(teacher, student, batches, options)
   if not e then errors.usage("eval: this pair is not in the plan, wanted run:plan { eval = true, ... }") end
   C.cq_eval_want_map(e, o.extras)
   C.cq_eval_reset(e)
-  for _, batch in ipairs(batches) do call.cq_eval_add(e, student:stream(), batch) end
+  for i, batch in ipairs(batches) do
+    if teacher.cached then call.cq_eval_from(e, teacher:held_file(i)) end
+    call.cq_eval_add(e, student:stream(), batch)
+  end
   local r = native.new "cq_eval_result"
   call.cq_eval_result_get(e, r)
   local blocks = {}

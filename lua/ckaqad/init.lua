@@ -1,4 +1,5 @@
 -- init.lua - the public API: `local cq = require "ckaqad"`. Reading a name that is not here is an error with the nearest one.
+local cache = require "ckaqad.cache"
 local errors = require "ckaqad.errors"
 local native = require "ckaqad.ffi"
 local data = require "ckaqad.data"
@@ -23,6 +24,7 @@ return errors.strict({
   plan = plan.plan,
   model = errors.strict({ open = model.open, create = model.create }, "model"),
   data = errors.strict({ open = data.open, show = data.show, random = data.random }, "data"),
+  cache = errors.strict({ create = cache.create, open = cache.open }, "cache"),
   blocks = select_.blocks,
   distill = distill.distill,
   loss = require "ckaqad.loss",

@@ -36,7 +36,7 @@ local function declare(o, mode)
   if o.student.device.imagined then C.cq_plan_imagine(p) else C.cq_plan_place(p, o.student.device.stream) end
   local tokens, longest, trained = o.tokens, o.longest, o.trained
   local models = {}
-  if o.teacher then models[1] = { o.teacher, C.CQ_MODE_INFER, false } end
+  if o.teacher and not o.teacher.cached then models[1] = { o.teacher, C.CQ_MODE_INFER, false } end
   models[#models + 1] = { o.student, trained and mode or C.CQ_MODE_INFER, trained }
   for _, m in ipairs(models) do call.cq_model_plan_params(m[1].c, p, m[3]) end
   if o.adam then call.cq_adamw_plan(o.adam.c, p) end
@@ -54,6 +54,7 @@ local function declare(o, mode)
     local chunk = distill.chunk(o.student.vocab, o.student.device.on_device)
     heads[#heads + 1] = function() call.cq_eval_plan(e, p, tokens, math.min(tokens, chunk)) end
   end
+  if o.cache then heads[#heads + 1] = function() call.cq_recorder_plan(o.cache.c, p, tokens) end end
   side_by_side(p, { C.CQ_FOR_LOGITS, C.CQ_FOR_CKA }, heads)
   return p
 end
@@ -80,6 +81,7 @@ local function lines_of(self)
     local bytes = tonumber(C.cq_plan_bytes(self.c, purpose))
     if bytes > 0 and purpose ~= C.CQ_FOR_RESULTS then rows[#rows + 1] = { native.string(C.cq_purpose_name(purpose)), text.bytes(bytes) } end
   end
+  if self.mapped > 0 then rows[#rows + 1] = { "file of the cache", text.bytes(self.mapped) } end
   if self.library > 0 then rows[#rows + 1] = { "oneDNN's own, about", text.bytes(self.library) } end
   rows[#rows + 1] = { "total", text.bytes(self.bytes) }
   local choice = not self.trained and "forward only" or self.mode == C.CQ_MODE_SAVE and "activations saved" or
@@ -93,7 +95,7 @@ end
 function plan.prepare(options)
   local o = errors.fill("plan", options, {
     teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,
-    longest = 0, eval = false, seed = 1, limit = 0, load = true, trained = false,
+    longest = 0, cache = errors.NONE, eval = false, seed = 1, limit = 0, load = true, trained = false,
     show = errors.NONE, dry = false,
   })
   o.trained = o.trained or o.adam ~= nil
@@ -101,6 +103,7 @@ function plan.prepare(options)
   if o.data then o.tokens, o.longest = o.data.micro * o.data.seq, o.data.seq end
   if o.longest == 0 then o.longest = o.tokens end
   o.lists = term_lists(o.terms)
+  if o.teacher and o.teacher.cached then call.cq_model_alone(o.student.c) end
   local many = o.data ~= nil and o.data.batch > o.data.micro
   for _, terms in ipairs(o.lists) do many = many or (loss.split(terms) or {}).logits == "policy" end -- as many as its answers need
   for _, terms in ipairs(o.lists) do distill.open(o.teacher, o.student, terms, o.seed, many) end
@@ -109,9 +112,9 @@ function plan.prepare(options)
 end
 
 --- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
---- list of lists), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the pair can be compared), `seed`
---- (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from `model:init`), `trained` (gradients
---- without `adam`), `dry` (true: nothing is allocated or loaded).
+--- list of lists), `cache` (of `cq.cache.create`), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the
+--- pair can be compared), `seed` (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from
+--- `model:init`), `trained` (gradients without `adam`), `dry` (true: nothing is allocated or loaded).
 --- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
 ---
 --- Example:
@@ -127,9 +130,10 @@ function plan.plan(options)
     native.close(p, "cq_plan")
     p, mode = declare(o, C.CQ_MODE_RECOMPUTE), C.CQ_MODE_RECOMPUTE
   end
-  local library = library_bytes(o.student.device)
+  local library, mapped = library_bytes(o.student.device), o.teacher and o.teacher.cached and o.teacher:largest() or 0
   local self = {
-    c = p, mode = mode, bytes = total(p) + library, library = library, saved_bytes = saved_bytes, trained = o.trained, tokens = o.tokens,
+    c = p, mode = mode, bytes = total(p) + library + mapped, library = library, mapped = mapped, saved_bytes = saved_bytes,
+    trained = o.trained, tokens = o.tokens,
     before = native.peak_bytes(), free = o.student.device.on_device and tonumber(C.cq_stream_available(o.student.device.stream)),
   }
   self.lines = lines_of(self)
@@ -137,12 +141,13 @@ function plan.plan(options)
   if o.dry then return self end
   call.cq_plan_commit(p, limit)
   o.student.plan, o.student.adam = self, o.adam
-  if o.teacher then
+  if o.teacher and not o.teacher.cached then
     o.teacher.plan = self
     if o.teacher.random then o.teacher:init(o.seed) else call.cq_model_load(o.teacher.c) end
   end
   if o.load and not o.student.random then call.cq_model_load(o.student.c) end
-  for _, model in ipairs { o.teacher or o.student, o.student } do
+  local both = { o.teacher and not o.teacher.cached and o.teacher or o.student, o.student }
+  for _, model in ipairs(both) do
     if o.load and not model.random then call.cq_model_round_weights(model.c, model:stream(), false) end
   end
   return self

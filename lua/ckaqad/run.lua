@@ -192,7 +192,7 @@ function Run:plan(options)
   if o.data then
     for _, line in ipairs(o.data:describe()) do self:say(line) end
   end
-  self.facts = { model = o.teacher or o.student, data = o.data, adam = o.adam }
+  self.facts = { model = o.teacher and (o.teacher.model or o.teacher) or o.student, data = o.data, adam = o.adam }
   o.dry = self.opt.dry_run
   self.plan_made = plan.plan(o)
   if o.dry then

@@ -43,6 +43,13 @@
 #define CQ_EMU_POINTERS_embed_backward P(ids) P(dh) P(dtable)
 #define CQ_EMU_POINTERS_kl                                                                         \
     P(teacher) P(student) P(labels) P(sum) P(nll_teacher) P(nll_student) P(agree) P(valid)
+#define CQ_EMU_POINTERS_top_logits                                                                 \
+    P(logits) P(labels) P(at) P(ids) P(log_p) P(log_tail) P(log_label)
+#define CQ_EMU_POINTERS_kl_cached                                                                  \
+    P(ids)                                                                                         \
+    P(log_p)                                                                                       \
+    P(log_tail)                                                                                    \
+    P(log_label) P(at) P(student) P(labels) P(sum) P(nll_teacher) P(nll_student) P(agree) P(valid)
 #define CQ_EMU_POINTERS_cross_entropy P(logits) P(labels) P(weights) P(sum) P(correct) P(valid)
 #define CQ_EMU_POINTERS_gram P(x) P(scratch) P(gram)
 #define CQ_EMU_POINTERS_cka P(k) P(l) P(out)

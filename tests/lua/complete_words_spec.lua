@@ -78,7 +78,7 @@ describe("completion", function()
 
   it("knows the values that the program accepts", function()
     local places = {}
-    for _, file in ipairs { "data", "device", "loss", "model", "preset" } do
+    for _, file in ipairs { "cache", "data", "device", "loss", "model", "preset" } do
       for key, list in source(("lua/ckaqad/%s.lua"):format(file)):gmatch 'errors%.choose%("option %-%-(%w+)", [%w_.]+, (%b{})%)' do
         places[key] = true
         local accepted, offered = loadstring("return " .. list)(), complete.values[key]
@@ -89,7 +89,7 @@ describe("completion", function()
         assert.same(accepted, sorted, key)
       end
     end
-    for _, key in ipairs { "mask", "kernels", "tail", "layer", "scales", "preset" } do assert.is_true(places[key], key) end
+    for _, key in ipairs { "mask", "kernels", "tail", "layer", "scales", "preset", "storage" } do assert.is_true(places[key], key) end
     assert.same(loadstring("return " .. source "lua/ckaqad/init.lua":match "presets = (%b{})")(), complete.values.quant)
     assert.equal('{ "list", "show", "compare", "table", "query", "report", "prune" }',
       source "lua/ckaqad/runs.lua":match "local commands = (%b{})")
@@ -98,7 +98,7 @@ describe("completion", function()
   it("knows no value of an option that no recipe has", function()
     local known = {}
     for _, item in ipairs(options.common) do known[item[1]] = true end
-    for _, name in ipairs { "nemotron_nano", "ptq", "compare" } do
+    for _, name in ipairs { "nemotron_nano", "ptq", "compare", "teacher_cache" } do
       for _, key in ipairs(options.read_help(source(("recipes/%s.lua"):format(name))).order) do known[key] = true end
     end
     for key in pairs(complete.values) do assert.is_true(known[key], key) end
