@@ -185,9 +185,7 @@ end
 --- Example:
 ---     local cache = cq.cache.create("kept", { teacher = teacher, data = data, steps = 1, top_k = 64, tokens = 32 })
 ---     cq.plan { student = teacher, data = data, cache = cache }
----     for part in cq.batch(data, 1):split() do
----       print(cache:write(part)) --> true
----     end
+---     print(cache:write(part), cache:write(part)) --> true	false
 function Cache:write(part) return write(self, part.c, part.step, part.index, false, step_file(self.dir, part.step, part.index)) end
 
 --- The same for the i-th of `data:holdout()`: with all rows of all blocks, as `cq.eval.compare` looks at.
