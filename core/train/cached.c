@@ -6,6 +6,7 @@
 #include "core/train/cached.h"
 #include "core/base/error.h"
 #include "core/base/hash.h"
+#include "core/tensor/device.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,52 @@ void cq_cached_at(int32_t *at, const cq_batch *b) {
     int32_t n = 0;
     for (int64_t i = 0; i < b->tokens; i++)
         at[i] = b->labels[i] >= 0 ? n++ : -1;
+}
+
+int cq_cached_plan(cq_cached_room *room, cq_plan *p, int64_t tokens, int64_t chunk, int64_t k,
+                   cq_dtype dtype) {
+    free(room->host_at);
+    if (!(room->host_at = calloc((size_t)tokens, sizeof *room->host_at)))
+        return cq_fail(CQ_ENOMEM, "cache: no memory for its rows");
+    if (!cq_plan_on_device(p))
+        return CQ_OK;
+    CQ_TRY(cq_plan_add(p, &room->ids, CQ_FOR_LOGITS, "cached ids", CQ_I32, CQ_SHAPE2(chunk, k)));
+    CQ_TRY(cq_plan_add(p, &room->log_p, CQ_FOR_LOGITS, "cached log-probabilities", dtype,
+                       CQ_SHAPE2(chunk, k)));
+    CQ_TRY(cq_plan_add(p, &room->log_tail, CQ_FOR_LOGITS, "tails", dtype, CQ_SHAPE1(chunk)));
+    CQ_TRY(cq_plan_add(p, &room->log_label, CQ_FOR_LOGITS, "labels", dtype, CQ_SHAPE1(chunk)));
+    return cq_plan_add(p, &room->at, CQ_FOR_LOGITS, "cached rows", CQ_I32, CQ_SHAPE1(chunk));
+}
+
+void cq_cached_room_close(cq_cached_room *room) { free(room->host_at); }
+
+/* Rows [first, first + n) of an array in the file: there, or copied to the device. */
+static int chunk_of(const void **out, const cq_tensor *room, const void *from, int64_t first,
+                    int64_t n, int64_t row_bytes) {
+    const char *at = (const char *)from + first * row_bytes;
+    *out = room->data ? room->data : (const void *)at;
+    return room->data ? cq_copy(room->data, at, n * row_bytes) : CQ_OK;
+}
+
+int cq_cached_chunk(cq_kl_cached_args *a, const cq_cached_room *room, const cq_cached *c,
+                    const cq_batch *b, int64_t begin, int64_t n) {
+    int32_t *at = room->host_at + begin;
+    int64_t first = 0, valid = 0, size = cq_dtype_bytes(a->dtype);
+    for (int64_t i = 0; i < begin; i++)
+        first += b->labels[i] >= 0;
+    for (int64_t i = 0; i < n; i++)
+        at[i] = b->labels[begin + i] >= 0 ? (int32_t)valid++ : 0;
+    const void *ids, *rows;
+    CQ_TRY(chunk_of(&ids, &room->ids, c->ids, first, valid, 4 * c->k));
+    CQ_TRY(chunk_of(&a->log_p, &room->log_p, c->log_p, first, valid, c->k * (c->half ? 2 : size)));
+    CQ_TRY(chunk_of(&a->log_tail, &room->log_tail, c->log_tail, first, valid, size));
+    CQ_TRY(chunk_of(&a->log_label, &room->log_label, c->log_label, first, valid, size));
+    CQ_TRY(chunk_of(&rows, &room->at, at, 0, n, 4));
+    a->ids = ids;
+    a->at = rows;
+    a->k = c->k;
+    a->half = c->half;
+    return CQ_OK;
 }
 
 void cq_cached_close(cq_cached *c) {
@@ -180,9 +227,17 @@ int cq_cached_gram(const cq_cached *c, int64_t block, int64_t g, bool unbiased, 
         tri[i] *= scale;
     if (unbiased)
         u_centre(tri, tri + size, n);
-    for (int64_t i = 0, at = 0; i < n; i++, at += i)
+    void *staged = cq_on_device(gram) ? malloc((size_t)(n * n * cq_dtype_bytes(dtype))) : gram;
+    if (!staged)
+        status = cq_fail(CQ_ENOMEM, "%s: no memory for a Gram of %ld rows", c->path, (long)n);
+    for (int64_t i = 0, at = 0; i < n && staged; i++, at += i)
         for (int64_t j = 0; j <= i; j++)
-            put(gram, dtype, n, i, j, tri[at + j]);
+            put(staged, dtype, n, i, j, tri[at + j]);
     free(tri);
+    if (staged && staged != gram) {
+        if (!status)
+            status = cq_copy(gram, staged, n * n * cq_dtype_bytes(dtype));
+        free(staged);
+    }
     return status;
 }

@@ -21,9 +21,22 @@ int cq_cached_open(cq_cached *c, const char *path, const cq_batch *b, cq_dtype d
 void cq_cached_close(cq_cached *c);
 /// at[t] = the row of each labelled token.
 void cq_cached_at(int32_t *at, const cq_batch *b);
+/// Room on a device for what kl_cached reads of one chunk; nothing where the plan is the host's,
+/// and the file is read where it lies.
+typedef struct cq_cached_room {
+    cq_tensor ids, log_p, log_tail, log_label, at;
+    int32_t *host_at; ///< [tokens] rows of the file; owned
+} cq_cached_room;
+int cq_cached_plan(cq_cached_room *room, cq_plan *p, int64_t tokens, int64_t chunk, int64_t k,
+                   cq_dtype dtype);
+void cq_cached_room_close(cq_cached_room *room);
+/// kl_cached's arguments that come from the file, for tokens [begin, begin + n) of the micro-batch
+/// that host_at was filled for.
+int cq_cached_chunk(cq_kl_cached_args *a, const cq_cached_room *room, const cq_cached *c,
+                    const cq_batch *b, int64_t begin, int64_t n);
 /// Fails unless the file's sample is these rows.
 int cq_cached_check_rows(const cq_cached *c, const int32_t *rows, int64_t n);
-/// The Gram of rows of group g at a block, [n_g, n_g] of `dtype`, centred as cq_tap_gram does;
-/// CQ_EDATA when the file has none of this block.
+/// The Gram of rows of group g at a block, [n_g, n_g] of `dtype` wherever it lies, centred as
+/// cq_tap_gram does; CQ_EDATA when the file has none of this block.
 int cq_cached_gram(const cq_cached *c, int64_t block, int64_t g, bool unbiased, cq_dtype dtype,
                    void *gram);

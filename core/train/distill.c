@@ -29,7 +29,7 @@ struct cq_distill {
     int64_t n_weights; ///< given for the next forward
     cq_cached file;    ///< of the micro-batch at hand, when a cache stands in for the teacher
     char *from;
-    int32_t *at; ///< [tokens] rows of the file
+    cq_cached_room room;
 };
 
 static bool is_row_loss(const cq_distill *d) {
@@ -125,7 +125,7 @@ void cq_distill_close(cq_distill *d) {
     free(d->sampled);
     free(d->loss);
     free(d->from);
-    free(d->at);
+    cq_cached_room_close(&d->room);
     cq_cached_close(&d->file);
     free(d);
 }
@@ -158,14 +158,8 @@ static int plan_taps(cq_distill *d, cq_plan *p, int64_t tokens) {
 int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (d->o.chunk > tokens)
         d->o.chunk = tokens;
-    if (d->o.cached_k) {
-        if (cq_plan_on_device(p))
-            return cq_fail(CQ_EUSAGE, "distill: a cached teacher on a device is not there, wanted "
-                                      "--device=cpu");
-        free(d->at);
-        if (!(d->at = calloc((size_t)tokens, sizeof *d->at)))
-            return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
-    }
+    if (d->o.cached_k)
+        CQ_TRY(cq_cached_plan(&d->room, p, tokens, d->o.chunk, d->o.cached_k, d->dtype));
     if (d->o.logit_loss == CQ_LOGIT_KL && !d->o.cached_k)
         CQ_TRY(cq_plan_add(p, &d->zt, CQ_FOR_LOGITS, "teacher logits", d->dtype,
                            CQ_SHAPE2(d->o.chunk, d->vocab)));
@@ -264,12 +258,19 @@ static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at
     cq_param *head = cq_model_head(d->student);
     CQ_TRY(cq_model_head_forward(d->student, s, xf, at, n, d->zs.data));
     if (d->o.logit_loss == CQ_LOGIT_KL && d->o.cached_k) {
-        const cq_cached *f = &d->file;
-        CQ_TRY(CQ_RUN(s, kl_cached, .dtype = d->dtype, .rows = n, .vocab = d->vocab,
-                      .form = d->o.form, .top_k = d->o.top_k, .k = f->k, .ids = f->ids,
-                      .log_p = f->log_p, .half = f->half, .log_tail = f->log_tail, .at = d->at + at,
-                      .student = d->zs.data, .labels = labels, .scale = scale, .gradient = true,
-                      .sum = d->sums.data, .agree = d->counts.data));
+        cq_kl_cached_args a = {.dtype = d->dtype,
+                               .rows = n,
+                               .vocab = d->vocab,
+                               .form = d->o.form,
+                               .top_k = d->o.top_k,
+                               .student = d->zs.data,
+                               .labels = labels,
+                               .scale = scale,
+                               .gradient = true,
+                               .sum = d->sums.data,
+                               .agree = d->counts.data};
+        CQ_TRY(cq_cached_chunk(&a, &d->room, &d->file, b, at, n));
+        CQ_TRY(s->table->kl_cached(s, &a));
     } else if (d->o.logit_loss == CQ_LOGIT_KL) {
         CQ_TRY(cq_model_head_forward(d->teacher, s, cq_model_final(d->teacher), at, n, d->zt.data));
         CQ_TRY(CQ_RUN(s, kl, .dtype = d->dtype, .rows = n, .vocab = d->vocab, .form = d->o.form,
@@ -354,7 +355,6 @@ static int read_teacher(cq_distill *d, const cq_batch *b) {
     if (d->file.k != d->o.cached_k)
         return cq_fail(CQ_EDATA, "%s: holds %ld entries a token, wanted %ld", d->file.path,
                        (long)d->file.k, (long)d->o.cached_k);
-    cq_cached_at(d->at, b);
     if (d->o.layer_loss == CQ_LAYER_NONE)
         return CQ_OK;
     CQ_TRY(cq_cached_check_rows(&d->file, d->sampled, d->n_rows));

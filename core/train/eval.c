@@ -35,7 +35,7 @@ struct cq_eval {
     int64_t cached_k;   ///< above 0: a cache in the teacher's place
     cq_cached file;
     char *from;
-    int32_t *at;                ///< [tokens] rows of the file
+    cq_cached_room room;
     double *cross, *self, *map; ///< sums [n_blocks, n_blocks] and [2 * n_blocks]; the map itself
 };
 
@@ -107,7 +107,7 @@ void cq_eval_close(cq_eval *e) {
     free(e->map);
     free(e->self);
     free(e->from);
-    free(e->at);
+    cq_cached_room_close(&e->room);
     cq_cached_close(&e->file);
     free(e);
 }
@@ -120,18 +120,15 @@ int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
     int64_t dim = cq_model_config(e->student)->hidden;
     if (e->teacher && cq_model_config(e->teacher)->hidden > dim)
         dim = cq_model_config(e->teacher)->hidden;
-    if (e->cached_k && cq_plan_on_device(p))
-        return cq_fail(CQ_EUSAGE,
-                       "compare: a cached teacher on a device is not there, wanted --device=cpu");
     e->chunk = chunk < tokens ? chunk : tokens;
+    if (e->cached_k)
+        CQ_TRY(cq_cached_plan(&e->room, p, tokens, e->chunk, e->cached_k, e->dtype));
     e->groups = cq_tap_groups(tokens, e->group_rows);
     free(e->candidates);
     free(e->labels);
-    free(e->at);
     e->candidates = calloc((size_t)tokens, sizeof *e->candidates);
     e->labels = calloc((size_t)e->chunk, sizeof *e->labels);
-    e->at = calloc((size_t)tokens, sizeof *e->at);
-    if (!e->candidates || !e->labels || !e->at)
+    if (!e->candidates || !e->labels)
         return cq_fail(CQ_ENOMEM, "compare: no memory for its rows");
     CQ_TRY(cq_plan_add(p, &e->kl_sums, CQ_FOR_RESULTS, "KL", CQ_F64, CQ_SHAPE1(N_OCTAVES)));
     CQ_TRY(cq_plan_add(p, &e->nll, CQ_FOR_RESULTS, "log-likelihoods", CQ_F64, CQ_SHAPE1(2)));
@@ -266,16 +263,19 @@ static int octave(int64_t position) {
     return k;
 }
 
-static int add_cached(cq_eval *e, cq_stream *s, int64_t at, int64_t n, int octave) {
-    const cq_cached *f = &e->file;
+static int add_cached(cq_eval *e, cq_stream *s, cq_kl_cached_args a, int octave) {
     double *nll = e->nll.data;
-    return CQ_RUN(s, kl_cached, .dtype = e->dtype, .rows = n, .vocab = e->vocab,
-                  .form = CQ_KL_TAIL_BUCKET, .top_k = f->k, .k = f->k, .ids = f->ids,
-                  .log_p = f->log_p, .half = f->half, .log_tail = f->log_tail,
-                  .log_label = f->log_label, .at = e->at + at, .student = e->zs.data,
-                  .labels = e->masked.data, .scale = 1, .sum = (double *)e->kl_sums.data + octave,
-                  .nll_teacher = nll, .nll_student = nll + 1, .agree = e->agree.data,
-                  .valid = (int64_t *)e->valid_counts.data + octave);
+    a.form = CQ_KL_TAIL_BUCKET;
+    a.top_k = a.k;
+    a.student = e->zs.data;
+    a.labels = e->masked.data;
+    a.scale = 1;
+    a.sum = (double *)e->kl_sums.data + octave;
+    a.nll_teacher = nll;
+    a.nll_student = nll + 1;
+    a.agree = e->agree.data;
+    a.valid = (int64_t *)e->valid_counts.data + octave;
+    return s->table->kl_cached(s, &a);
 }
 
 /* The losses of one chunk, octave by octave. */
@@ -283,6 +283,9 @@ static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, i
     int32_t *masked = e->labels;
     double *nll = e->nll.data;
     uint32_t found = 0;
+    cq_kl_cached_args cached = {.dtype = e->dtype, .rows = n, .vocab = e->vocab};
+    if (e->cached_k)
+        CQ_TRY(cq_cached_chunk(&cached, &e->room, &e->file, b, at, n));
     for (int64_t i = at; i < at + n; i++)
         if (b->labels[i] >= 0)
             found |= 1u << octave(b->positions[i]);
@@ -293,7 +296,7 @@ static int add_losses(cq_eval *e, cq_stream *s, const cq_batch *b, int64_t at, i
             masked[i] = octave(b->positions[at + i]) == k ? b->labels[at + i] : -100;
         CQ_TRY(cq_copy(e->masked.data, masked, n * (int64_t)sizeof *masked));
         if (e->cached_k) {
-            CQ_TRY(add_cached(e, s, at, n, k));
+            CQ_TRY(add_cached(e, s, cached, k));
             continue;
         }
         CQ_TRY(CQ_RUN(s, kl, .dtype = e->dtype, .rows = n, .vocab = e->vocab, .form = CQ_KL_FULL,
@@ -339,7 +342,6 @@ static int read_teacher(cq_eval *e, const cq_batch *b, int64_t found) {
                            "%s: its group %ld has %d rows, wanted those of held-out "
                            "documents",
                            e->file.path, (long)g, (int)e->file.groups[g]);
-    cq_cached_at(e->at, b);
     return cq_cached_check_rows(&e->file, e->candidates, found);
 }
 

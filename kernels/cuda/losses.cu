@@ -19,6 +19,7 @@
 /// more, 30 GB, 6.2 ms; cross-entropy 15 GB, 3.1 ms. Four exponentials an entry, about 60
 /// instructions: 2.6 ms of the FP32 pipes. All are bound by memory.
 #include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/row_sums.cuh"
 #include <float.h>
 
 namespace {
@@ -27,16 +28,7 @@ enum {
     MOST_THREADS = 1024,
     DIGIT = 14, ///< bits of a key that one search pass resolves
     BINS = 1 << DIGIT,
-    LIST = 2048, ///< keys that are ranked in shared memory
-    SUM_THREADS = 256,
-    AGREES = 1, ///< flags of a row
-    VALID = 2
-};
-
-/// What one row adds to the results.
-struct row_result {
-    double value, nll_teacher, nll_student;
-    int64_t flags;
+    LIST = 2048 ///< keys that are ranked in shared memory
 };
 
 /// W consecutive logits.
@@ -560,42 +552,6 @@ template <int W> __global__ void __launch_bounds__(MOST_THREADS, 1) entropy(entr
         }
         store<W>(z, i, g);
     }
-}
-
-/// Where the sums of all rows go; any of them may be NULL.
-struct totals {
-    double *value, *nll_teacher, *nll_student;
-    int64_t *agree, *valid;
-};
-
-__global__ void __launch_bounds__(SUM_THREADS)
-    sum_rows(const row_result *result, int64_t rows, totals to) {
-    CQ_SHARED(double, room, [32]);
-    double value = 0.0, nll_teacher = 0.0, nll_student = 0.0, agree = 0.0, valid = 0.0;
-    for (int64_t r = (int64_t)threadIdx.x; r < rows; r += SUM_THREADS) {
-        row_result one = result[r];
-        value += one.value;
-        nll_teacher += one.nll_teacher;
-        nll_student += one.nll_student;
-        agree += one.flags & AGREES ? 1.0 : 0.0;
-        valid += one.flags & VALID ? 1.0 : 0.0;
-    }
-    value = cq_block_sum(value, room);
-    nll_teacher = cq_block_sum(nll_teacher, room);
-    nll_student = cq_block_sum(nll_student, room);
-    agree = cq_block_sum(agree, room);
-    valid = cq_block_sum(valid, room);
-    if (threadIdx.x != 0)
-        return;
-    *to.value += value;
-    if (to.nll_teacher)
-        *to.nll_teacher += nll_teacher;
-    if (to.nll_student)
-        *to.nll_student += nll_student;
-    if (to.agree)
-        *to.agree += (int64_t)agree;
-    if (to.valid)
-        *to.valid += (int64_t)valid;
 }
 
 /// Threads of a block that has a row of n packs: a power of two, for the search of bins.

@@ -183,7 +183,7 @@ function Run:plan(options)
   if o.student.quant then
     for _, line in ipairs(o.student:quantization()) do self:say(line) end
   else
-    self:say("student %s%s", o.student:describe(), o.student.nvfp4 and ", NVFP4" or "")
+    self:say("%s %s%s", o.cache and "teacher" or "student", o.student:describe(), o.student.nvfp4 and ", NVFP4" or "")
   end
   if self.opt.gpus ~= "" then
     o.show = nil
