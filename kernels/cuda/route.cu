@@ -35,6 +35,7 @@ __device__ __forceinline__ int take_best(const float *value, unsigned char *take
         }
     }
     best = __shfl_sync(0xffffffffu, best, 0); /* NaNs have no order */
+    __syncwarp();                             /* every lane has read taken */
     if (lane == 0 && best >= 0)
         taken[best] = 1;
     __syncwarp();
