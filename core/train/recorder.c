@@ -13,8 +13,10 @@ struct cq_recorder {
     cq_dtype dtype;
     int64_t n_blocks, dim, vocab, tokens, room; ///< room: elements for one block's triangles
     bool *taps;
-    cq_tensor z, ids, log_p, stored, log_tail, log_label, xs, centred, gram, rows, grams;
-    int32_t *sampled, *at; ///< [2 * tokens], [tokens]
+    cq_tensor z, ids, log_p, log_tail, log_label, xs, centred, gram, rows, at_there;
+    cq_tensor stored, grams; ///< on the host, as they go into the file
+    void *owned[2];          ///< their memory where the plan lies on a device
+    int32_t *sampled, *at;   ///< [2 * tokens], [tokens]
     int32_t *groups, *tapped, *exponents;
 };
 
@@ -50,6 +52,8 @@ void cq_recorder_close(cq_recorder *r) {
     if (!r)
         return;
     free(r->taps);
+    free(r->owned[0]);
+    free(r->owned[1]);
     free(r->sampled);
     free(r->at);
     free(r->groups);
@@ -77,10 +81,19 @@ static int allocate(cq_recorder *r, int64_t tokens) {
     return CQ_OK;
 }
 
+/* A buffer that the host reads: in the plan where that is the host's, else beside it. */
+static int plan_host(cq_recorder *r, cq_plan *p, cq_tensor *t, int i, cq_purpose purpose,
+                     const char *name, cq_shape shape) {
+    if (!cq_plan_on_device(p))
+        return cq_plan_add(p, t, purpose, name, r->o.storage, shape);
+    *t = (cq_tensor){.shape = shape, .dtype = r->o.storage};
+    free(r->owned[i]);
+    t->data = r->owned[i] = calloc(1, (size_t)cq_tensor_bytes(*t) + 1);
+    return t->data ? CQ_OK : cq_fail(CQ_ENOMEM, "cache: no memory for its %s", name);
+}
+
 int cq_recorder_plan(cq_recorder *r, cq_plan *p, int64_t tokens) {
     int64_t k = r->o.top_k, most = 0, all = 0;
-    if (cq_plan_on_device(p))
-        return cq_fail(CQ_EUSAGE, "cache: made on the processor only, wanted --device=cpu");
     if (r->o.chunk > tokens)
         r->o.chunk = tokens;
     if (r->o.rows > tokens)
@@ -101,8 +114,10 @@ int cq_recorder_plan(cq_recorder *r, cq_plan *p, int64_t tokens) {
     CQ_TRY(cq_plan_add(p, &r->log_p, CQ_FOR_LOGITS, "their log-probabilities", r->dtype,
                        CQ_SHAPE2(tokens, k)));
     if (r->o.storage != r->dtype)
-        CQ_TRY(cq_plan_add(p, &r->stored, CQ_FOR_LOGITS, "the same as stored", r->o.storage,
-                           CQ_SHAPE2(tokens, k)));
+        CQ_TRY(plan_host(r, p, &r->stored, 0, CQ_FOR_LOGITS, "the same as stored",
+                         CQ_SHAPE2(tokens, k)));
+    CQ_TRY(
+        cq_plan_add(p, &r->at_there, CQ_FOR_LOGITS, "rows of the file", CQ_I32, CQ_SHAPE1(tokens)));
     CQ_TRY(cq_plan_add(p, &r->log_tail, CQ_FOR_LOGITS, "tails", r->dtype, CQ_SHAPE1(tokens)));
     CQ_TRY(cq_plan_add(p, &r->log_label, CQ_FOR_LOGITS, "labels", r->dtype, CQ_SHAPE1(tokens)));
     CQ_TRY(cq_plan_add(p, &r->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(tokens)));
@@ -110,22 +125,21 @@ int cq_recorder_plan(cq_recorder *r, cq_plan *p, int64_t tokens) {
     CQ_TRY(
         cq_plan_add(p, &r->centred, CQ_FOR_CKA, "centred rows", r->dtype, CQ_SHAPE2(most, r->dim)));
     CQ_TRY(cq_plan_add(p, &r->gram, CQ_FOR_CKA, "Gram", r->dtype, CQ_SHAPE2(most, most)));
-    return cq_plan_add(p, &r->grams, CQ_FOR_CKA, "triangles", r->o.storage,
-                       CQ_SHAPE2(r->n_blocks, r->room));
+    return plan_host(r, p, &r->grams, 1, CQ_FOR_CKA, "triangles", CQ_SHAPE2(r->n_blocks, r->room));
 }
 
-static double element(const cq_recorder *r, int64_t i) {
-    return r->dtype == CQ_F64 ? ((const double *)r->gram.data)[i]
-                              : (double)((const float *)r->gram.data)[i];
+static double element(const cq_tensor *t, int64_t i) {
+    return t->dtype == CQ_F64 ? ((const double *)t->data)[i] : (double)((const float *)t->data)[i];
 }
 
 /* The lower triangle of the Gram at hand, as stored. Half precision gets a power of two that puts
  * its largest value below 2^14: the smallest normal number is then 2^-28 of it. */
-static int pack(cq_recorder *r, int64_t n, char *to, int32_t *exponent) {
+static int pack(const cq_recorder *r, const cq_tensor *gram, int64_t n, char *to,
+                int32_t *exponent) {
     double top = 0;
     int64_t at = 0, size = cq_dtype_bytes(r->o.storage);
     for (int64_t i = 0; i < n * n; i++) {
-        double x = fabs(element(r, i));
+        double x = fabs(element(gram, i));
         if (!(x <= top))
             top = x;
     }
@@ -135,10 +149,20 @@ static int pack(cq_recorder *r, int64_t n, char *to, int32_t *exponent) {
     double scale = ldexp(1, *exponent);
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j <= i; j++, at++) {
-            double x = scale * element(r, i * n + j);
+            double x = scale * element(gram, i * n + j);
             CQ_TRY(cq_convert(to + at * size, r->o.storage, &x, CQ_F64, 1));
         }
     return CQ_OK;
+}
+
+/* The same of the Gram that was made last, wherever it lies. */
+static int pack_last(const cq_recorder *r, int64_t n, char *to, int32_t *exponent) {
+    cq_tensor t;
+    void *owned;
+    CQ_TRY(cq_tensor_on_host(&t, &owned, (cq_tensor){r->gram.data, CQ_SHAPE2(n, n), r->dtype}));
+    int status = pack(r, &t, n, to, exponent);
+    free(owned);
+    return status;
 }
 
 static int tap(cq_recorder *r, cq_stream *s, int64_t block, int64_t index, int64_t n_groups,
@@ -150,8 +174,8 @@ static int tap(cq_recorder *r, cq_stream *s, int64_t block, int64_t index, int64
             CQ_TRY(cq_tap_gram(s, r->dtype, cq_model_hidden(r->teacher, block)->data, r->dim,
                                (const int32_t *)r->rows.data + begin, n, false, r->xs.data,
                                r->centred.data, r->gram.data));
-            CQ_TRY(
-                pack(r, n, (char *)r->grams.data + at * size, &r->exponents[index * n_groups + g]));
+            CQ_TRY(pack_last(r, n, (char *)r->grams.data + at * size,
+                             &r->exponents[index * n_groups + g]));
         }
         begin += n;
         at += triangle(n);
@@ -160,23 +184,25 @@ static int tap(cq_recorder *r, cq_stream *s, int64_t block, int64_t index, int64
 }
 
 static int head(cq_recorder *r, cq_stream *s, const cq_batch *b) {
+    CQ_TRY(cq_copy(r->at_there.data, r->at, b->tokens * (int64_t)sizeof *r->at));
     for (int64_t t = 0; t < b->tokens; t += r->o.chunk) {
         int64_t n = b->tokens - t < r->o.chunk ? b->tokens - t : r->o.chunk;
         CQ_TRY(cq_model_head_forward(r->teacher, s, cq_model_final(r->teacher), t, n, r->z.data));
-        CQ_TRY(CQ_RUN(s, top_logits, .dtype = r->dtype, .rows = n, .vocab = r->vocab,
-                      .k = r->o.top_k, .logits = r->z.data, .labels = b->labels + t,
-                      .at = r->at + t, .ids = r->ids.data, .log_p = r->log_p.data,
-                      .log_tail = r->log_tail.data, .log_label = r->log_label.data));
+        CQ_TRY(CQ_RUN(
+            s, top_logits, .dtype = r->dtype, .rows = n, .vocab = r->vocab, .k = r->o.top_k,
+            .logits = r->z.data, .labels = cq_model_batch(r->teacher)->labels + t,
+            .at = (const int32_t *)r->at_there.data + t, .ids = r->ids.data, .log_p = r->log_p.data,
+            .log_tail = r->log_tail.data, .log_label = r->log_label.data));
     }
-    for (int64_t i = 0; i < b->valid; i++) {
-        double x = r->dtype == CQ_F64 ? ((const double *)r->log_label.data)[i]
-                                      : (double)((const float *)r->log_label.data)[i];
-        if (!isfinite(x))
-            return cq_fail(CQ_ENUMERIC, "cache: the teacher's log-probability of a label is %g", x);
-    }
-    return r->stored.data ? cq_convert(r->stored.data, r->o.storage, r->log_p.data, r->dtype,
-                                       b->valid * r->o.top_k)
-                          : CQ_OK;
+    return cq_stream_wait(s);
+}
+
+static int check_finite(const cq_tensor *log_label) {
+    for (int64_t i = 0; i < cq_tensor_elems(*log_label); i++)
+        if (!isfinite(element(log_label, i)))
+            return cq_fail(CQ_ENUMERIC, "cache: the teacher's log-probability of a label is %g",
+                           element(log_label, i));
+    return CQ_OK;
 }
 
 typedef struct part {
@@ -207,6 +233,40 @@ static int save(const cq_batch *b, const part *parts, int n, const char *path, i
     return status;
 }
 
+/* What kernels left comes to the host, and everything into the file. */
+static int finish(cq_recorder *r, const cq_batch *b, int64_t n_rows, int64_t n_groups,
+                  int64_t n_taps, int64_t triangles, const char *path, int64_t *bytes) {
+    const cq_tensor *from[] = {&r->ids, &r->log_p, &r->log_tail, &r->log_label};
+    cq_tensor host[4];
+    void *owned[4] = {0};
+    int status = CQ_OK;
+    int64_t k = r->o.top_k;
+    for (int i = 0; i < 4 && !status; i++)
+        status = cq_tensor_on_host(&host[i], &owned[i], cq_tensor_rows(*from[i], 0, b->valid));
+    if (!status)
+        status = check_finite(&host[3]);
+    if (!status && r->stored.data)
+        status = cq_convert(r->stored.data, r->o.storage, host[1].data, r->dtype, b->valid * k);
+    if (!status) {
+        const part parts[] = {
+            {"ids", host[0].data, CQ_I32, CQ_SHAPE2(b->valid, k)},
+            {"log_p", r->stored.data ? r->stored.data : host[1].data, r->o.storage,
+             CQ_SHAPE2(b->valid, k)},
+            {"log_tail", host[2].data, r->dtype, CQ_SHAPE1(b->valid)},
+            {"log_label", host[3].data, r->dtype, CQ_SHAPE1(b->valid)},
+            {"rows", r->sampled, CQ_I32, CQ_SHAPE1(n_rows)},
+            {"groups", r->groups, CQ_I32, CQ_SHAPE1(n_groups)},
+            {"taps", r->tapped, CQ_I32, CQ_SHAPE1(n_taps)},
+            {"exponents", r->exponents, CQ_I32, CQ_SHAPE2(n_taps, n_groups)},
+            {"grams", r->grams.data, r->o.storage, CQ_SHAPE2(n_taps, triangles)},
+        };
+        status = save(b, parts, (int)(sizeof parts / sizeof *parts), path, bytes);
+    }
+    for (int i = 0; i < 4; i++)
+        free(owned[i]);
+    return status;
+}
+
 /* Chooses rows and groups; returns the number of groups. */
 static int64_t choose_rows(cq_recorder *r, const cq_batch *b, int64_t step, int64_t micro,
                            bool held_out, int64_t *n_rows) {
@@ -229,11 +289,11 @@ int cq_recorder_write(cq_recorder *r, cq_stream *s, const cq_batch *b, int64_t s
     if (b->tokens > r->tokens)
         return cq_fail(CQ_EUSAGE, "cache: a micro-batch has %ld tokens, the plan is for %ld",
                        (long)b->tokens, (long)r->tokens);
-    int64_t n_rows, triangles = 0, n_taps = 0, k = r->o.top_k;
+    int64_t n_rows, triangles = 0, n_taps = 0;
     int64_t n_groups = choose_rows(r, b, step, micro, held_out, &n_rows);
     for (int64_t g = 0; g < n_groups; g++)
         triangles += triangle(r->groups[g]);
-    memcpy(r->rows.data, r->sampled, (size_t)n_rows * sizeof *r->sampled);
+    CQ_TRY(cq_copy(r->rows.data, r->sampled, n_rows * (int64_t)sizeof *r->sampled));
     cq_cached_at(r->at, b);
     CQ_TRY(cq_model_embed_forward(r->teacher, s, b));
     for (int64_t l = 0; l < r->n_blocks; l++) {
@@ -245,17 +305,5 @@ int cq_recorder_write(cq_recorder *r, cq_stream *s, const cq_batch *b, int64_t s
     }
     CQ_TRY(cq_model_norm_forward(r->teacher, s, b));
     CQ_TRY(head(r, s, b));
-    cq_tensor *log_p = r->stored.data ? &r->stored : &r->log_p;
-    const part parts[] = {
-        {"ids", r->ids.data, CQ_I32, CQ_SHAPE2(b->valid, k)},
-        {"log_p", log_p->data, r->o.storage, CQ_SHAPE2(b->valid, k)},
-        {"log_tail", r->log_tail.data, r->dtype, CQ_SHAPE1(b->valid)},
-        {"log_label", r->log_label.data, r->dtype, CQ_SHAPE1(b->valid)},
-        {"rows", r->rows.data, CQ_I32, CQ_SHAPE1(n_rows)},
-        {"groups", r->groups, CQ_I32, CQ_SHAPE1(n_groups)},
-        {"taps", r->tapped, CQ_I32, CQ_SHAPE1(n_taps)},
-        {"exponents", r->exponents, CQ_I32, CQ_SHAPE2(n_taps, n_groups)},
-        {"grams", r->grams.data, r->o.storage, CQ_SHAPE2(n_taps, triangles)},
-    };
-    return save(b, parts, (int)(sizeof parts / sizeof *parts), path, bytes);
+    return finish(r, b, n_rows, n_groups, n_taps, triangles, path, bytes);
 }

@@ -401,8 +401,11 @@ static void from_half(float *to, const uint16_t *from, int64_t n) {
 
 /// Scratch of one thread, [k] each.
 typedef struct cached_room {
-    float *log_p, *p, *z;
+    float *log_p, *e, *z; ///< the teacher's entries; exponentials and logits of the student in S
 } cached_room;
+
+/// Entries come in descending order, in which a long sum of floats forgets the small ones.
+enum { SHORT = 16 };
 
 /// A row whose teacher is k log-probabilities l: the student's entries in S are taken out of the
 /// row, so that what stays is the tail, and put back when all sums are known.
@@ -410,22 +413,22 @@ static double cached_row(const cq_kl_cached_args *a, int64_t at, float *z, cache
                          double *ls) {
     int64_t top = a->form == CQ_KL_FULL || a->top_k > a->vocab ? a->vocab : a->top_k;
     const int32_t *ids = a->ids + at * a->k;
-    double tail = (double)((const float *)a->log_tail)[at];
+    double tail = (double)((const float *)a->log_tail)[at], others = 0.0;
     const float *l = (const float *)a->log_p + at * a->k;
     if (a->half)
         from_half(m.log_p, (const uint16_t *)a->log_p + at * a->k, a->k), l = m.log_p;
     float first = l[0], most = -INFINITY;
-    double kept_sum = exponential_sum(l, m.p, first, top);
-    double others = exponential_sum(l + top, NULL, first, a->k - top);
-    double unit = -expm1(tail) / (kept_sum + others), rest = exp(tail) + others * unit;
     for (int64_t i = 0; i < top; i++) {
         m.z[i] = z[ids[i]];
         most = m.z[i] > most ? m.z[i] : most;
         z[ids[i]] = -INFINITY;
     }
     side in = {.teacher_top = first, .student_top = most > -INFINITY ? most : 0.0f}, out = {0};
-    for (int64_t i = 0; i < top; i += SPAN)
-        exponentials(&in, l + i, m.z + i, NULL, top - i < SPAN ? top - i : SPAN);
+    for (int64_t i = 0; i < top; i += SHORT)
+        exponentials(&in, l + i, m.z + i, m.e + i, top - i < SHORT ? top - i : SHORT);
+    for (int64_t i = top; i < a->k; i += SHORT)
+        others += exponential_sum(l + i, NULL, first, a->k - i < SHORT ? a->k - i : SHORT);
+    double unit = -expm1(tail) / (in.teacher + others), rest = exp(tail) + others * unit;
     bool all = top == a->vocab;
     float least = all ? -INFINITY : vec_max(z, a->vocab, -INFINITY);
     out.student_top = least > -INFINITY ? least : 0.0f;
@@ -453,7 +456,7 @@ static double cached_row(const cq_kl_cached_args *a, int64_t at, float *z, cache
             z[j] *= o;
     if (a->gradient)
         for (int64_t i = 0; i < top; i++)
-            m.z[i] = vec_exp(m.z[i] - in.student_top) * q - m.p[i] * p;
+            m.z[i] = m.e[i] * q - vec_exp(l[i] - first) * p;
     for (int64_t i = 0; i < top; i++)
         z[ids[i]] = m.z[i];
     return value;

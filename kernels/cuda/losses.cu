@@ -19,6 +19,7 @@
 /// more, 30 GB, 6.2 ms; cross-entropy 15 GB, 3.1 ms. Four exponentials an entry, about 60
 /// instructions: 2.6 ms of the FP32 pipes. All are bound by memory.
 #include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/ranked.cuh"
 #include "kernels/cuda/row_sums.cuh"
 #include <float.h>
 
@@ -230,19 +231,6 @@ template <int W> __global__ void __launch_bounds__(MOST_THREADS, 1) kl_full(kl_j
         if (two)
             store<W>(z, i - step, gradient_of<W>(t1, s1, teacher.top, student.top, p, q));
     }
-}
-
-/// The float's bits, so that they order as numbers do; -0 is 0. NaNs lie at both ends.
-__device__ __forceinline__ uint32_t bits_in_order(float x) {
-    uint32_t b = __float_as_uint(x + 0.0f);
-    return b ^ ((b >> 31) ? 0xffffffffu : 0x80000000u);
-}
-__device__ __forceinline__ float float_of_bits(uint32_t b) {
-    return __uint_as_float(b ^ ((b >> 31) ? 0x80000000u : 0xffffffffu));
-}
-/// No two keys of a row are the same. The larger comes first in the order of kernels/ref/ranked.h.
-__device__ __forceinline__ uint64_t key_of(float x, int id) {
-    return (uint64_t)bits_in_order(x) << 32 | (uint64_t)(0xffffffffu - (uint32_t)id);
 }
 
 /// The keys low .. high hold the k-th largest: it is the `need`-th largest of their `count`.

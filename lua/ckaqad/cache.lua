@@ -124,7 +124,7 @@ function cache.create(dir, options)
   local r = native.new "cq_recorder_options"
   r.top_k, r.storage, r.rows, r.taps, r.seed = self.top_k, C[storages[o.storage]], math.max(4, self.rows), taps, o.seed
   r.held_out_rows = o.holdout_tokens
-  r.chunk = require("ckaqad.distill").chunk(o.teacher.vocab, false)
+  r.chunk = require("ckaqad.distill").chunk(o.teacher.vocab, o.teacher.device.on_device)
   self.c = native.open("cq_recorder", "cq_recorder_open", o.teacher.c, r)
   self.identity = identity(o.teacher, o.data, o.seed)
   for _, item in ipairs { { "top_k", "--top_k", self.top_k }, { "storage", "--storage", self.storage }, { "rows", "--rows", self.rows },

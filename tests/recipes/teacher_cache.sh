@@ -62,7 +62,7 @@ end
 assert(n == 12, n)
 EOT
 
-# first step: KL within 1e-3 of itself from F16 and 2e-6 from F32, CKA within 3e-6 and 1e-8; frozen parameters and other losses too
+# first step: KL within 1e-3 of itself from F16 and 1e-5 from F32, CKA within 3e-6 and 1e-8; frozen parameters and other losses too
 check() { # RELATIVE-KL ABSOLUTE-CKA: first steps of run and want
   luajit - "$work/want" "$work/run" "$1" "$2" <<'EOT' || fail "the losses differ"
 local function first(dir) local f = io.open(dir .. "/metrics.jsonl"); local l = f:read "*l"; f:close(); return require("cjson").decode(l) end
@@ -82,7 +82,7 @@ for options in "" "--top_k=16 --tail=truncated --estimator=biased --cka=last:3 -
   grep -q "teacher weights" "$work/log" && fail "teacher weights are in the plan"
   # shellcheck disable=SC2086
   train nemotron_nano --teacher-cache="$work/f" $options || fail "from the cache in F32: $options"
-  check 2e-6 1e-8
+  check 1e-5 1e-8
   [ -n "$options" ] || grep -q "PTQ" "$work/run/log.txt" || fail "no held-out measure"
 done
 
