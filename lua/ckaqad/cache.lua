@@ -273,7 +273,7 @@ function cache.open(dir, options)
     model = errors.NONE, data = errors.NONE, terms = errors.NONE, steps = 0, seed = 1,
   })
   if not o.model or not o.data or not o.terms then errors.usage("cache.open: model, data or terms is missing") end
-  if dir == "" then return o.model end
+  if dir == "" or o.model.device.imagined then return o.model end
   local m = read_manifest(dir)
   if not m then
     errors.raise(errors.DATA, "teacher cache %s: teacher.json is missing, wanted a folder of recipes/teacher_cache.lua", dir)

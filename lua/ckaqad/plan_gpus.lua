@@ -203,7 +203,9 @@ end
 local function declared(r, o, options, search)
   if r.layout.gpus > 1 or r.missing > 0 then return end
   local globs = r.combo.freeze == "experts" and "*.experts.*" or nil
+  local sum = r.bytes
   r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master }), r.combo.recompute)
+  if search.cached then r.bytes.teacher, r.bytes.total = sum.teacher, r.bytes.total - r.bytes.teacher + sum.teacher end
   r.short = math.max(0, r.bytes.total - search.limit)
   r.fits = r.short == 0
 end
@@ -305,6 +307,7 @@ local function header(o, list, opt)
       :format(r.copy / 1e12, r.link / 1e9, r.node / 1e9, r.per_node, r.host / 1e9),
     "    experts chosen evenly; nothing overlaps but a streamed teacher with its own forward",
   }
+  if o.cached then lines[#lines + 1] = "  the teacher's outputs come from a cache, which is not read now" end
   if o.student.family == "nemotron_h" then
     lines[#lines + 1] = "    Mamba-2 and MoE blocks are slower: 0.16 was measured on 8 of Nemotron 3 Nano's (--rates=fraction=0.16)"
   end
@@ -332,7 +335,7 @@ function gpus.show(say, opt, options)
   local search = {
     step = { batch = data.batch, seq = data.seq, micro = data.micro }, limit = opt.gpu_memory - RESERVE, host = opt.host_memory,
     rates = gpus.rates(opt.rates), has = has(opt), has_ranks = function() return rawget(opt, "expert_parallel") ~= nil end, fixed = {},
-    student = o.student, tokens = o.tokens,
+    student = o.student, tokens = o.tokens, cached = (rawget(opt, "teacher_cache") or "") ~= "",
   }
   for _, knob in ipairs(ranks.knobs) do
     local typed_too = knob.name ~= "freeze" and is_option(opt, knob) and opt.given[knob.name]

@@ -80,6 +80,7 @@ function ranks.bytes(model, combo, layout)
   for _, class in ipairs(model.classes) do
     local n, copies = held(class, layout)
     local teacher = n * (combo.weights ~= "f32" and 2 or class.matrix and 6 or 4)
+    if combo.cached and class.trained then teacher = 0 end -- frozen ones are the student's
     if offloads(combo, "teacher") and class.block then
       out.host, out.stream = out.host + teacher, out.stream + teacher
     else
@@ -111,7 +112,8 @@ function ranks.operations(model, combo, seq)
   local scan = s.mamba * (2 * s.chunk * s.state * s.groups + 2 * s.chunk * s.mamba_head_dim * s.mamba_heads
     + 4 * s.state * s.mamba_head_dim * s.mamba_heads)
   local forward = 2 * linear + attention + scan
-  local o = { linear = 2 * linear, attention = attention, scan = scan, forward = forward, teacher = forward, student = forward }
+  local o = { linear = 2 * linear, attention = attention, scan = scan, forward = forward, student = forward }
+  o.teacher = combo.cached and 0 or forward
   o.backward = 2 * linear + 2 * trained + 2 * attention + 2 * scan
   o.again = combo.recompute == "yes" and forward - 2 * s.vocab * s.hidden or 0
   o.total = o.teacher + o.student + o.backward + o.again
@@ -128,7 +130,7 @@ end
 
 -- What a rank sends to experts on other ranks and back: teacher 2 ways, forward 2, backward 2, forward again 2.
 local function tokens_sent(model, combo, layout, step)
-  local s, ways = model.shape, combo.recompute == "yes" and 8 or 6
+  local s, ways = model.shape, (combo.recompute == "yes" and 8 or 6) - (combo.cached and 2 or 0)
   local away = step.batch * step.seq / layout.gpus * (layout.experts - 1) / layout.experts
   return ways * away * s.moe * s.top_k * s.hidden * value_bytes[combo.activations]
 end
@@ -239,11 +241,12 @@ end
 -- Every combination and layout of `gpus` GPUs, those that fit first and by expected time: { combo, layout, bytes, seconds, short,
 -- short_host, fits, loss, missing, lacks }. `models` = { none = model, experts = model } by what is frozen. Options: `step` { batch,
 -- seq, micro }, `limit` and `host` bytes of a GPU and of a node's host (0: any), `rates`, `fixed` (knob name -> set of values),
--- `has(name, value)` and `has_ranks(layout)`: what this program has.
+-- `has(name, value)` and `has_ranks(layout)`: what this program has; `cached`: the teacher's outputs come from a file.
 function ranks.search(models, gpus, o)
   local list, nodes = {}, math.min(gpus, o.rates.per_node)
   for _, combo in ipairs(combinations(o.fixed or {})) do
     local model = models[combo.freeze]
+    combo.cached = o.cached
     local loss, missing, lacks = 0, 0, {}
     for _, knob in ipairs(ranks.knobs) do
       local value = combo[knob.name]
@@ -260,7 +263,7 @@ function ranks.search(models, gpus, o)
       r.short_host = o.host > 0 and math.max(0, bytes.host * nodes - o.host) or 0
       r.fits = r.short == 0 and r.short_host == 0
       r.seconds = ranks.seconds(model, combo, layout, o.step, o.rates, bytes)
-      r.cost = cost(r)
+      r.cost = cost(r) + 1e-5 * #list -- of equals the earlier: the plainer
       list[#list + 1] = r
     end
   end

@@ -120,6 +120,16 @@ describe("plan_ranks", function()
     assert.is_true(b.total < 140e9)
   end)
 
+  it("needs no teacher beside a cache, but what is frozen", function()
+    local plain, cached = combo { weights = "packed" }, combo { weights = "packed", cached = true }
+    assert.equal(0, ranks.bytes(nano(), cached, one).teacher)
+    assert.equal(2 * 29374808064, ranks.bytes(nano(true), cached, one).teacher)
+    local a, b = ranks.operations(qwen(), plain, 4096), ranks.operations(qwen(), cached, 4096)
+    near(0.75, b.total / a.total, 1e-9)
+    local step, layout = { batch = 8, seq = 1000, micro = 1 }, { gpus = 8, experts = 8 }
+    near(4 / 6, ranks.moved(nano(), cached, layout, step).tokens / ranks.moved(nano(), plain, layout, step).tokens, 1e-9)
+  end)
+
   it("moves master and moments, or the teacher's blocks, to the host", function()
     local m, c = nano(true), combo { weights = "packed" }
     local kept, moved = ranks.bytes(m, c, one), ranks.bytes(m, combo { weights = "packed", offload = "optimizer" }, one)
