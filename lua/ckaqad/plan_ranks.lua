@@ -205,7 +205,8 @@ local function combinations(fixed)
     local more = {}
     for _, combo in ipairs(list) do
       for _, value in ipairs(knob.values) do
-        if not fixed[knob.name] or fixed[knob.name][value] then
+        local wanted = fixed[knob.name]
+        if wanted and wanted[value] or not wanted and value ~= "split" then -- split takes F32's bytes: only where it is asked for
           local c = {}
           for key, v in pairs(combo) do c[key] = v end
           c[knob.name] = value
