@@ -323,9 +323,6 @@ local legend = {
 -- Prints the plan of a prepared run and leaves: exit 0, or out of memory with the smallest shortfall when nothing fits.
 function gpus.show(say, opt, options)
   local o = plan.prepare(options)
-  if o.teacher and o.teacher.cached then
-    errors.usage("option --gpus: a cached teacher is not planned for GPUs yet, wanted no --teacher-cache")
-  end
   if not (o.teacher and o.adam and o.data) then
     errors.usage("option --gpus: this recipe does not distil, wanted a plan with teacher, adam and data")
   end

@@ -98,6 +98,7 @@ refused 'mask all, wanted assistant' 3 from --mask=assistant --data="$work/ids.j
 refused 'steps 6, wanted at least 7' 3 from --steps=7
 refused 'documents [0-9a-f]{12}, wanted [0-9a-f]{12}$' 3 from --data="$work/holdout.jsonl"
 refused 'held-out documents [0-9a-f]{12}, wanted [0-9a-f]{12}$' 3 from --holdout="$work/train.jsonl"
+refused 'gpus: plans trainings' 2 make --cache="$work/a" --dry-run --gpus=1
 refused 'cosine needs the teacher' 2 from --layer=cosine
 refused 'model [0-9a-f]{12}, wanted' 3 train nemotron_nano --model=tests/golden/nemotron_h_gsm8k --teacher-cache="$work/a"
 mkdir "$work/m"; cp "$model"/*.json "$model"/*.safetensors "$work/m"; chmod u+w "$work/m/tokenizer.json"; echo >>"$work/m/tokenizer.json"
@@ -113,4 +114,4 @@ rm "$work/c/step-000002-001.safetensors"
 refused 'step-000002-001.safetensors: is missing' 3 train nemotron_nano --steps=2 --cka=last:2 --teacher-cache="$work/c"
 cp "$work/f/step-000001-000.safetensors" "$work/a/step-000001-001.safetensors"
 refused 'step-000001-001.safetensors: is of the micro-batch' 3 from
-echo "a cache made in pieces is the same bytes, losses are the teacher's, 21 others are refused"
+echo "a cache made in pieces is the same bytes, losses are the teacher's, 22 others are refused"
