@@ -107,11 +107,23 @@ CHECKED(cka_backward, DENSE(dx, a->n, a->dim))
 CHECKED(rowloss, )
 CHECKED(rowloss_backward, DENSE(dx, a->n, a->dim))
 CHECKED(scatter_rows, )
-CHECKED(adamw, DENSE(w, a->rows, a->cols); DENSE(m, a->rows, a->cols); DENSE(v, a->rows, a->cols);
-        DENSE(wq, a->rows, a->cols))
+CHECKED(adamw, {
+    int64_t blocks = (a->rows * a->cols + 255) / 256;
+    if (a->master == CQ_MASTER_F32)
+        DENSE(w, a->rows, a->cols);
+    if (a->moments == CQ_MOMENTS_F32) {
+        DENSE(m, a->rows, a->cols);
+        DENSE(v, a->rows, a->cols);
+    } else if (a->moments == CQ_MOMENTS_8BIT) {
+        DENSE(m_scale, 1, blocks);
+        DENSE(v_scale, 1, blocks);
+    }
+    DENSE(wq, a->rows, a->cols);
+})
 CHECKED(sumsq, )
 CHECKED(axpy, DENSE(y, 1, a->n))
 CHECKED(round_bf16, )
+CHECKED(widen, DENSE(y, 1, a->n))
 
 const cq_kernels *cq_kernels_checked(const cq_kernels *of) {
     base = of;

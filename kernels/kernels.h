@@ -530,6 +530,12 @@ typedef struct cq_scatter_rows_args {
 /// AdamW (arXiv 1711.05101) with bias correction at step `step` (from 1): g' = g * grad_scale,
 /// w -= lr (mhat / (sqrt(vhat) + eps) + weight_decay w); then wq = fake quantization of the new w
 /// [rows, cols] in the same pass when wq is set. Weights, moments and gradient F32 or F64.
+///
+/// Weights and moments may be stored in fewer bits (kernels/formats.h; gradient and wq F32 then,
+/// and one group in fq): they are widened to F32, updated as F32, and what is stored is rounded
+/// from the result; wq is made from the stored weight.
+typedef enum cq_master { CQ_MASTER_F32 = 0, CQ_MASTER_SPLIT = 1, CQ_MASTER_BF16 = 2 } cq_master;
+typedef enum cq_moments { CQ_MOMENTS_F32 = 0, CQ_MOMENTS_BF16 = 1, CQ_MOMENTS_8BIT = 2 } cq_moments;
 typedef struct cq_adamw_args {
     cq_dtype dtype;
     int64_t rows, cols;
@@ -541,7 +547,20 @@ typedef struct cq_adamw_args {
     cq_fq fq;
     const float *block_amax;
     float top;
+    cq_master master;         ///< SPLIT: w holds the high halves; BF16: w holds BF16
+    cq_moments moments;       ///< BF16: m and v hold BF16; 8BIT: one byte each
+    void *low;                ///< [rows, cols] low halves of SPLIT, 16 bits each
+    float *m_scale, *v_scale; ///< of 8BIT: [(rows * cols + 255) / 256]
+    uint64_t key;             ///< of the stochastic rounding, made from seed, parameter and step
+    int64_t first;            ///< number of w[0] in its parameter, a multiple of 256
 } cq_adamw_args;
+/// y = x in F32: BF16, or with `low` the split form (kernels/formats.h).
+typedef struct cq_widen_args {
+    cq_dtype dtype; ///< of y: F32 or F64
+    int64_t n;
+    const void *x, *low; ///< 16 bits each; low may be NULL
+    void *y;
+} cq_widen_args;
 /// out[0] += sum of squares in double; non-finite input gives a non-finite sum.
 typedef struct cq_sumsq_args {
     cq_dtype dtype;

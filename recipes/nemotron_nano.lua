@@ -22,6 +22,8 @@ local opt = cq.options {
   warmup = 0,                   -- warm-up steps; below 1 a fraction of all
   clip = 1,                     -- global gradient norm (0: no clipping)
   freeze = "",                  -- globs of parameters that are not trained, for example *.gate.weight (the router)
+  moments = "f32",              -- AdamW's m and v of matrices: f32 (8 bytes a parameter), bf16 (4), 8bit (2)
+  master = "f32",               -- trained weights of quantized linears: f32 or split (4 bytes, exact), bf16 (2, stochastic rounding)
   mask = "all",                 -- targets: all tokens, or assistant
   loss = "kl",                  -- on the logits: kl (distillation) or ce (cross-entropy with the text: plain QAT)
   top_k = 1024,                 -- teacher logits KL looks at
@@ -45,7 +47,7 @@ local terms = { cq.loss.logits(opt.loss, { top_k = opt.top_k, tail = opt.tail })
   cq.loss.layer(opt.layer, { blocks = opt.cka, tokens = opt.rows, estimator = opt.estimator }) }
 teacher = cq.cache.open(opt.teacher_cache, { model = teacher, data = data, terms = terms, steps = opt.steps, seed = opt.seed })
 local balance = cq.balance.get(opt.balance, { max = opt.max_weight }) -- or function(p) return { kl = 1, cka = p.kl } end
-local adam = cq.optim.adamw(student, { betas = { 0.9, 0.95 }, weight_decay = 0, clip = opt.clip })
+local adam = cq.optim.adamw(student, { clip = opt.clip, moments = opt.moments, master = opt.master, seed = opt.seed }) -- betas 0.9, 0.95
 local rate = cq.schedule[opt.schedule] { peak = opt.lr, warmup = opt.warmup, steps = opt.steps }
 
 run:plan { teacher = teacher, student = student, adam = adam, terms = terms, data = data, eval = true }

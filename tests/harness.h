@@ -28,6 +28,8 @@ typedef struct harness_options {
     cq_distill_options distill;
     bool no_load; ///< the caller fills the weights
     int threads;
+    cq_moments moments;
+    cq_master master;
 } harness_options;
 
 /// Documents of the given lengths with seeded ids.
@@ -79,7 +81,14 @@ static inline void harness_open(harness *h, const harness_options *o) {
     d.taps = taps;
     OK(cq_distill_open(&h->distill, h->teacher, h->student, &d));
     free(taps);
-    OK(cq_adamw_open(&h->adam, h->student, &(cq_adamw_options){0.9, 0.95, 1e-8, 0, 1}));
+    cq_adamw_options adam = {.beta1 = 0.9,
+                             .beta2 = 0.95,
+                             .eps = 1e-8,
+                             .clip = 1,
+                             .moments = o->moments,
+                             .master = o->master,
+                             .seed = 4};
+    OK(cq_adamw_open(&h->adam, h->student, &adam));
     OK(cq_plan_open(&h->plan));
     OK(cq_model_plan_params(h->teacher, h->plan, false));
     OK(cq_model_plan_params(h->student, h->plan, true));
@@ -147,14 +156,24 @@ static inline double harness_step(harness *h, int64_t step, int micro, double w_
     return r.logit_loss;
 }
 
-/// SHA-256 over all master weights.
+static inline void harness_add(cq_sha256 *s, cq_tensor t) {
+    if (t.data)
+        cq_sha256_add(s, t.data, (size_t)cq_tensor_bytes(t));
+}
+
+/// SHA-256 over all master weights and moments.
 static inline void harness_hash(harness *h, char hex[65]) {
     cq_sha256 s;
     cq_sha256_init(&s);
     for (int64_t i = 0; i < cq_model_n_params(h->student); i++) {
         cq_param *p = cq_model_param(h->student, i);
-        cq_sha256_add(&s, p->value.data, (size_t)cq_tensor_bytes(p->value));
-        cq_sha256_add(&s, p->fq.data, (size_t)cq_tensor_bytes(p->fq));
+        harness_add(&s, p->value);
+        harness_add(&s, p->low);
+        harness_add(&s, p->fq);
+        for (int k = 0; k < 2; k++) {
+            harness_add(&s, *cq_adamw_moment(h->adam, i, k));
+            harness_add(&s, *cq_adamw_scale(h->adam, i, k));
+        }
     }
     cq_sha256_hex(&s, hex);
 }

@@ -1,6 +1,7 @@
 /* plain_b.c - the plain FP32 loops of losses, routing, rows and optimizer: the bodies of
    kernels/ref compiled with float sums. */
 #include "kernels/ref/ranked.h"
+#include "kernels/update.h"
 #include "tests/plain_kernels.h"
 
 #define real float
@@ -40,6 +41,7 @@ CQ_PLAIN_OP(adamw)
 CQ_PLAIN_OP(sumsq)
 CQ_PLAIN_OP(axpy)
 CQ_PLAIN_OP(round_bf16)
+CQ_PLAIN_OP(widen)
 
 /* whole numbers only: there is no other precision to run it in */
 int cq_plain_route_sort(cq_stream *s, const cq_route_sort_args *a) {

@@ -2,6 +2,7 @@
    codec of kernels/nvfp4.h, under every instruction set the machine has; with WAYS_CUDA the same of
    a device. */
 #include "kernels/nvfp4.h"
+#include "kernels/update.h"
 #include "tests/three_ways.h"
 
 /* A stream for the next way to run; frees the one before. False at the end. */
@@ -197,6 +198,102 @@ Test(cpu_quant, adamw_quantizes_the_new_weights) {
         cr_expect_eq(differences(q, right, ROWS * DIM), 0, "%s, static", ways_name(at));
         free(w), free(m), free(v), free(g), free(q), free(right);
     }
+}
+
+/* AdamW over narrow forms is AdamW of the same backend in F32 between widening and storing. */
+static void check_narrow(cq_stream *s, int at, cq_master master, cq_moments moments, int64_t rows,
+                         int64_t cols, bool quantized, bool fixed) {
+    int64_t n = rows * cols, blocks = (n + 255) / 256, counted = 0, wanted = 0;
+    float *w = normal(1, n), *m = normal(2, n), *v = normal(3, n), *g = normal(4, n);
+    float *q = floats(n), *right = floats(n), scale[2][64] = {{0}}, block[1024];
+    uint16_t *half[4]; /* w, low, m, v */
+    cr_assert(blocks <= 64 && n / 16 <= 1024);
+    for (int k = 0; k < 4; k++)
+        half[k] = calloc((size_t)n, 2);
+    for (int64_t i = 0; i < n; i++)
+        v[i] *= v[i];
+    for (int64_t b = 0; b < n / 16; b++)
+        block[b] = 0.1f * (float)(1 + b % 9);
+    float amax = 4.0f;
+    cq_adamw_args wide = {.dtype = CQ_F32,
+                          .rows = rows,
+                          .cols = cols,
+                          .w = w,
+                          .m = m,
+                          .v = v,
+                          .g = g,
+                          .lr = 1e-2,
+                          .beta1 = 0.9,
+                          .beta2 = 0.95,
+                          .eps = 1e-8,
+                          .weight_decay = 0.1,
+                          .grad_scale = 0.7,
+                          .step = 3,
+                          .top = 448.0f};
+    cq_adamw_args a = wide, copy;
+    a.w = master ? (void *)half[0] : w, a.low = half[1];
+    a.m = moments ? (void *)half[2] : m, a.v = moments ? (void *)half[3] : v;
+    a.m_scale = scale[0], a.v_scale = scale[1];
+    a.master = master, a.moments = moments, a.key = 0x123456789abcdefu, a.first = 512;
+    a.wq = quantized ? q : NULL, a.fq = (cq_fq){&amax, NULL, 1, &counted};
+    a.block_amax = fixed ? block : NULL;
+    copy = a; /* stores the state that both begin with */
+    for (int64_t b = 0; b < n; b += 256)
+        cq_update_write(&copy, b, n - b < 256 ? n - b : 256, w + b, m + b, v + b);
+    for (int64_t b = 0; b < n; b += 256)
+        cq_update_read(&copy, b, n - b < 256 ? n - b : 256, w + b, m + b, v + b);
+    float *wn = floats(n), *mn = floats(n), *vn = floats(n);
+    memcpy(wn, w, (size_t)n * 4), memcpy(mn, m, (size_t)n * 4), memcpy(vn, v, (size_t)n * 4);
+    wide.w = wn, wide.m = mn, wide.v = vn;
+#define NARROW_SIZE(form) ((form) == 0 ? n * 4 : n * 2)
+    cr_assert_eq(WAYS_CALL(s, adamw, wide, WAYS_AT(w, n * 4), WAYS_AT(m, n * 4), WAYS_AT(v, n * 4),
+                           WAYS_AT(g, n * 4)),
+                 CQ_OK, "%s", cq_error());
+    cr_assert_eq(WAYS_CALL(s, adamw, a, WAYS_AT(w, NARROW_SIZE(master)), WAYS_AT(low, n * 2),
+                           WAYS_AT(m, NARROW_SIZE(moments)), WAYS_AT(v, NARROW_SIZE(moments)),
+                           WAYS_AT(g, n * 4), WAYS_AT(wq, n * 4), WAYS_AT(m_scale, blocks * 4),
+                           WAYS_AT(v_scale, blocks * 4), WAYS_AT(fq.amax, 4),
+                           WAYS_AT(fq.saturated, 8), WAYS_AT(block_amax, n / 16 * 4)),
+                 CQ_OK, "%s", cq_error());
+    /* what should be there now, in memory of its own */
+    float *ws = floats(n), *ms = floats(n), *vs = floats(n), at_scale[2][64] = {{0}};
+    uint16_t *low = calloc((size_t)n, 2);
+    copy.w = ws, copy.m = ms, copy.v = vs, copy.low = low;
+    copy.m_scale = at_scale[0], copy.v_scale = at_scale[1];
+    for (int64_t b = 0; b < n; b += 256)
+        cq_update_write(&copy, b, n - b < 256 ? n - b : 256, wn + b, mn + b, vn + b);
+    const char *what = ways_name(at);
+    size_t size_w = (size_t)NARROW_SIZE(master);
+    size_t size_m = (size_t)(moments == CQ_MOMENTS_8BIT ? n : NARROW_SIZE(moments));
+    cr_expect(!memcmp(a.w, ws, size_w), "%s: weights, %d %d", what, (int)master, (int)moments);
+    cr_expect(!memcmp(a.m, ms, size_m), "%s: m, %d %d", what, (int)master, (int)moments);
+    cr_expect(!memcmp(a.v, vs, size_m), "%s: v, %d %d", what, (int)master, (int)moments);
+    if (master == CQ_MASTER_SPLIT)
+        cr_expect(!memcmp(half[1], low, (size_t)n * 2), "%s: low halves", what);
+    if (moments == CQ_MOMENTS_8BIT)
+        cr_expect(!memcmp(scale, at_scale, sizeof(scale)), "%s: scales", what);
+    for (int64_t b = 0; quantized && b < n / 16; b++)
+        wanted += cq_nvfp4_block_fake(right + 16 * b, wn + 16 * b, amax, fixed ? block[b] : -1.0f,
+                                      448.0f);
+    if (quantized) {
+        cr_expect_eq(differences(q, right, n), 0, "%s: quantized copy", what);
+        cr_expect_eq(counted, wanted);
+    }
+    for (int k = 0; k < 4; k++)
+        free(half[k]);
+    free(w), free(m), free(v), free(g), free(q), free(right), free(wn), free(mn), free(vn);
+    free(ws), free(ms), free(vs), free(low);
+}
+
+Test(cpu_quant, adamw_over_narrow_weights_and_moments) {
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);)
+        for (int form = 1; form < 9; form++) {
+            cq_master master = (cq_master)(form / 3);
+            cq_moments moments = (cq_moments)(form % 3);
+            check_narrow(&s, at, master, moments, 25, 16 * 9, true, form % 2);
+            check_narrow(&s, at, master, moments, 1, 1021, false, false);
+        }
 }
 
 Test(cpu_quant, maxima_are_refs_and_never_fall) {

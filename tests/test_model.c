@@ -294,6 +294,69 @@ Test(model, a_checkpoint_continues_bit_for_bit) {
     OK(cq_folder_remove(dir));
 }
 
+Test(model, narrow_forms_continue_bit_for_bit_and_others_are_refused) {
+    char a[65], b[65], dir[256], *json;
+    harness h;
+    snprintf(dir, sizeof dir, "/tmp/ckaqad-test-narrow-%ld", (long)getpid());
+    for (int split = 0; split < 2; split++) {
+        harness_options o = pair(models[split]);
+        o.master = split ? CQ_MASTER_SPLIT : CQ_MASTER_BF16;
+        o.moments = split ? CQ_MOMENTS_BF16 : CQ_MOMENTS_8BIT;
+        harness_open(&h, &o);
+        harness_step(&h, 1, 1, 1, 0.5);
+        OK(cq_checkpoint_save(dir, h.student, h.adam, "{}"));
+        harness_step(&h, 2, 1, 1, 0.5);
+        harness_hash(&h, a);
+        harness_close(&h);
+        harness_open(&h, &o);
+        OK(cq_checkpoint_load(dir, h.student, h.adam, &h.stream, &json));
+        free(json);
+        harness_step(&h, 2, 1, 1, 0.5);
+        harness_hash(&h, b);
+        cr_expect_str_eq(a, b);
+        harness_close(&h);
+        o.master = CQ_MASTER_F32;
+        harness_open(&h, &o);
+        cr_expect_eq(cq_checkpoint_load(dir, h.student, h.adam, &h.stream, &json), CQ_EDATA);
+        cr_expect(strstr(cq_error(), "--master"), "%s", cq_error());
+        harness_close(&h);
+    }
+    OK(cq_folder_remove(dir));
+}
+
+Test(model, a_split_master_trains_like_f32_and_narrow_ones_start_alike) {
+    float *want = NULL;
+    for (int form = CQ_MASTER_F32; form <= CQ_MASTER_BF16; form++) {
+        harness h;
+        harness_options o = pair(models[0]);
+        o.master = (cq_master)form;
+        harness_open(&h, &o);
+        double kl = harness_step(&h, 1, 2, 1, 0.5), first = 0;
+        cq_param *p = cq_model_find(h.student, "backbone.layers.2.mixer.out_proj.weight");
+        int64_t n = cq_tensor_elems(p->value);
+        if (form != CQ_MASTER_BF16) /* BF16 differs from here on */
+            kl += harness_step(&h, 2, 2, 1, 0.5);
+        cq_tensor x;
+        void *owned;
+        OK(cq_param_master(&x, &owned, p));
+        cr_expect_eq(p->value.dtype, form ? CQ_BF16 : CQ_F32);
+        if (!want) {
+            want = malloc((size_t)n * 2 * sizeof *want + sizeof kl);
+            memcpy(want, x.data, (size_t)n * sizeof *want);
+            memcpy(want + n, p->fq.data, (size_t)n * sizeof *want);
+            memcpy(want + 2 * n, &kl, sizeof kl);
+        } else if (form == CQ_MASTER_SPLIT) {
+            memcpy(&first, want + 2 * n, sizeof first);
+            cr_expect_eq(kl, first);
+            cr_expect_arr_eq(x.data, want, (size_t)n * sizeof *want);
+            cr_expect_arr_eq(p->fq.data, want + n, (size_t)n * sizeof *want);
+        }
+        free(owned);
+        harness_close(&h);
+    }
+    free(want);
+}
+
 Test(model, a_loss_that_is_not_finite_names_step_and_block) {
     harness h;
     harness_options o = pair(models[0]);

@@ -21,6 +21,7 @@ typedef struct cq_linear {
     int64_t n_parts; ///< parameters in the stack
     cq_param **part; ///< in stacking order
     cq_tensor value; ///< [groups * n, k] master weights
+    cq_tensor low;   ///< their low halves where the master is split, else no data
     cq_tensor fq;    ///< what forward multiplies with
     cq_tensor grad;  ///< no data when none is trainable
     cq_tensor fq16;  ///< fq in BF16 where products on a device are BF16, else no data

@@ -7,7 +7,7 @@
 #include "core/block/block.h"
 
 static const void *weight_now(const cq_layer *l, const cq_linear *w) {
-    return l->env->calibrating ? w->value.data : w->fq.data;
+    return l->env->calibrating && w->value.dtype == l->env->dtype ? w->value.data : w->fq.data;
 }
 
 static const void *weight16_now(const cq_layer *l, const cq_linear *w) {

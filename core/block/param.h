@@ -13,7 +13,8 @@ typedef struct cq_param {
     bool trainable;
     bool quantized;
     const char *reason; ///< why a linear is not quantized, else NULL
-    cq_tensor value;    ///< master weight
+    cq_tensor value;    ///< master weight; BF16 where the optimizer keeps it in fewer bits
+    cq_tensor low;      ///< [rows, 2 cols] bytes: low halves of a split master, else no data
     cq_tensor
         fq; ///< what forward multiplies with: the fake-quantized copy, or the same memory as value
     cq_tensor grad;    ///< no data when not trainable

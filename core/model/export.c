@@ -114,10 +114,14 @@ static int pack(packer *k, cq_param *p, const float *x) {
 static int add_quantized(packer *k, cq_param *p) {
     const float *x;
     float *copy;
-    int status = as_f32(&x, &copy, p->value);
+    cq_tensor value;
+    void *owned;
+    CQ_TRY(cq_param_master(&value, &owned, p));
+    int status = as_f32(&x, &copy, value);
     if (!status)
         status = pack(k, p, x);
     free(copy);
+    free(owned);
     return status;
 }
 
@@ -125,7 +129,7 @@ static int add_plain(packer *k, cq_param *p) {
     int64_t n = cq_tensor_elems(p->value);
     cq_tensor value;
     void *owned;
-    CQ_TRY(cq_tensor_on_host(&value, &owned, p->value));
+    CQ_TRY(cq_param_master(&value, &owned, p));
     if (owned)
         k->owned[k->n_owned++] = owned;
     for (int64_t i = 0; i < n; i++) {
@@ -135,7 +139,7 @@ static int add_plain(packer *k, cq_param *p) {
             return cq_fail(CQ_ENUMERIC, "%s: element %ld is %g, wanted a finite number", p->name,
                            (long)i, v);
     }
-    if (p->disk == p->value.dtype)
+    if (p->disk == value.dtype)
         return cq_st_writer_add(k->writer, p->name, (cq_tensor){value.data, p->shape, p->disk});
     void *copy = own(k, n * cq_dtype_bytes(p->disk));
     if (!copy)

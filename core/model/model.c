@@ -234,6 +234,7 @@ int64_t *cq_model_saturation(cq_model *m) { return m->env.saturated.data; }
 void cq_model_input_only(cq_model *m, bool on) { m->env.input_only = on; }
 cq_dtype cq_model_dtype(const cq_model *m) { return m->env.dtype; }
 cq_param *cq_model_head(cq_model *m) { return m->head; }
+void cq_model_set_master(cq_model *m, cq_master master) { m->master = master; }
 void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
 
 int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {
@@ -276,6 +277,11 @@ static bool stack_trained(const cq_model *m, const cq_linear *w) {
     return m->trained && trainable;
 }
 
+/* Only a trained linear that multiplies with a copy may have narrow master weights. */
+static bool stack_narrow(const cq_model *m, const cq_linear *w) {
+    return m->master != CQ_MASTER_F32 && w->quantized && m->teacher && stack_trained(m, w);
+}
+
 /* Whether products read BF16 copies of the weights. */
 static bool wants_16(const cq_model *m, const cq_plan *p) {
     return m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p);
@@ -285,8 +291,12 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     cq_dtype t = m->env.dtype;
     cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k);
     const char *name = w->part[0]->name;
+    bool narrow = stack_narrow(m, w);
     if (!stack_shared(m, w))
-        CQ_TRY(cq_plan_add(p, &w->value, weights, name, t, shape));
+        CQ_TRY(cq_plan_add(p, &w->value, weights, name, narrow ? CQ_BF16 : t, shape));
+    if (narrow && m->master == CQ_MASTER_SPLIT)
+        CQ_TRY(
+            cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->groups * w->n, 2 * w->k)));
     if (w->quantized && !m->nvfp4)
         CQ_TRY(cq_plan_add(p, &w->fq, CQ_FOR_FAKEQUANT, name, t, shape));
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
@@ -351,11 +361,13 @@ int cq_model_bind(cq_model *m) {
         if (!w->fq16.data && stack_shared(m, w)) /* no data in the teacher: none here */
             w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[0]->name)->fq16.data,
                                   CQ_SHAPE2(w->groups * w->n, w->k), CQ_BF16};
-        int64_t row = 0, row_fq = 0, row_16 = 0, row_grad = 0;
+        int64_t row = 0, row_fq = 0, row_16 = 0, row_low = 0, row_grad = 0;
         for (int64_t k = 0; k < w->n_parts; k++) {
             cq_param *p = w->part[k];
             p->value = part_of(w->value, p, &row);
             p->fq = part_of(w->fq, p, &row_fq);
+            if (w->low.data)
+                p->low = part_of(w->low, p, &row_low);
             if (w->fq16.data)
                 p->fq16 = part_of(w->fq16, p, &row_16);
             if (w->grad.data && p->trainable)

@@ -47,6 +47,12 @@ CQ_API bool cq_model_is_nvfp4(const cq_model *m);
 CQ_API int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained);
 /// Precision of matrix products; before plan_work. Default CQ_COMPUTE_F32.
 CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
+/// How the master weights of trained quantized linears are kept (kernels/formats.h); before
+/// plan_params. The optimizer says it. All else stays F32: the forward reads it as it is.
+CQ_API void cq_model_set_master(cq_model *m, cq_master master);
+/// A parameter's master weight on the host in the dtype its model computes in: the tensor itself,
+/// or a copy in new memory, *owned, which the caller frees (NULL for none).
+CQ_API int cq_param_master(cq_tensor *out, void **owned, const cq_param *p);
 /// Declares activations for micro-batches of up to `tokens` tokens, no document longer than
 /// `longest`; also the kernel scratch. `threads` as in the stream.
 CQ_API int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest,

@@ -14,6 +14,8 @@ struct cq_model {
     bool weights_only;
     cq_scale_method scales;
     cq_compute compute;
+    cq_master master; ///< form of the master weights of trained quantized linears
+    bool widened;     ///< while calibrating: `fq` holds the F32 form of narrow master weights
     cq_layer_env env;
     cq_param **param;
     int64_t n_params, cap_params;
@@ -35,6 +37,11 @@ struct cq_model {
 int cq_model_build(cq_model *m, const cq_quant_options *o);
 /// Brings the frozen maxima to where the kernels run.
 int cq_model_send_amax(cq_model *m);
+/// The master weight where the kernels run, in the model's dtype: itself, or widened into the
+/// parameter's `fq`.
+int cq_model_master_now(cq_stream *s, const cq_param *p, const void **out);
+/// Writes the F32 form of narrow master weights into `fq`, for a calibration.
+int cq_model_widen(cq_model *m, cq_stream *s);
 /// Points parameters into the stacks that the plan allocated; a frozen stack of a student into its
 /// teacher's.
 int cq_model_bind(cq_model *m);

@@ -4,6 +4,7 @@
 #include "core/model/model_impl.h"
 #include "core/quant/scales.h"
 #include "core/tensor/device.h"
+#include "kernels/formats.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,11 +85,38 @@ static int unstage(cq_param *p, cq_tensor made, void *owned, int status) {
     return status;
 }
 
+/* A narrow master weight from the teacher's. */
+static int load_narrow(cq_param *p, const cq_param *from) {
+    int64_t n = cq_tensor_elems(p->value);
+    cq_tensor x;
+    void *owned;
+    uint16_t *half = malloc((size_t)n * sizeof *half);
+    if (!half)
+        return cq_fail(CQ_ENOMEM, "model: no memory for %s on its way", p->name);
+    int status = cq_param_master(&x, &owned, from);
+    const float *w = x.data;
+    if (!status && !p->low.data)
+        status = cq_tensor_fill(p->value, w, CQ_F32);
+    if (!status && p->low.data) {
+        for (int64_t i = 0; i < n; i++)
+            half[i] = cq_split_high(w[i]);
+        status = cq_copy(p->value.data, half, cq_tensor_bytes(p->value));
+        for (int64_t i = 0; i < n; i++)
+            half[i] = cq_split_low(w[i]);
+        status = status ? status : cq_copy(p->low.data, half, cq_tensor_bytes(p->low));
+    }
+    free(owned);
+    free(half);
+    return status;
+}
+
 static int load_param(cq_model *m, cq_param *p) {
     cq_model *source = m->alone ? m->teacher : m;
     if (m->teacher && !m->alone) {
         const cq_param *from = cq_model_find(m->teacher, p->name);
         p->disk = from->disk;
+        if (p->value.dtype == CQ_BF16)
+            return load_narrow(p, from);
         return from->value.data == p->value.data
                    ? CQ_OK
                    : cq_copy(p->value.data, from->value.data, cq_tensor_bytes(p->value));
@@ -150,6 +178,9 @@ int cq_model_init(cq_model *m, uint64_t seed) {
             scale = 1 / sqrt(3.0 * (double)m->config.conv_width);
         cq_tensor to;
         void *owned;
+        if (p->value.dtype == CQ_BF16)
+            return cq_fail(CQ_EUSAGE, "model: %s is a student's narrow weight, wanted load",
+                           p->name);
         CQ_TRY(stage(&to, &owned, p));
 #pragma omp parallel for schedule(static) if (n > 1 << 16)
         for (int64_t k = 0; k < n; k++)

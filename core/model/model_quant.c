@@ -40,11 +40,49 @@ int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_opti
     return CQ_OK;
 }
 
+int cq_param_master(cq_tensor *out, void **owned, const cq_param *p) {
+    cq_tensor low = {0};
+    void *halves = NULL, *narrow = NULL;
+    if (p->value.dtype != CQ_BF16)
+        return cq_tensor_on_host(out, owned, p->value);
+    int64_t n = cq_tensor_elems(p->value);
+    *owned = NULL;
+    CQ_TRY(cq_tensor_on_host(out, &narrow, p->value));
+    int status = p->low.data ? cq_tensor_on_host(&low, &halves, p->low) : CQ_OK;
+    if (!status && !(*owned = malloc((size_t)n * sizeof(float))))
+        status = cq_fail(CQ_ENOMEM, "model: no memory for the F32 form of %s", p->name);
+    cq_widen_args a = {.dtype = CQ_F32, .n = n, .x = out->data, .low = low.data, .y = *owned};
+    if (!status)
+        status = cq_ref_widen(NULL, &a);
+    free(narrow);
+    free(halves);
+    *out = (cq_tensor){*owned, p->shape, CQ_F32};
+    return status;
+}
+
+int cq_model_master_now(cq_stream *s, const cq_param *p, const void **out) {
+    bool narrow = p->value.dtype == CQ_BF16;
+    *out = narrow ? p->fq.data : p->value.data;
+    return narrow ? CQ_RUN(s, widen, .dtype = p->fq.dtype, .n = cq_tensor_elems(p->value),
+                           .x = p->value.data, .low = p->low.data, .y = p->fq.data)
+                  : CQ_OK;
+}
+
+int cq_model_widen(cq_model *m, cq_stream *s) {
+    const void *now;
+    for (int64_t i = 0; i < m->n_params && !m->widened; i++)
+        if (m->param[i]->value.dtype == CQ_BF16)
+            CQ_TRY(cq_model_master_now(s, m->param[i], &now));
+    m->widened = true;
+    return CQ_OK;
+}
+
 int cq_model_calibrate_begin(cq_model *m) {
     for (int64_t i = 0; i < m->n_linears; i++)
         if (m->linear[i]->quantized)
             CQ_TRY(cq_zero(m->linear[i]->amax.data, cq_tensor_bytes(m->linear[i]->amax)));
     m->env.calibrating = true;
+    m->widened = false;
     return CQ_OK;
 }
 
@@ -67,10 +105,11 @@ static int weight_amax(cq_model *m, cq_stream *s) {
         cq_param *p = m->param[i];
         if (!p->quantized)
             continue;
+        const void *x;
+        CQ_TRY(cq_model_master_now(s, p, &x));
         CQ_TRY(cq_zero(p->amax_at.data, sizeof p->amax));
         CQ_TRY(CQ_RUN(s, amax, .dtype = m->env.dtype, .rows = p->shape.dim[0],
-                      .cols = p->shape.dim[1], .x = p->value.data, .n_groups = 1,
-                      .amax = p->amax_at.data));
+                      .cols = p->shape.dim[1], .x = x, .n_groups = 1, .amax = p->amax_at.data));
         CQ_TRY(cq_copy(&p->amax, p->amax_at.data, sizeof p->amax));
         if (!isfinite(p->amax))
             return cq_fail(CQ_ENUMERIC, "calibration: %s holds a value that is not finite",
@@ -97,7 +136,7 @@ static int search_param(cq_param *p, cq_scale_method scales) {
     cq_tensor x;
     void *owned;
     float *copy = malloc((size_t)n * sizeof *copy), *found = malloc((size_t)blocks);
-    int status = copy && found ? cq_tensor_on_host(&x, &owned, p->value)
+    int status = copy && found ? cq_param_master(&x, &owned, p)
                                : cq_fail(CQ_ENOMEM, "calibration: no memory to search %s", p->name);
     if (!status) {
         status = cq_convert(copy, CQ_F32, x.data, x.dtype, n);
@@ -136,9 +175,11 @@ int cq_model_requantize(cq_model *m, cq_stream *s) {
         cq_param *p = m->param[i];
         if (!p->quantized)
             continue;
+        const void *x;
+        CQ_TRY(cq_model_master_now(s, p, &x));
         CQ_TRY(CQ_RUN(
             s, fake_quant, .dtype = m->env.dtype, .rows = p->shape.dim[0], .cols = p->shape.dim[1],
-            .x = p->value.data, .y = p->fq.data,
+            .x = x, .y = p->fq.data,
             .fq = {.amax = p->amax_at.data, .n_groups = 1, .saturated = m->env.saturated.data},
             .block_amax = p->block_amax.data, .top = p->top));
     }

@@ -129,6 +129,8 @@ int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
     CQ_TRY(check_batch(m, b));
     CQ_TRY(send_batch(m, b));
     cq_model_bind_stream(m, s);
+    if (m->env.calibrating)
+        CQ_TRY(cq_model_widen(m, s));
     return CQ_RUN(s, embed_forward, .dtype = m->env.dtype, .tokens = b->tokens,
                   .dim = m->config.hidden, .vocab = m->config.vocab, .ids = m->now.ids,
                   .table = m->embed->value.data, .h = m->h[0].data);

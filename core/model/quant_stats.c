@@ -4,6 +4,7 @@
 /// weights.
 #include "core/model/quant_stats.h"
 #include "core/base/error.h"
+#include "core/model/model.h"
 #include "core/tensor/device.h"
 #include "kernels/nvfp4.h"
 #include <math.h>
@@ -55,8 +56,8 @@ int cq_quant_stats_add(cq_quant_stats *out, const cq_param *p) {
                                     : "is not quantized, wanted a quantized weight");
     cq_tensor t[3] = {p->value, p->fq, p->block_amax};
     void *owned[3] = {NULL};
-    int status = CQ_OK;
-    for (int i = 0; i < 3 && !status; i++)
+    int status = cq_param_master(&t[0], &owned[0], p);
+    for (int i = 1; i < 3 && !status; i++)
         status = cq_tensor_on_host(&t[i], &owned[i], t[i]);
     if (!status)
         add(out, p, t);

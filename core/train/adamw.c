@@ -1,16 +1,21 @@
 /// adamw.c - AdamW with global-norm clipping; each weight's fake-quantized copy is written in the
 /// update's own pass.
 #include "core/base/error.h"
+#include "core/base/rng.h"
 #include "core/tensor/device.h"
 #include "core/train/optimizer.h"
 #include <math.h>
 #include <stdlib.h>
+
+/* Streams of random numbers for the rounding of parameter 0, 1, ... ("adamw"). */
+#define ROUNDING 0x6164616d77000000ull
 
 struct cq_adamw {
     cq_model *model;
     cq_adamw_options o;
     int64_t n;
     cq_tensor (*moment)[2]; ///< [n] first and second, no data where not trained
+    cq_tensor (*scale)[2];  ///< [n] of 8-bit moments
     cq_tensor sums;         ///< [n] results: squared gradient norms
 };
 
@@ -23,40 +28,69 @@ int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
                        "[0, 1), eps above 0, "
                        "the others at least 0",
                        o->beta1, o->beta2, o->eps, o->weight_decay, o->clip);
+    if ((o->moments || o->master) && cq_model_dtype(m) != CQ_F32)
+        return cq_fail(CQ_EUSAGE,
+                       "adamw: the model is %s, wanted F32 for narrow moments or weights",
+                       cq_dtype_name(cq_model_dtype(m)));
     cq_adamw *a = calloc(1, sizeof *a);
     if (a) {
         a->n = cq_model_n_params(m);
         a->moment = calloc((size_t)a->n, sizeof *a->moment);
+        a->scale = calloc((size_t)a->n, sizeof *a->scale);
     }
-    if (!a || !a->moment) {
-        free(a);
+    if (!a || !a->moment || !a->scale) {
+        cq_adamw_close(a);
         return cq_fail(CQ_ENOMEM, "adamw: no memory");
     }
     a->model = m;
     a->o = *o;
+    cq_model_set_master(m, o->master);
     *out = a;
     return CQ_OK;
 }
 
 void cq_adamw_close(cq_adamw *a) {
-    if (a)
+    if (a) {
         free(a->moment);
+        free(a->scale);
+    }
     free(a);
+}
+
+/* Vectors and small matrices are a thousandth of a model and keep F32. */
+static cq_moments moments_of(const cq_adamw *a, const cq_param *p) {
+    return p->shape.rank > 1 && cq_shape_elems(p->shape) >= 4096 ? a->o.moments : CQ_MOMENTS_F32;
+}
+
+static int plan_moment(cq_adamw *a, cq_plan *p, int64_t i, int k) {
+    const cq_param *q = cq_model_param(a->model, i);
+    cq_moments form = moments_of(a, q);
+    cq_dtype dtype = form == CQ_MOMENTS_BF16   ? CQ_BF16
+                     : form == CQ_MOMENTS_8BIT ? CQ_U8
+                                               : cq_model_dtype(a->model);
+    CQ_TRY(cq_plan_add(p, &a->moment[i][k], CQ_FOR_MOMENTS, q->name, dtype, q->shape));
+    int64_t blocks = (cq_shape_elems(q->shape) + 255) / 256;
+    return form == CQ_MOMENTS_8BIT
+               ? cq_plan_add(p, &a->scale[i][k], CQ_FOR_MOMENTS, q->name, CQ_F32, CQ_SHAPE1(blocks))
+               : CQ_OK;
 }
 
 int cq_adamw_plan(cq_adamw *a, cq_plan *p) {
     CQ_TRY(cq_plan_add(p, &a->sums, CQ_FOR_RESULTS, "gradient norms", CQ_F64, CQ_SHAPE1(a->n)));
     for (int64_t i = 0; i < a->n; i++) {
-        const cq_param *q = cq_model_param(a->model, i);
-        for (int k = 0; k < 2 && q->trainable; k++)
-            CQ_TRY(cq_plan_add(p, &a->moment[i][k], CQ_FOR_MOMENTS, q->name,
-                               cq_model_dtype(a->model), q->shape));
+        bool trained = cq_model_param(a->model, i)->trainable;
+        for (int k = 0; k < 2 && trained; k++)
+            CQ_TRY(plan_moment(a, p, i, k));
     }
     return CQ_OK;
 }
 
 const cq_tensor *cq_adamw_moment(const cq_adamw *a, int64_t param, int which) {
     return &a->moment[param][which];
+}
+
+const cq_tensor *cq_adamw_scale(const cq_adamw *a, int64_t param, int which) {
+    return &a->scale[param][which];
 }
 
 static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
@@ -83,7 +117,7 @@ static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
 static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step, double scale) {
     cq_param *p = cq_model_param(a->model, i);
     int64_t rows = p->shape.rank > 1 ? p->shape.dim[0] : 1;
-    cq_adamw_args u = {.dtype = p->value.dtype,
+    cq_adamw_args u = {.dtype = cq_model_dtype(a->model),
                        .rows = rows,
                        .cols = cq_tensor_elems(p->value) / rows,
                        .w = p->value.data,
@@ -96,7 +130,14 @@ static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step,
                        .eps = a->o.eps,
                        .weight_decay = p->shape.rank > 1 ? a->o.weight_decay : 0,
                        .grad_scale = scale,
-                       .step = step};
+                       .step = step,
+                       .moments = moments_of(a, p),
+                       .m_scale = a->scale[i][0].data,
+                       .v_scale = a->scale[i][1].data,
+                       .low = p->low.data,
+                       .key = cq_random_bits(a->o.seed, ROUNDING + (uint64_t)i, (uint64_t)step)};
+    if (p->value.dtype == CQ_BF16)
+        u.master = a->o.master;
     if (p->quantized) {
         u.wq = p->fq.data;
         u.fq = (cq_fq){

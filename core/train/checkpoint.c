@@ -1,9 +1,10 @@
 /// checkpoint.c - a training state on disk, whole or not at all.
 ///
-/// `state.safetensors` holds, for each parameter NAME of the student: master.NAME, and where
-/// trained m.NAME and v.NAME; where quantized amax.NAME, amax_x.NAME and block_amax.NAME, so that a
-/// resumed run quantizes as the stopped one did. `state.json` is the driver's. The folder is
-/// written beside its place and renamed.
+/// `state.safetensors` holds, for each parameter NAME of the student: master.NAME (and low.NAME
+/// where it is split), and where trained m.NAME and v.NAME, of 8 bits with m_scale.NAME and
+/// v_scale.NAME; all in the form they have in memory. Where quantized amax.NAME, amax_x.NAME and
+/// block_amax.NAME, so that a resumed run quantizes as the stopped one did. `state.json` is the
+/// driver's. The folder is written beside its place and renamed.
 #include "core/train/checkpoint.h"
 #include "core/base/error.h"
 #include "core/base/file.h"
@@ -21,9 +22,15 @@ static int visit_param(cq_param *p, cq_adamw *adam, int64_t i, visit_fn visit, v
     static const char *const moments[] = {"m", "v"};
     snprintf(name, sizeof name, "master.%s", p->name);
     CQ_TRY(visit(context, name, p->value));
+    snprintf(name, sizeof name, "low.%s", p->name);
+    if (p->low.data)
+        CQ_TRY(visit(context, name, p->low));
     for (int k = 0; k < 2 && adam && cq_adamw_moment(adam, i, k)->data; k++) {
         snprintf(name, sizeof name, "%s.%s", moments[k], p->name);
         CQ_TRY(visit(context, name, *cq_adamw_moment(adam, i, k)));
+        snprintf(name, sizeof name, "%s_scale.%s", moments[k], p->name);
+        if (cq_adamw_scale(adam, i, k)->data)
+            CQ_TRY(visit(context, name, *cq_adamw_scale(adam, i, k)));
     }
     if (!p->quantized)
         return CQ_OK;
@@ -102,17 +109,26 @@ typedef struct reader {
     int64_t used;
 } reader;
 
+static const char other_form[] = " (saved with another --master or --moments)";
+
+/* Tensors that only narrow forms have. */
+static bool is_part(const char *name) {
+    return !strncmp(name, "low.", 4) || !strncmp(name + 1, "_scale.", 7);
+}
+
 static int read_tensor(void *context, const char *name, cq_tensor t) {
     reader *r = context;
     const cq_entry *e = cq_safetensors_find(r->st, name);
     char found[96], wanted[96];
     if (!e)
-        return cq_fail(CQ_EDATA, "%s: %s is missing, the run wants it", r->dir, name);
+        return cq_fail(CQ_EDATA, "%s: %s is missing, the run wants it%s", r->dir, name,
+                       is_part(name) ? other_form : "");
     if (e->tensor.dtype != t.dtype || !cq_shape_equal(e->tensor.shape, t.shape))
-        return cq_fail(CQ_EDATA, "%s: %s is %s %s, wanted %s %s", r->dir, name,
+        return cq_fail(CQ_EDATA, "%s: %s is %s %s, wanted %s %s%s", r->dir, name,
                        cq_dtype_name(e->tensor.dtype),
                        cq_shape_text(found, sizeof found, e->tensor.shape), cq_dtype_name(t.dtype),
-                       cq_shape_text(wanted, sizeof wanted, t.shape));
+                       cq_shape_text(wanted, sizeof wanted, t.shape),
+                       e->tensor.dtype != t.dtype ? other_form : "");
     r->used++;
     return cq_copy(t.data, e->tensor.data, cq_tensor_bytes(t));
 }

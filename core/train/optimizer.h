@@ -5,13 +5,18 @@
 
 typedef struct cq_adamw_options {
     double beta1, beta2, eps, weight_decay;
-    double clip; ///< global-norm clipping; 0: none
+    double clip;        ///< global-norm clipping; 0: none
+    cq_moments moments; ///< how matrices of 4096 values and more keep m and v; all else F32
+    cq_master master;   ///< how trained quantized linears keep their weights; all else F32
+    uint64_t seed;      ///< of the stochastic rounding of both
 } cq_adamw_options;
 
 typedef struct cq_adamw cq_adamw;
+/// Sets the model's master form, so it comes before plan_params. Moments and weights in fewer bits
+/// (kernels/formats.h) want an F32 model.
 CQ_API int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o);
 CQ_API void cq_adamw_close(cq_adamw *a);
-/// Declares both moments (F32).
+/// Declares both moments.
 CQ_API int cq_adamw_plan(cq_adamw *a, cq_plan *p);
 /// One step at `lr`, step counted from 1; *norm is the global gradient norm before clipping.
 /// CQ_ENUMERIC names the parameter whose gradient is not finite, and nothing is changed then.
@@ -19,3 +24,5 @@ CQ_API int cq_adamw_plan(cq_adamw *a, cq_plan *p);
 CQ_API int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm);
 /// Moment 0 (first) or 1 (second) of parameter i; no data where it is not trained.
 CQ_API const cq_tensor *cq_adamw_moment(const cq_adamw *a, int64_t param, int which);
+/// The scales of its blocks of 256 where it has 8 bits, else no data.
+CQ_API const cq_tensor *cq_adamw_scale(const cq_adamw *a, int64_t param, int which);

@@ -140,6 +140,17 @@ void bench_adamw(bench *b) {
             .g = bench_floats(b, N), .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
             .grad_scale = 1.0, .step = 10, .wq = bench_floats(b, N),
             .fq = {.amax = bench_float(b, 1.0f)}, .top = 448.0f);
+    MEASURE(b, adamw, "16 MiB, bf16 and 8 bit", 0, 12.0 * N, .rows = N / 1024, .cols = 1024,
+            .w = bench_zeros(b, 2 * N), .m = bench_zeros(b, N), .v = bench_zeros(b, N),
+            .g = bench_floats(b, N), .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+            .grad_scale = 1.0, .step = 10, .wq = bench_floats(b, N),
+            .fq = {.amax = bench_float(b, 1.0f)}, .top = 448.0f, .master = CQ_MASTER_BF16,
+            .moments = CQ_MOMENTS_8BIT, .m_scale = bench_zeros(b, N / 64),
+            .v_scale = bench_zeros(b, N / 64), .key = 1);
+}
+void bench_widen(bench *b) {
+    MEASURE(b, widen, "64 MiB", 0, 6.0 * BIG, .n = BIG, .x = bench_zeros(b, 2 * BIG),
+            .y = bench_floats(b, BIG));
 }
 void bench_sumsq(bench *b) {
     MEASURE_ANY(b, sumsq, "64 MiB", 0, 4.0 * BIG, .dtype = CQ_F32, .n = BIG,

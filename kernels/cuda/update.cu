@@ -2,29 +2,16 @@
 ///
 /// Qwen3-4B, 4.0e9 parameters: AdamW reads w, m, v, g and writes w, m, v, wq: 32 bytes each, 129
 /// GB, 30 ms at 4.3 TB/s; the sum of squares reads 16 GB, 3.7 ms. All are bound by memory.
+#include "kernels/cuda/adam.cuh"
 #include "kernels/cuda/fake.cuh"
 
 namespace {
 
 constexpr int THREADS = 256, SUM_BLOCKS = 528, SUM_STEPS = 4;
 
-struct adam_numbers {
-    float b1, b2, rest1, rest2, c1, c2, lr, eps, decay, scale;
-};
-
-/// One value: the step uses the moments before they are stored, the decay the weight before it.
-__device__ __forceinline__ float adam_value(const adam_numbers &n, float w, float &m, float &v,
-                                            float g) {
-    float grad = g * n.scale;
-    m = n.b1 * m + n.rest1 * grad;
-    v = n.b2 * v + n.rest2 * grad * grad;
-    float step = m / n.c1 / (sqrtf(v / n.c2) + n.eps) + n.decay * w;
-    return w - n.lr * step;
-}
-
 /// Source of cq_fake_flat: updates four weights and gives them.
 struct adam_source {
-    adam_numbers n;
+    cq_adam_numbers n;
     float *w, *m, *v;
     const float *g;
     bool aligned;
@@ -32,10 +19,10 @@ struct adam_source {
         int64_t at = 4 * quarter;
         float4 x = cq_load4(w + at, aligned), mm = cq_load4(m + at, aligned);
         float4 vv = cq_load4(v + at, aligned), gg = cq_load4(g + at, aligned);
-        x.x = adam_value(n, x.x, mm.x, vv.x, gg.x);
-        x.y = adam_value(n, x.y, mm.y, vv.y, gg.y);
-        x.z = adam_value(n, x.z, mm.z, vv.z, gg.z);
-        x.w = adam_value(n, x.w, mm.w, vv.w, gg.w);
+        x.x = cq_adam_value(n, x.x, mm.x, vv.x, gg.x);
+        x.y = cq_adam_value(n, x.y, mm.y, vv.y, gg.y);
+        x.z = cq_adam_value(n, x.z, mm.z, vv.z, gg.z);
+        x.w = cq_adam_value(n, x.w, mm.w, vv.w, gg.w);
         cq_store4(w + at, x, aligned);
         cq_store4(m + at, mm, aligned);
         cq_store4(v + at, vv, aligned);
@@ -45,12 +32,12 @@ struct adam_source {
 
 /// The last values of a length that is no multiple of 4.
 __global__ void __launch_bounds__(THREADS)
-    adam_rest(adam_numbers n, float *w, float *m, float *v, const float *g, float *wq, int64_t from,
-              int64_t to) {
+    adam_rest(cq_adam_numbers n, float *w, float *m, float *v, const float *g, float *wq,
+              int64_t from, int64_t to) {
     int64_t i = from + (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= to)
         return;
-    float mm = m[i], vv = v[i], x = adam_value(n, w[i], mm, vv, g[i]);
+    float mm = m[i], vv = v[i], x = cq_adam_value(n, w[i], mm, vv, g[i]);
     w[i] = x;
     m[i] = mm;
     v[i] = vv;
@@ -122,18 +109,11 @@ extern "C" int cq_cuda_adamw(cq_stream *s, const cq_adamw_args *a) {
         return cq_fail(CQ_EUSAGE, "adamw: step %lld, wanted 1 or more", (long long)a->step);
     if (a->wq)
         CQ_TRY(cq_fake_columns(a->fq, a->cols));
+    if (a->master != CQ_MASTER_F32 || a->moments != CQ_MOMENTS_F32)
+        return cq_cuda_adamw_narrow(s, a);
     int64_t n = a->rows * a->cols, whole = n / 4 * 4;
     adam_source source = {};
-    source.n = {(float)a->beta1,
-                (float)a->beta2,
-                (float)(1.0 - a->beta1),
-                (float)(1.0 - a->beta2),
-                (float)(1.0 - pow(a->beta1, (double)a->step)),
-                (float)(1.0 - pow(a->beta2, (double)a->step)),
-                (float)a->lr,
-                (float)a->eps,
-                (float)a->weight_decay,
-                (float)a->grad_scale};
+    source.n = cq_adam_numbers_of(a);
     source.w = (float *)a->w;
     source.m = (float *)a->m;
     source.v = (float *)a->v;

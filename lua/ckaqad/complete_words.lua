@@ -14,6 +14,7 @@ complete.values = {
   loss = { "kl", "ce" }, tail = { "bucket", "renormalized", "truncated", "full" }, layer = { "cka", "cosine", "mse", "gram", "none" },
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
   balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" }, storage = { "f16", "f32" },
+  moments = { "f32", "bf16", "8bit" }, master = { "f32", "split", "bf16" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
   template = { "auto", "nano3", "qwen3-thinking" },
 }

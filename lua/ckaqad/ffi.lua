@@ -172,6 +172,17 @@ function native.elements(tensor)
   return copy, n
 end
 
+-- A new array of the F32 form of a parameter's master weight, its number, its dtype; for those that are kept in fewer bits.
+function native.master(c)
+  local out, owned = ffi.new "cq_tensor", ffi.new "void *[1]"
+  native.check(C.cq_param_master(out, owned, c))
+  local n = tonumber(C.cq_tensor_elems(out))
+  local copy = ffi.new("float[?]", math.max(1, n))
+  ffi.copy(copy, out.data, n * 4)
+  C.free(owned[0])
+  return copy, n, "f32"
+end
+
 -- A new array of a tensor's values in another float dtype ("CQ_F32" or "CQ_F64").
 function native.convert(tensor, dtype)
   local n = C.cq_tensor_elems(tensor)

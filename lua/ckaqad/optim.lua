@@ -1,21 +1,30 @@
 -- optim.lua - AdamW over a student's trainable parameters; the fake-quantized weights are written in the same pass.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
-local call = native.call
+local C, call = native.C, native.call
 
 local optim = {}
+local moments = { f32 = "CQ_MOMENTS_F32", bf16 = "CQ_MOMENTS_BF16", ["8bit"] = "CQ_MOMENTS_8BIT" }
+local masters = { f32 = "CQ_MASTER_F32", split = "CQ_MASTER_SPLIT", bf16 = "CQ_MASTER_BF16" }
 local Adam = errors.class("adam", {})
 
 --- AdamW (arXiv 1711.05101). Options: `betas` { 0.9, 0.95 }, `eps`, `weight_decay` (not of vectors), `clip` (global gradient
 --- norm; 0: none), `rates` = { { "globs", factor }, ... } multiplies the learning rate of parameters by name; 0 freezes.
+--- `moments`: how m and v of matrices are kept: "f32" (8 bytes a parameter), "bf16" (4), "8bit" (2; blocks of 256 share a scale).
+--- `master`: how trained weights of quantized linears are kept: "f32", "split" (exact: BF16 and the 16 bits below) or "bf16" (half).
+--- BF16 and 8 bits are rounded stochastically, by (`seed`, parameter, step, element): repeats and resumed runs give the same bits.
 ---
 --- Example:
 ---     local adam = cq.optim.adamw(student, { betas = { 0.9, 0.95 }, clip = 1, rates = { { "*.gate.weight", 0 }, { "*norm*", 0.1 } } })
 function optim.adamw(student, options)
-  local o = errors.fill("optim.adamw", options, { betas = { 0.9, 0.95 }, eps = 1e-8, weight_decay = 0, clip = 1, rates = {} })
+  local o = errors.fill("optim.adamw", options, { betas = { 0.9, 0.95 }, eps = 1e-8, weight_decay = 0, clip = 1, rates = {},
+    moments = "f32", master = "f32", seed = 1 })
+  errors.choose("option --moments", o.moments, { "f32", "bf16", "8bit" })
+  errors.choose("option --master", o.master, { "f32", "split", "bf16" })
   for _, rate in ipairs(o.rates) do student:lr_scale(rate[1], rate[2]) end
   local c = native.new "cq_adamw_options"
   c.beta1, c.beta2, c.eps, c.weight_decay, c.clip = o.betas[1], o.betas[2], o.eps, o.weight_decay, o.clip
+  c.moments, c.master, c.seed = C[moments[o.moments]], C[masters[o.master]], o.seed
   return setmetatable({
     c = native.open("cq_adamw", "cq_adamw_open", student.c, c), student = student, count = 0, norm = native.new "double[1]", options = o,
   }, Adam)

@@ -39,6 +39,7 @@ local function elements(self, which)
   if not fields[which] then errors.choose("parameter", which, { "value", "fq", "grad" }) end
   local tensor = self.c[which]
   if tensor.data == nil then return nil end
+  if which == "value" and dtypes[tonumber(tensor.dtype)] == "bf16" then return native.master(self.c) end
   local pointer, n = native.elements(tensor)
   return pointer, n, dtypes[tonumber(tensor.dtype)]
 end

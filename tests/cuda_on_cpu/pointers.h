@@ -58,7 +58,11 @@
 #define CQ_EMU_POINTERS_rowloss_backward P(x) P(y) P(dx)
 #define CQ_EMU_POINTERS_scatter_rows P(y) P(index) P(x)
 #define CQ_EMU_POINTERS_adamw                                                                      \
-    P(w) P(m) P(v) P(g) P(wq) P(fq.amax) P(fq.offsets) P(fq.saturated) P(block_amax)
+    P(w)                                                                                           \
+    P(m)                                                                                           \
+    P(v)                                                                                           \
+    P(g) P(wq) P(fq.amax) P(fq.offsets) P(fq.saturated) P(block_amax) P(low) P(m_scale) P(v_scale)
 #define CQ_EMU_POINTERS_sumsq P(x) P(out)
 #define CQ_EMU_POINTERS_axpy P(x) P(y)
 #define CQ_EMU_POINTERS_round_bf16 P(x) P(y)
+#define CQ_EMU_POINTERS_widen P(x) P(low) P(y)
