@@ -1,5 +1,4 @@
--- Win back what NVFP4 costs Qwen3: distil the BF16 model into its own 4-bit copy, matching its logits (KL) and
--- the geometry of its hidden states (CKA).
+-- Win back what NVFP4 costs Qwen3: distil the BF16 model into its own 4-bit copy, by logits (KL) and block outputs (CKA).
 --   ckaqad recipes/qwen3.lua --model=DIR --data=FILE.jsonl --holdout=FILE.jsonl --out=runs/try
 local cq = require "ckaqad"
 
@@ -54,7 +53,6 @@ run:plan { teacher = teacher, student = student, adam = adam, terms = terms, dat
 run:calibrate(student, data, opt.calibrate)
 local before = run:result("PTQ", cq.eval.compare(teacher, student, data:holdout()))
 run:track { teacher = teacher, student = student, adam = adam, data = data } -- saved together, restored together
-
 for step, batch in run:steps(opt.steps, data) do
   for part in batch:split() do
     local pass = cq.distill(teacher, student, part, terms) -- both forwards; pass.kl and pass.cka[block] are known here

@@ -213,6 +213,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
             there[k] = r + k < tokens && key[r + k] == own;
             if (there[k])
                 p[k].load(dh + ((int64_t)token[r + k] * dim + c) * V);
+            else
+                p[k].zero();
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)

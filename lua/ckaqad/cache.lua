@@ -112,7 +112,7 @@ function cache.create(dir, options)
     holdout_tokens = 512,
   })
   if not o.teacher or not o.data then errors.usage("cache.create: teacher or data is missing") end
-  if o.teacher.device.imagined then errors.usage("option --gpus: plans trainings, not the making of a cache; wanted a recipe that distils") end
+  if o.teacher.device.imagined then errors.usage("option --gpus: plans trainings, not making a cache; wanted a recipe that distils") end
   errors.choose("option --storage", o.storage, { "f16", "f32" })
   local list = select_.blocks(o.blocks, o.teacher.pattern)
   local taps = native.new("bool[?]", o.teacher.n_blocks)
