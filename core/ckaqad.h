@@ -8,6 +8,7 @@
 #include "core/base/rng.h"
 #include "core/model/config.h"
 #include "core/model/export.h"
+#include "core/model/generate.h"
 #include "core/model/model.h"
 #include "core/model/quant_stats.h"
 #include "core/quant/rules.h"

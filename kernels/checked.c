@@ -69,15 +69,18 @@ CHECKED(attention_forward, DENSE(out, a->tokens, a->heads * a->head_dim);
 CHECKED(attention_backward, OUT(dq, a->tokens, a->heads * a->head_dim, a->lddq);
         OUT(dk, a->tokens, a->kv_heads * a->head_dim, a->lddk);
         OUT(dv, a->tokens, a->kv_heads * a->head_dim, a->lddv))
+CHECKED(attention_cached, DENSE(out, a->tokens, a->heads * a->head_dim))
 CHECKED(conv_forward, DENSE(y, a->tokens, a->channels))
 CHECKED(conv_backward, OUT(dx, a->tokens, a->channels, a->lddx); DENSE(dw, a->channels, a->width);
         DENSE(db, 1, a->channels))
+CHECKED(conv_cached, DENSE(y, a->tokens, a->channels))
 CHECKED(ssd_forward, DENSE(y, a->tokens, a->heads * a->head_dim))
 CHECKED(ssd_backward, OUT(dx, a->tokens, a->heads * a->head_dim, a->lddx);
         OUT(dB, a->tokens, a->groups * a->state, a->lddB);
         OUT(dC, a->tokens, a->groups * a->state, a->lddC);
         OUT(ddt_raw, a->tokens, a->heads, a->ldd_dt); DENSE(ddt_bias, 1, a->heads);
         DENSE(da_log, 1, a->heads); DENSE(dd, 1, a->heads))
+CHECKED(ssd_cached, DENSE(y, a->tokens, a->heads * a->head_dim))
 CHECKED(swiglu_forward, DENSE(h, a->rows, a->dim); DENSE(hq, a->rows, a->dim))
 CHECKED(swiglu_backward, DENSE(dgu, a->rows, 2 * a->dim))
 CHECKED(relu2_forward, DENSE(h, a->rows, a->dim); DENSE(hq, a->rows, a->dim))

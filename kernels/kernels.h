@@ -25,6 +25,8 @@ typedef struct cq_stream {
     int64_t scratch_bytes; ///< per thread; an operation that needs more fails with CQ_ENOMEM
     void *bf16_scratch;    ///< operands of one matmul in BF16, or NULL; owned by the plan
     int64_t bf16_scratch_bytes;
+    bool by_row;  ///< FP32 products C = A W' sum every row of C in an order that the other rows do
+                  ///< not change: a row's bits are the same in any batch (generation)
     void *queue;  ///< of a device: its CUDA stream
     void *device; ///< of a device: its scratch and handles; memory->open makes both
 } cq_stream;
@@ -192,6 +194,24 @@ typedef struct cq_attention_backward_args {
     void *dq, *dk, *dv;
     int64_t lddq, lddk, lddv;
 } cq_attention_backward_args;
+/// The same for documents that go on from a past: document d continues what slot `slot[d]` holds,
+/// `past[d]` tokens, and its own tokens are added there, so past[d] + length <= room. Query i of
+/// document d sees past[d] + i + 1 keys. No two documents name the same slot; slot and past are
+/// trusted.
+typedef struct cq_attention_cached_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    const int32_t *slot, *past; ///< [n_docs]
+    int64_t heads, kv_heads, head_dim;
+    int64_t room; ///< positions of a slot, a multiple of 16
+    double scale;
+    const void *q, *k, *v;
+    int64_t ldq, ldk, ldv;
+    void *k_cache; ///< [slots, kv_heads, head_dim, room]
+    void *v_cache; ///< [slots, kv_heads, room, head_dim]
+    void *out;     ///< [tokens, heads * head_dim] dense
+} cq_attention_cached_args;
 /// Scratch of `cpu` attention per thread, forward or backward, for documents of up to `longest`
 /// tokens.
 CQ_API int64_t cq_attention_scratch_bytes(int64_t longest, int64_t head_dim);
@@ -220,6 +240,21 @@ typedef struct cq_conv_backward_args {
     int64_t lddx;
     void *dw, *db; ///< += ; may be NULL
 } cq_conv_backward_args;
+
+/// The same for documents that go on from a past, as attention_cached's: slot s holds its last
+/// width - 1 inputs, which are read where past[d] reaches back to them and written anew.
+typedef struct cq_conv_cached_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    const int32_t *slot, *past; ///< [n_docs]
+    int64_t channels, width;
+    const void *x;
+    int64_t ldx;
+    const void *w, *b;
+    void *state; ///< [slots, width - 1, channels], the oldest first
+    void *y;     ///< [tokens, channels] dense
+} cq_conv_cached_args;
 
 /// Mamba-2 SSD. Per head, zero state at every document's start, A = -exp(a_log), dt =
 /// softplus(dt_raw + dt_bias):
@@ -250,6 +285,21 @@ typedef struct cq_ssd_backward_args {
     int64_t lddx, lddB, lddC, ldd_dt;
     void *ddt_bias, *da_log, *dd; ///< [heads] += ; all three NULL or none
 } cq_ssd_backward_args;
+/// The forward for documents that go on from a past, as attention_cached's: S of slot `slot[d]` is
+/// what the document starts from, zero where past[d] is 0, and holds S after its last token
+/// afterwards.
+typedef struct cq_ssd_cached_args {
+    cq_dtype dtype;
+    int64_t tokens, n_docs;
+    const int64_t *starts;
+    const int32_t *slot, *past; ///< [n_docs]
+    int64_t heads, head_dim, groups, state, chunk;
+    const void *x, *B, *C, *dt_raw;
+    int64_t ldx, ldB, ldC, ld_dt;
+    const void *dt_bias, *a_log, *d; ///< [heads]
+    void *S;                         ///< [slots, heads, state, head_dim]
+    void *y;                         ///< [tokens, heads * head_dim] dense
+} cq_ssd_cached_args;
 /// Scratch of `cpu` ssd per thread, forward or backward; `longest` tokens in one document.
 CQ_API int64_t cq_ssd_scratch_bytes(int64_t longest, int64_t chunk, int64_t heads, int64_t head_dim,
                                     int64_t groups, int64_t state);

@@ -60,6 +60,26 @@ static cq_headnorm_forward_args headnorm_args(const cq_layer *l, const cq_batch 
                                       .ldy = (c->heads + c->kv_heads) * c->head_dim};
 }
 
+/* mid = softmax(q k') v, over what the slots hold as well where documents go on from a past. */
+static int attend(cq_layer *l, cq_stream *s, const cq_batch *b) {
+    const cq_config *c = l->env->config;
+    const cq_past *past = l->env->past;
+    heads r = heads_of(l);
+    double scale = 1 / sqrt((double)c->head_dim);
+    if (past)
+        return CQ_RUN(s, attention_cached, .dtype = l->env->dtype, .tokens = b->tokens,
+                      .n_docs = b->n_docs, .starts = b->starts, .slot = past->slot.data,
+                      .past = past->past.data, .heads = c->heads, .kv_heads = c->kv_heads,
+                      .head_dim = c->head_dim, .room = past->room, .scale = scale, .q = r.q,
+                      .k = r.k, .v = r.v, .ldq = r.ld, .ldk = r.ld, .ldv = r.ldv,
+                      .k_cache = l->keys.data, .v_cache = l->values.data, .out = l->mid.data);
+    return CQ_RUN(s, attention_forward, .dtype = l->env->dtype, .tokens = b->tokens,
+                  .n_docs = b->n_docs, .starts = b->starts, .heads = c->heads,
+                  .kv_heads = c->kv_heads, .head_dim = c->head_dim, .scale = scale, .q = r.q,
+                  .k = r.k, .v = r.v, .ldq = r.ld, .ldk = r.ld, .ldv = r.ldv, .out = l->mid.data,
+                  .lse = l->lse.data);
+}
+
 int cq_attention_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
     const cq_layer_env *e = l->env;
     const cq_config *c = e->config;
@@ -74,12 +94,7 @@ int cq_attention_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) 
         cq_headnorm_forward_args a = headnorm_args(l, b, k);
         CQ_TRY(s->table->headnorm_forward(s, &a));
     }
-    heads r = heads_of(l);
-    CQ_TRY(CQ_RUN(s, attention_forward, .dtype = e->dtype, .tokens = rows, .n_docs = b->n_docs,
-                  .starts = b->starts, .heads = c->heads, .kv_heads = c->kv_heads,
-                  .head_dim = c->head_dim, .scale = 1 / sqrt((double)c->head_dim), .q = r.q,
-                  .k = r.k, .v = r.v, .ldq = r.ld, .ldk = r.ld, .ldv = r.ldv, .out = l->mid.data,
-                  .lse = l->lse.data));
+    CQ_TRY(attend(l, s, b));
     const void *mid = l->mid.data;
     if (cq_linear_acts(l, l->out)) {
         CQ_TRY(CQ_RUN(s, fake_quant, .dtype = e->dtype, .rows = rows, .cols = q, .x = mid,

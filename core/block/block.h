@@ -31,6 +31,14 @@ typedef struct cq_linear {
     cq_tensor amax;  ///< [groups] the same where the kernels run
 } cq_linear;
 
+/// What the documents of a pass of generation go on from. Each layer keeps keys and values, or its
+/// states, in slots, one for each sequence that is alive.
+typedef struct cq_past {
+    int64_t slots, room; ///< positions of a slot, a multiple of 16
+    cq_tensor slot;      ///< [n_docs] of the pass at hand, I32
+    cq_tensor past;      ///< [n_docs] tokens of the slot's sequence before this pass, I32
+} cq_past;
+
 /// Run state that all layers of a model share.
 typedef struct cq_layer_env {
     const cq_config *config;
@@ -41,6 +49,8 @@ typedef struct cq_layer_env {
     bool again;          ///< a forward that is done again: nothing is counted
     cq_tensor saturated; ///< [1] blocks whose scale was clamped, I64; no data: not counted
     int64_t tokens;      ///< planned capacity
+    int64_t longest;     ///< planned longest document
+    const cq_past *past; ///< documents go on from slots; NULL: each starts anew
 } cq_layer_env;
 
 typedef struct cq_layer {
@@ -64,6 +74,8 @@ typedef struct cq_layer {
     cq_tensor conv, scan, rstd2; ///< mamba
     cq_tensor logits, sel, weight, offsets, token, position; ///< moe routing
     cq_tensor xg, up, hidden, down;                          ///< moe: sorted rows
+    /* of generation, by slot: as in cq_attention_cached, cq_conv_cached and cq_ssd_cached */
+    cq_tensor keys, values, conv_state, states;
     /* backward scratch */
     cq_tensor dproj, dmid, dx, dconv, dlogits, dweight, dsorted, dhidden;
 } cq_layer;
@@ -77,6 +89,11 @@ int cq_layer_plan(cq_layer *l, cq_plan *p);
 int cq_layer_forward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *h_out);
 /// dh: gradient of h_out in, of h_in out; parameter gradients are added to.
 int cq_layer_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *dh);
+
+/// Declares what the layer keeps of `slots` sequences of up to `room` positions.
+int cq_layer_plan_past(cq_layer *l, cq_plan *p, int64_t slots, int64_t room);
+/// Copies what slot `from` holds to slot `to`.
+int cq_layer_copy_past(cq_layer *l, int64_t to, int64_t from);
 
 /* the mixers; h is the residual stream that the mixer's result is added to */
 int cq_attention_plan(cq_layer *l, cq_plan *p);

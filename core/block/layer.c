@@ -5,6 +5,7 @@
 /// The plain x is written only for who reads it: a router, an unquantized linear, calibration.
 #include "core/base/error.h"
 #include "core/block/block.h"
+#include "core/tensor/device.h"
 
 int64_t cq_layer_proj_width(const cq_layer *l) {
     int64_t width = 0;
@@ -24,6 +25,38 @@ int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name,
     if (l->env->mode == CQ_MODE_INFER)
         return CQ_OK;
     return cq_plan_add(p, slot, CQ_FOR_SCRATCH, name, l->env->dtype, CQ_SHAPE2(rows, cols));
+}
+
+int cq_layer_plan_past(cq_layer *l, cq_plan *p, int64_t slots, int64_t room) {
+    const cq_config *c = l->env->config;
+    cq_dtype t = l->env->dtype;
+    cq_purpose purpose = CQ_FOR_GENERATION;
+    int64_t inner = c->mamba_heads * c->mamba_head_dim;
+    if (l->kind == '*') {
+        CQ_TRY(cq_plan_add(p, &l->keys, purpose, "keys", t,
+                           CQ_SHAPE4(slots, c->kv_heads, c->head_dim, room)));
+        return cq_plan_add(p, &l->values, purpose, "values", t,
+                           CQ_SHAPE4(slots, c->kv_heads, room, c->head_dim));
+    }
+    if (l->kind != 'M')
+        return CQ_OK;
+    CQ_TRY(cq_plan_add(
+        p, &l->conv_state, purpose, "conv state", t,
+        CQ_SHAPE3(slots, c->conv_width - 1, inner + 2 * c->mamba_groups * c->mamba_state)));
+    return cq_plan_add(p, &l->states, purpose, "mamba state", t,
+                       CQ_SHAPE4(slots, c->mamba_heads, c->mamba_state, c->mamba_head_dim));
+}
+
+int cq_layer_copy_past(cq_layer *l, int64_t to, int64_t from) {
+    cq_tensor *kept[] = {&l->keys, &l->values, &l->conv_state, &l->states};
+    for (int i = 0; i < 4; i++) {
+        if (!kept[i]->data)
+            continue;
+        int64_t bytes = cq_tensor_bytes(*kept[i]) / kept[i]->shape.dim[0];
+        char *at = kept[i]->data;
+        CQ_TRY(cq_copy(at + to * bytes, at + from * bytes, bytes));
+    }
+    return CQ_OK;
 }
 
 /* Whether the plain norm output has a reader besides the quantizer. */

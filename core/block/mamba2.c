@@ -36,28 +36,61 @@ int cq_mamba_plan(cq_layer *l, cq_plan *p) {
     return cq_layer_scratch(l, p, &l->dproj, "dzxbcdt", rows, w.all);
 }
 
-int cq_mamba_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
-    const cq_layer_env *e = l->env;
-    const cq_config *c = e->config;
+/* y = SSD(silu(conv(xBC))), documents from their start. */
+static int scan(cq_layer *l, cq_stream *s, const cq_batch *b) {
+    const cq_config *c = l->env->config;
+    cq_dtype t = l->env->dtype;
     widths w = widths_of(c);
-    int64_t rows = b->tokens, size = cq_dtype_bytes(e->dtype);
-    const void *x = l->in[0]->act_quant ? l->xq.data : l->x.data;
-    CQ_TRY(cq_linear_forward(l, l->in[0], s, x, rows, l->proj.data, w.all, 0));
+    int64_t size = cq_dtype_bytes(t);
     const char *proj = l->proj.data, *conv = l->conv.data;
-    CQ_TRY(CQ_RUN(s, conv_forward, .dtype = e->dtype, .tokens = rows, .n_docs = b->n_docs,
+    CQ_TRY(CQ_RUN(s, conv_forward, .dtype = t, .tokens = b->tokens, .n_docs = b->n_docs,
                   .starts = b->starts, .channels = w.conv, .width = c->conv_width,
                   .x = proj + w.inner * size, .ldx = w.all, .w = l->conv_w->value.data,
                   .b = l->conv_b ? l->conv_b->value.data : NULL, .y = l->conv.data));
-    CQ_TRY(CQ_RUN(s, ssd_forward, .dtype = e->dtype, .tokens = rows, .n_docs = b->n_docs,
+    return CQ_RUN(s, ssd_forward, .dtype = t, .tokens = b->tokens, .n_docs = b->n_docs,
                   .starts = b->starts, .heads = c->mamba_heads, .head_dim = c->mamba_head_dim,
                   .groups = c->mamba_groups, .state = c->mamba_state, .chunk = c->chunk, .x = conv,
                   .B = conv + w.inner * size, .C = conv + (w.inner + w.bc) * size,
                   .dt_raw = proj + (w.inner + w.conv) * size, .ldx = w.conv, .ldB = w.conv,
                   .ldC = w.conv, .ld_dt = w.all, .dt_bias = l->dt_bias->value.data,
-                  .a_log = l->a_log->value.data, .d = l->d->value.data, .y = l->scan.data));
+                  .a_log = l->a_log->value.data, .d = l->d->value.data, .y = l->scan.data);
+}
+
+/* The same for documents that go on from their slots' states. */
+static int scan_on(cq_layer *l, cq_stream *s, const cq_batch *b) {
+    const cq_config *c = l->env->config;
+    const cq_past *past = l->env->past;
+    cq_dtype t = l->env->dtype;
+    widths w = widths_of(c);
+    int64_t size = cq_dtype_bytes(t);
+    const char *proj = l->proj.data, *conv = l->conv.data;
+    CQ_TRY(CQ_RUN(s, conv_cached, .dtype = t, .tokens = b->tokens, .n_docs = b->n_docs,
+                  .starts = b->starts, .slot = past->slot.data, .past = past->past.data,
+                  .channels = w.conv, .width = c->conv_width, .x = proj + w.inner * size,
+                  .ldx = w.all, .w = l->conv_w->value.data,
+                  .b = l->conv_b ? l->conv_b->value.data : NULL, .state = l->conv_state.data,
+                  .y = l->conv.data));
+    return CQ_RUN(s, ssd_cached, .dtype = t, .tokens = b->tokens, .n_docs = b->n_docs,
+                  .starts = b->starts, .slot = past->slot.data, .past = past->past.data,
+                  .heads = c->mamba_heads, .head_dim = c->mamba_head_dim, .groups = c->mamba_groups,
+                  .state = c->mamba_state, .chunk = c->chunk, .x = conv, .B = conv + w.inner * size,
+                  .C = conv + (w.inner + w.bc) * size, .dt_raw = proj + (w.inner + w.conv) * size,
+                  .ldx = w.conv, .ldB = w.conv, .ldC = w.conv, .ld_dt = w.all,
+                  .dt_bias = l->dt_bias->value.data, .a_log = l->a_log->value.data,
+                  .d = l->d->value.data, .S = l->states.data, .y = l->scan.data);
+}
+
+int cq_mamba_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
+    const cq_layer_env *e = l->env;
+    const cq_config *c = e->config;
+    widths w = widths_of(c);
+    int64_t rows = b->tokens;
+    const void *x = l->in[0]->act_quant ? l->xq.data : l->x.data;
+    CQ_TRY(cq_linear_forward(l, l->in[0], s, x, rows, l->proj.data, w.all, 0));
+    CQ_TRY(e->past ? scan_on(l, s, b) : scan(l, s, b));
     bool quant = cq_linear_acts(l, l->out);
     CQ_TRY(CQ_RUN(s, gatednorm_forward, .dtype = e->dtype, .rows = rows, .dim = w.inner,
-                  .groups = c->mamba_groups, .y = l->scan.data, .z = proj, .ldz = w.all,
+                  .groups = c->mamba_groups, .y = l->scan.data, .z = l->proj.data, .ldz = w.all,
                   .w = l->gated_norm->value.data, .eps = c->norm_eps,
                   .out = quant ? NULL : l->mid.data, .outq = quant ? l->mid.data : NULL,
                   .fq = cq_linear_fq(l, l->out, NULL), .rstd = l->rstd2.data));

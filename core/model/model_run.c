@@ -77,6 +77,7 @@ int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest,
                        (long)tokens, (long)longest, threads);
     m->env.mode = mode;
     m->env.tokens = tokens;
+    m->env.longest = longest;
     m->threads = threads;
     CQ_TRY(plan_shared(m, p, longest));
     int64_t mark = cq_plan_mark(p, CQ_FOR_SCRATCH);

@@ -49,6 +49,7 @@ static const char *const purpose_names[CQ_N_PURPOSES] = {
     [CQ_FOR_LOGITS] = "logits",
     [CQ_FOR_CKA] = "CKA",
     [CQ_FOR_RESULTS] = "results",
+    [CQ_FOR_GENERATION] = "generation",
 };
 
 const char *cq_purpose_name(cq_purpose purpose) {

@@ -18,7 +18,8 @@ typedef enum cq_purpose {
     CQ_FOR_LOGITS = 7,      ///< one chunk of logits of each model
     CQ_FOR_CKA = 8,         ///< Grams and sampled rows
     CQ_FOR_RESULTS = 9,     ///< scalars that kernels write and the host reads after a wait
-    CQ_N_PURPOSES = 10
+    CQ_FOR_GENERATION = 10, ///< keys, values and states of sequences, their logits
+    CQ_N_PURPOSES = 11
 } cq_purpose;
 
 typedef struct cq_plan cq_plan;

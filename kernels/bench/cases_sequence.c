@@ -48,6 +48,44 @@ void bench_attention_backward(bench *b) {
             .dk = dqkv + HEADS * HD, .dv = dqkv + (HEADS + KV) * HD, .lddq = QKV, .lddk = QKV,
             .lddv = QKV);
 }
+/* Decoding: one new token for each of 64 sequences of 256. */
+enum { LIVE = 64, PAST = 255, ROOM = 256 };
+static int32_t *slots(bench *b) { return bench_permutation(b, LIVE); }
+static int32_t *pasts(bench *b) {
+    int32_t *past = bench_ints(b, LIVE, 1);
+    for (int64_t i = 0; i < LIVE; i++)
+        past[i] = PAST;
+    return past;
+}
+void bench_attention_cached(bench *b) {
+    float *qkv = bench_floats(b, LIVE * QKV);
+    MEASURE(b, attention_cached, "64 tokens after 255", 4.0 * HEADS * HD * LIVE * ROOM,
+            8.0 * LIVE * ROOM * KV * HD, .tokens = LIVE, .n_docs = LIVE,
+            .starts = bench_bounds(b, LIVE, LIVE), .slot = slots(b), .past = pasts(b),
+            .heads = HEADS, .kv_heads = KV, .head_dim = HD, .room = ROOM, .scale = 0.177, .q = qkv,
+            .k = qkv + HEADS * HD, .v = qkv + (HEADS + KV) * HD, .ldq = QKV, .ldk = QKV, .ldv = QKV,
+            .k_cache = bench_floats(b, LIVE * KV * HD * ROOM),
+            .v_cache = bench_floats(b, LIVE * KV * HD * ROOM), .out = bench_floats(b, LIVE * D));
+}
+void bench_conv_cached(bench *b) {
+    MEASURE(b, conv_cached, "64 tokens x 512, width 4", 0, 4.0 * 8 * LIVE * CHANNELS,
+            .tokens = LIVE, .n_docs = LIVE, .starts = bench_bounds(b, LIVE, LIVE), .slot = slots(b),
+            .past = pasts(b), .channels = CHANNELS, .width = 4,
+            .x = bench_floats(b, LIVE * CHANNELS), .ldx = CHANNELS,
+            .w = bench_floats(b, 4 * CHANNELS), .b = bench_floats(b, CHANNELS),
+            .state = bench_floats(b, 3 * LIVE * CHANNELS), .y = bench_floats(b, LIVE * CHANNELS));
+}
+void bench_ssd_cached(bench *b) {
+    float *x = bench_floats(b, LIVE * CHANNELS);
+    MEASURE(b, ssd_cached, "64 tokens, 12 heads of 32", 0, 8.0 * LIVE * INNER * STATE,
+            .tokens = LIVE, .n_docs = LIVE, .starts = bench_bounds(b, LIVE, LIVE), .slot = slots(b),
+            .past = pasts(b), .heads = M_HEADS, .head_dim = M_HD, .groups = GROUPS, .state = STATE,
+            .chunk = 64, .x = x, .B = x + INNER, .C = x + INNER + GROUPS * STATE,
+            .dt_raw = bench_floats(b, LIVE * M_HEADS), .ldx = CHANNELS, .ldB = CHANNELS,
+            .ldC = CHANNELS, .ld_dt = M_HEADS, .dt_bias = bench_floats(b, M_HEADS),
+            .a_log = bench_floats(b, M_HEADS), .d = bench_floats(b, M_HEADS),
+            .S = bench_floats(b, LIVE * INNER * STATE), .y = bench_floats(b, LIVE * INNER));
+}
 void bench_conv_forward(bench *b) {
     MEASURE(b, conv_forward, "8x256x512, width 4", 0, 8.0 * T * CHANNELS, .tokens = T,
             .n_docs = DOCS, .starts = bench_bounds(b, DOCS, T), .channels = CHANNELS, .width = 4,

@@ -7,7 +7,8 @@
  * carried from one block of keys to the next (arXiv 2205.14135; backward order of arXiv
  * 2307.08691). Documents of up to KEYS tokens need one block. A unit of work owns what it writes:
  * forward a document, a kv head, some of its query heads and a block of queries; backward a
- * document and a kv head, so dK and dV are summed in a fixed order.
+ * document and a kv head, so dK and dV are summed in a fixed order. The cached form keeps K
+ * transposed, so a query reads it as it lies, and gives a row the bits of the forward.
  */
 #include <float.h>
 #include <math.h>
@@ -224,5 +225,97 @@ int CQ_OP(attention_backward)(cq_stream *s, const cq_attention_backward_args *a)
                   .ldv = a->ldv};
         backward_unit(a, &d, start, scratch_of_thread(s));
     }
+    return CQ_OK;
+}
+
+/// Up to QUERIES rows of one kv head that look at the keys of a slot: queries of one head, where
+/// each sees one key more than the one before (grow 1), or the heads of one query (grow 0).
+typedef struct cached_rows {
+    int64_t n, seen, grow; ///< rows, keys that the first one sees
+    const float *q;
+    int64_t ldq;
+    float *out;
+    int64_t ldo;
+} cached_rows;
+
+/// Keys k0 .. k0 + nk that row i sees.
+static int64_t cached_seen(const cached_rows *r, int64_t i, int64_t k0, int64_t nk) {
+    int64_t seen = r->seen + i * r->grow - k0;
+    return seen < 0 ? 0 : min64(seen, nk);
+}
+
+/// kt [dim, room] and v [room, dim] of the slot; scratch as forward_unit's.
+static void cached_attend(const cached_rows *r, int64_t dim, int64_t room, float scale,
+                          const float *kt, const float *v, float *scratch) {
+    float *s = scratch, *max = s + QUERIES * LD, *sum = max + QUERIES;
+    int64_t total = r->seen + (r->n - 1) * r->grow;
+    for (int64_t i = 0; i < r->n; i++)
+        max[i] = -FLT_MAX, sum[i] = 0.0f;
+    for (int64_t k0 = 0; k0 < total; k0 += KEYS) {
+        int64_t nk = min64(KEYS, total - k0);
+        for (int64_t i = 0; i < r->n; i += STRIP) {
+            int64_t rows = min64(STRIP, r->n - i), seen = cached_seen(r, i + rows - 1, k0, nk);
+            tile_product(&(tile_args){rows, tile_pad(seen), dim, r->q + i * r->ldq, r->ldq, 1,
+                                      kt + k0, room, s + i * LD, LD},
+                         false);
+        }
+        for (int64_t i = 0; i < r->n; i++) {
+            int64_t seen = cached_seen(r, i, k0, nk);
+            float factor = seen ? softmax_row(s + i * LD, seen, scale, max + i, sum + i) : 1.0f;
+            clear_tail(s + i * LD, seen);
+            for (int64_t c = 0; c < dim && k0 > 0; c++)
+                r->out[i * r->ldo + c] *= factor;
+        }
+        for (int64_t i = 0; i < r->n; i += STRIP) {
+            int64_t rows = min64(STRIP, r->n - i), seen = cached_seen(r, i + rows - 1, k0, nk);
+            tile_product(&(tile_args){rows, dim, seen, s + i * LD, LD, 1, v + k0 * dim, dim,
+                                      r->out + i * r->ldo, r->ldo},
+                         k0 > 0);
+        }
+    }
+    for (int64_t i = 0; i < r->n; i++)
+        for (int64_t c = 0; c < dim; c++)
+            r->out[i * r->ldo + c] /= sum[i];
+}
+
+/// One document and one kv head: its keys and values into the slot, then its queries.
+static void cached_unit(const cq_attention_cached_args *a, int64_t doc, int64_t kv,
+                        float *scratch) {
+    int64_t start = a->starts[doc], n = a->starts[doc + 1] - start, past = a->past[doc];
+    int64_t dim = a->head_dim, room = a->room, group = a->heads / a->kv_heads;
+    int64_t at = (a->slot[doc] * a->kv_heads + kv) * dim * room;
+    float *kt = (float *)a->k_cache + at, *v = (float *)a->v_cache + at;
+    for (int64_t t = 0; t < n; t++) {
+        const float *k = (const float *)a->k + (start + t) * a->ldk + kv * dim;
+        for (int64_t c = 0; c < dim; c++)
+            kt[c * room + past + t] = k[c];
+        memcpy(v + (past + t) * dim, (const float *)a->v + (start + t) * a->ldv + kv * dim,
+               (size_t)dim * sizeof(float));
+    }
+    for (int64_t h = 0; h < (n > 1 ? group : 1); h++) {
+        int64_t head = kv * group + h, ldo = a->heads * dim;
+        const float *q = (const float *)a->q + start * a->ldq + head * dim;
+        float *out = (float *)a->out + start * ldo + head * dim;
+        for (int64_t i = 0; i < (n > 1 ? n : group); i += QUERIES) {
+            cached_rows r = {min64(QUERIES, n - i), past + i + 1, 1, q + i * a->ldq, a->ldq,
+                             out + i * ldo,         ldo};
+            if (n == 1)
+                r = (cached_rows){
+                    min64(QUERIES, group - i), past + 1, 0, q + i * dim, dim, out + i * dim, dim};
+            cached_attend(&r, dim, room, (float)a->scale, kt, v, scratch);
+        }
+    }
+}
+
+int CQ_OP(attention_cached)(cq_stream *s, const cq_attention_cached_args *a) {
+    CQ_F32_OR_REF(attention_cached);
+    CQ_TRY(scratch_check(s, "attention_cached", cq_attention_scratch_bytes(0, a->head_dim)));
+    int64_t pairs = 0;
+    for (int64_t d = 0; d < a->n_docs; d++)
+        pairs += (a->starts[d + 1] - a->starts[d]) * (a->past[d] + a->starts[d + 1] - a->starts[d]);
+#pragma omp parallel for schedule(dynamic)                                                         \
+    num_threads(cq_team(s, pairs * a->heads * a->head_dim, 0.1))
+    for (int64_t unit = 0; unit < a->n_docs * a->kv_heads; unit++)
+        cached_unit(a, unit / a->kv_heads, unit % a->kv_heads, scratch_of_thread(s));
     return CQ_OK;
 }

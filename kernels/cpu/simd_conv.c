@@ -152,3 +152,48 @@ int CQ_OP(conv_backward)(cq_stream *s, const cq_conv_backward_args *a) {
     }
     return CQ_OK;
 }
+
+/// The row of the input `back` tokens before token t of document d, NULL before its very start.
+static const float *cached_input(const cq_conv_cached_args *a, int64_t d, int64_t t, int64_t back,
+                                 const float *state) {
+    int64_t from = t - a->starts[d] - back;
+    if (from >= 0)
+        return (const float *)a->x + (t - back) * a->ldx;
+    return a->past[d] + from >= 0 ? state + (a->width - 1 + from) * a->channels : NULL;
+}
+
+/// A block of channels of document d; sums in the order of preactivation.
+static void cached_block(const cq_conv_cached_args *a, int64_t d, int64_t first) {
+    taps k;
+    int64_t end = a->starts[d + 1], kept = a->width - 1;
+    float *state = (float *)a->state + a->slot[d] * kept * a->channels, p[BLOCK];
+    taps_read(&k, a->w, a->b, a->width, first, a->channels);
+    for (int64_t t = a->starts[d]; t < end; t++) {
+        float *restrict y = (float *)a->y + t * a->channels + first;
+        for (int64_t c = 0; c < k.n; c++)
+            p[c] = k.b[c];
+        for (int64_t i = 0; i < a->width; i++) {
+            const float *from = cached_input(a, d, t, kept - i, state);
+            for (int64_t c = 0; from && c < k.n; c++)
+                p[c] += k.w[i][c] * from[first + c];
+        }
+        for (int64_t c = 0; c < k.n; c++)
+            y[c] = vec_silu(p[c]);
+    }
+    for (int64_t r = 0; r < kept; r++) { /* row r is read from further on, so in place */
+        const float *from = cached_input(a, d, end - 1, kept - 1 - r, state);
+        for (int64_t c = first; c < first + k.n; c++)
+            state[r * a->channels + c] = from ? from[c] : 0.0f;
+    }
+}
+
+int CQ_OP(conv_cached)(cq_stream *s, const cq_conv_cached_args *a) {
+    CQ_F32_OR_REF(conv_cached);
+    if (a->width > MOST_TAPS)
+        return cq_ref_conv_cached(s, a);
+    int64_t blocks = (a->channels + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(cq_team(s, a->tokens * a->channels, 3))
+    for (int64_t unit = 0; unit < a->n_docs * blocks; unit++)
+        cached_block(a, unit / blocks, unit % blocks * BLOCK);
+    return CQ_OK;
+}

@@ -7,6 +7,8 @@
  * group boundaries or not, and every part is a few products on one thread: groups of any sizes
  * balance, and one element of a result is one thread's.
  *
+ * stream.by_row: C' = W A' by tile.h, whose sums run over k in one order for every element.
+ *
  * compute == BF16: operands are rounded into the stream's bf16_scratch, in pieces of k if it is
  * small, and accumulated in FP32: as BF16 on tiles where the processor has them, elsewhere as FP32
  * numbers that hold BF16 values. The sums are the same up to FP32 rounding.
@@ -61,6 +63,43 @@ static int gemm(const cq_stream *s, const cq_matmul_args *a) {
     return CQ_OK;
 }
 #endif
+
+enum { BY_ROWS = 64, BY_COLS = 192, BY_DEPTH = 256 };
+
+/// C[i0 .. i0 + m, j0 .. j0 + n] of C = alpha A W' + beta C, as a block of its transpose.
+static void by_row_block(const cq_matmul_args *a, int64_t i0, int64_t m, int64_t j0, int64_t n) {
+    float tile[BY_COLS * BY_ROWS], panel[BY_DEPTH * BY_ROWS];
+    int64_t wide = (m + TILE_W - 1) / TILE_W * TILE_W;
+    for (int64_t k0 = 0; k0 < a->k; k0 += BY_DEPTH) {
+        int64_t k = min64(BY_DEPTH, a->k - k0);
+        tile_transpose(panel, BY_ROWS, (const float *)a->a + i0 * a->lda + k0, a->lda, m, k);
+        tile_product(&(tile_args){n, wide, k, (const float *)a->b + j0 * a->ldb + k0, a->ldb, 1,
+                                  panel, BY_ROWS, tile, BY_ROWS},
+                     k0 > 0);
+    }
+    float alpha = (float)a->alpha, beta = (float)a->beta;
+    for (int64_t i = 0; i < m; i++) {
+        float *c = (float *)a->c + (i0 + i) * a->ldc + j0;
+        for (int64_t j = 0; j < n; j++)
+            c[j] = alpha * tile[j * BY_ROWS + i] + (a->beta == 0.0 ? 0.0f : beta * c[j]);
+    }
+}
+static int by_row(const cq_stream *s, const cq_matmul_args *a) {
+    int team = omp_in_parallel() ? 1 : cq_team(s, a->m * a->n * a->k, 0.03);
+    int64_t share = (a->n + team - 1) / team, cols = min64(BY_COLS, (share + 31) / 32 * 32);
+    int64_t down = (a->m + BY_ROWS - 1) / BY_ROWS, across = (a->n + cols - 1) / cols;
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+    for (int64_t u = 0; u < down * across; u++) {
+        int64_t i0 = u % down * BY_ROWS, j0 = u / down * cols;
+        by_row_block(a, i0, min64(BY_ROWS, a->m - i0), j0, min64(cols, a->n - j0));
+    }
+    return CQ_OK;
+}
+
+/// The FP32 product of a stream.
+static int product(const cq_stream *s, const cq_matmul_args *a) {
+    return s->by_row && a->tb && !a->ta ? by_row(s, a) : gemm(s, a);
+}
 
 /// rows x cols, ld apart, rounded to BF16 and packed: as uint16_t, or as floats when `wide`.
 static void round_operand(void *to, bool wide, const float *x, int64_t rows, int64_t cols,
@@ -125,7 +164,7 @@ int CQ_OP(matmul)(cq_stream *s, const cq_matmul_args *a) {
     }
     if (s->compute == CQ_COMPUTE_BF16)
         return gemm_bf16(s, a, s->bf16_scratch, s->bf16_scratch_bytes);
-    return gemm(s, a);
+    return product(s, a);
 }
 
 /// The product of rows `from` .. `to` of the work in group e: rows of x and y, or with
@@ -179,7 +218,7 @@ static int grouped_part(const cq_stream *s, const cq_matmul_grouped_args *a, int
             continue;
         cq_matmul_args m = group_product(a, e, from, to);
         char *buffer = s->bf16_scratch ? (char *)s->bf16_scratch + me * bytes : NULL;
-        CQ_TRY(s->compute == CQ_COMPUTE_BF16 ? gemm_bf16(s, &m, buffer, bytes) : gemm(s, &m));
+        CQ_TRY(s->compute == CQ_COMPUTE_BF16 ? gemm_bf16(s, &m, buffer, bytes) : product(s, &m));
     }
     return CQ_OK;
 }

@@ -50,12 +50,15 @@ static void head_chunk(const ssd_input *in, float *y, const float *m, int64_t ld
             y[t * ldy + i] += skip * x[t * in->ldx + i];
 }
 
-/// One group of one document of `length` tokens from `start` on.
+/// One group of one document of `length` tokens from `start` on. carried: the group's states
+/// [heads of the group, state, head_dim], NULL: they are zero before and nobody's after; `past`:
+/// they hold what went before.
 static void forward_unit(const ssd_input *in, float *y, int64_t group, int64_t start,
-                         int64_t length, float *scratch) {
+                         int64_t length, float *carried, bool past, float *scratch) {
     int64_t chunk = ssd_min(in->chunk, length), ld = ssd_row(chunk), ns = in->state;
     int64_t per_group = in->heads / in->groups, size = ns * in->dim;
-    float *states = ssd_take(&scratch, per_group * size), *bt = ssd_take(&scratch, ns * ld);
+    float *states = carried ? carried : ssd_take(&scratch, per_group * size);
+    float *bt = ssd_take(&scratch, ns * ld);
     float *cb = ssd_take(&scratch, chunk * ld), *m = ssd_take(&scratch, chunk * ld);
     float *weighted = ssd_take(&scratch, chunk * ns);
     ssd_decay w = ssd_decay_take(&scratch, chunk);
@@ -64,12 +67,12 @@ static void forward_unit(const ssd_input *in, float *y, int64_t group, int64_t s
         ssd_products(cb, bt, ld, in, group, t, n);
         for (int64_t h = 0; h < per_group; h++) {
             int64_t head = group * per_group + h;
-            float *state = states + h * size;
+            float *state = states + h * size, *before = t0 || past ? state : NULL;
             ssd_decays(&w, in, head, t, n);
             weigh(m, cb, ld, &w, n);
-            head_chunk(in, y, m, ld, weighted, t0 ? state : NULL, &w, head, t, n);
-            if (t0 + n < length)
-                ssd_state(state, t0 ? state : NULL, weighted, in, &w, head, t, n);
+            head_chunk(in, y, m, ld, weighted, before, &w, head, t, n);
+            if (carried || t0 + n < length)
+                ssd_state(state, before, weighted, in, &w, head, t, n);
         }
     }
 }
@@ -85,7 +88,55 @@ int CQ_OP(ssd_forward)(cq_stream *s, const cq_ssd_forward_args *a) {
     for (int64_t unit = 0; unit < a->n_docs * a->groups; unit++) {
         int64_t start = a->starts[unit / a->groups], end = a->starts[unit / a->groups + 1];
         if (end > start)
-            forward_unit(&in, a->y, unit % a->groups, start, end - start, scratch_of_thread(s));
+            forward_unit(&in, a->y, unit % a->groups, start, end - start, NULL, false,
+                         scratch_of_thread(s));
+    }
+    return CQ_OK;
+}
+
+/// One token of one head, the recurrence itself.
+static void step_head(const ssd_input *in, float *restrict y, int64_t head, int64_t t,
+                      float *restrict state, bool past) {
+    int64_t dim = in->dim, ns = in->state, group = head / (in->heads / in->groups);
+    const float *restrict x = in->x + t * in->ldx + head * dim;
+    const float *b = in->b + t * in->ldb + group * ns, *c = in->c + t * in->ldc + group * ns;
+    float dt = vec_softplus(in->dt_raw[t * in->ld_dt + head] + in->dt_bias[head]);
+    float log_decay = (float)(-exp((double)in->a_log[head]) * (double)dt);
+    float decay = past ? vec_exp(log_decay < 0.0f ? log_decay : 0.0f) : 0.0f;
+    y += (t * in->heads + head) * dim;
+    for (int64_t i = 0; i < dim; i++)
+        y[i] = 0.0f;
+    if (!past)
+        memset(state, 0, (size_t)(ns * dim) * sizeof(float));
+    for (int64_t j = 0; j < ns; j++) {
+        float in_weight = dt * b[j], out_weight = c[j], *restrict row = state + j * dim;
+        for (int64_t i = 0; i < dim; i++) {
+            float now = vec_fma(in_weight, x[i], decay * row[i]);
+            row[i] = now;
+            y[i] = vec_fma(out_weight, now, y[i]);
+        }
+    }
+    for (int64_t i = 0; i < dim; i++)
+        y[i] = vec_fma(in->d[head], x[i], y[i]);
+}
+
+int CQ_OP(ssd_cached)(cq_stream *s, const cq_ssd_cached_args *a) {
+    CQ_F32_OR_REF(ssd_cached);
+    const ssd_input in = SSD_INPUT(a);
+    int64_t longest = sequence_longest(a->starts, a->n_docs), per_group = a->heads / a->groups;
+    CQ_TRY(scratch_check(s, "ssd_cached",
+                         cq_ssd_scratch_bytes(ssd_min(longest, a->chunk), a->chunk, a->heads,
+                                              a->head_dim, a->groups, a->state)));
+    int64_t work = a->tokens * a->heads * a->head_dim * a->state;
+#pragma omp parallel for schedule(dynamic) num_threads(cq_team(s, work, 0.2))
+    for (int64_t unit = 0; unit < a->n_docs * a->groups; unit++) {
+        int64_t d = unit / a->groups, g = unit % a->groups, start = a->starts[d];
+        int64_t n = a->starts[d + 1] - start, size = a->state * a->head_dim;
+        float *states = (float *)a->S + (a->slot[d] * a->heads + g * per_group) * size;
+        for (int64_t h = 0; n == 1 && h < per_group; h++)
+            step_head(&in, a->y, g * per_group + h, start, states + h * size, a->past[d] > 0);
+        if (n > 1)
+            forward_unit(&in, a->y, g, start, n, states, a->past[d] > 0, scratch_of_thread(s));
     }
     return CQ_OK;
 }

@@ -6,3 +6,4 @@
 
 CQ_REF_OP(attention_forward)
 CQ_REF_OP(attention_backward)
+CQ_REF_OP(attention_cached)

@@ -118,3 +118,49 @@ static int CQ_FN(attention_backward)(const cq_attention_backward_args *a) {
     free(work);
     return CQ_OK;
 }
+
+/* Document d of the cached form: its keys and values go into the slot, then each query looks at
+   all that the slot holds up to itself. p holds that many weights. */
+static void CQ_FN(attention_continue)(const cq_attention_cached_args *a, int64_t d, int64_t h,
+                                      acc *p) {
+    int64_t n = a->head_dim, kv = h / (a->heads / a->kv_heads), past = a->past[d];
+    int64_t at = (a->slot[d] * a->kv_heads + kv) * n * a->room;
+    real *keys = (real *)a->k_cache + at, *values = (real *)a->v_cache + at;
+    for (int64_t t = a->starts[d]; t < a->starts[d + 1]; t++, past++) {
+        const real *q = (const real *)a->q + t * a->ldq + h * n;
+        real *out = (real *)a->out + (t * a->heads + h) * n;
+        acc top = 0, sum = 0;
+        for (int64_t i = 0; i < n; i++) {
+            keys[i * a->room + past] = ((const real *)a->k)[t * a->ldk + kv * n + i];
+            values[past * n + i] = ((const real *)a->v)[t * a->ldv + kv * n + i];
+        }
+        for (int64_t s = 0; s <= past; s++) {
+            p[s] = 0;
+            for (int64_t i = 0; i < n; i++)
+                p[s] += (acc)q[i] * (acc)keys[i * a->room + s];
+            p[s] *= (acc)a->scale;
+            top = s == 0 || p[s] > top ? p[s] : top;
+        }
+        for (int64_t s = 0; s <= past; s++) {
+            p[s] = exp(p[s] - top);
+            sum += p[s];
+        }
+        for (int64_t i = 0; i < n; i++) {
+            acc value = 0;
+            for (int64_t s = 0; s <= past; s++)
+                value += p[s] * (acc)values[s * n + i];
+            out[i] = (real)(value / sum);
+        }
+    }
+}
+
+static int CQ_FN(attention_cached)(const cq_attention_cached_args *a) {
+    acc *p = cq_ref_zeros(a->room, sizeof(acc));
+    if (!p)
+        return cq_fail(CQ_ENOMEM, "attention: no memory for one row of weights");
+    for (int64_t d = 0; d < a->n_docs; d++)
+        for (int64_t h = 0; h < a->heads; h++)
+            CQ_FN(attention_continue)(a, d, h, p);
+    free(p);
+    return CQ_OK;
+}

@@ -7,5 +7,7 @@
 
 CQ_REF_OP(conv_forward)
 CQ_REF_OP(conv_backward)
+CQ_REF_OP(conv_cached)
 CQ_REF_OP(ssd_forward)
 CQ_REF_OP(ssd_backward)
+CQ_REF_OP(ssd_cached)

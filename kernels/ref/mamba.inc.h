@@ -77,6 +77,38 @@ static int CQ_FN(conv_backward)(const cq_conv_backward_args *a) {
     return CQ_OK;
 }
 
+/* Channel c of document d of the cached form; `before` [width - 1] holds the inputs that went
+ * before, zeros where there were none. */
+static void CQ_FN(conv_continue)(const cq_conv_cached_args *a, int64_t d, int64_t c, acc *before) {
+    const real *x = a->x, *w = (const real *)a->w + c * a->width, *b = a->b;
+    int64_t kept = a->width - 1;
+    real *state = (real *)a->state + a->slot[d] * kept * a->channels + c;
+    for (int64_t k = 0; k < kept; k++)
+        before[k] = a->past[d] + k >= kept ? (acc)state[k * a->channels] : 0;
+    for (int64_t t = a->starts[d]; t < a->starts[d + 1]; t++) {
+        acc now = (acc)x[t * a->ldx + c], sum = b ? (acc)b[c] : 0;
+        for (int64_t k = 0; k < kept; k++)
+            sum += (acc)w[k] * before[k];
+        sum += (acc)w[kept] * now;
+        ((real *)a->y)[t * a->channels + c] = (real)(sum * CQ_SIGMOID(sum));
+        for (int64_t k = 0; k < kept; k++)
+            before[k] = k + 1 < kept ? before[k + 1] : now;
+    }
+    for (int64_t k = 0; k < kept; k++)
+        state[k * a->channels] = (real)before[k];
+}
+
+static int CQ_FN(conv_cached)(const cq_conv_cached_args *a) {
+    acc *before = cq_ref_zeros(a->width, sizeof(acc));
+    if (!before)
+        return cq_fail(CQ_ENOMEM, "convolution: no memory for %lld inputs", (long long)a->width);
+    for (int64_t d = 0; d < a->n_docs; d++)
+        for (int64_t c = 0; c < a->channels; c++)
+            CQ_FN(conv_continue)(a, d, c, before);
+    free(before);
+    return CQ_OK;
+}
+
 /* S <- decay S + dt x B' */
 static void CQ_FN(ssd_state)(acc *S, const acc *before, acc decay, acc dt, const real *x,
                              const real *B, int64_t head_dim, int64_t state) {
@@ -109,6 +141,46 @@ static int CQ_FN(ssd_forward)(const cq_ssd_forward_args *a) {
                 }
             }
         }
+    free(S);
+    return CQ_OK;
+}
+
+/* Head h of document d of the cached form; S [head_dim, state]. */
+static void CQ_FN(ssd_continue)(const cq_ssd_cached_args *a, int64_t d, int64_t h, acc *S) {
+    int64_t P = a->head_dim, N = a->state, g = h / (a->heads / a->groups);
+    real *kept = (real *)a->S + (a->slot[d] * a->heads + h) * N * P;
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t n = 0; n < N; n++)
+            S[p * N + n] = a->past[d] > 0 ? (acc)kept[n * P + p] : 0;
+    for (int64_t t = a->starts[d]; t < a->starts[d + 1]; t++) {
+        const real *x = (const real *)a->x + t * a->ldx + h * P;
+        const real *b = (const real *)a->B + t * a->ldB + g * N;
+        const real *c = (const real *)a->C + t * a->ldC + g * N;
+        real *y = (real *)a->y + (t * a->heads + h) * P;
+        acc raw = (acc)((const real *)a->dt_raw)[t * a->ld_dt + h], dt;
+        raw += (acc)((const real *)a->dt_bias)[h];
+        dt = CQ_SOFTPLUS(raw);
+        CQ_FN(ssd_state)
+        (S, S, exp(-exp((acc)((const real *)a->a_log)[h]) * dt), dt, x, b, P, N);
+        for (int64_t p = 0; p < P; p++) {
+            acc sum = 0;
+            for (int64_t n = 0; n < N; n++)
+                sum += S[p * N + n] * (acc)c[n];
+            y[p] = (real)(sum + (acc)((const real *)a->d)[h] * (acc)x[p]);
+        }
+    }
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t n = 0; n < N; n++)
+            kept[n * P + p] = (real)S[p * N + n];
+}
+
+static int CQ_FN(ssd_cached)(const cq_ssd_cached_args *a) {
+    acc *S = cq_ref_zeros(a->head_dim * a->state, sizeof(acc));
+    if (!S)
+        return cq_fail(CQ_ENOMEM, "ssd: no memory for one state");
+    for (int64_t d = 0; d < a->n_docs; d++)
+        for (int64_t h = 0; h < a->heads; h++)
+            CQ_FN(ssd_continue)(a, d, h, S);
     free(S);
     return CQ_OK;
 }

@@ -21,7 +21,7 @@ complete.values = {
 -- Options that name files, the words that may stand for one, and the file names that fit.
 local paths = {
   model = { models, "/$" }, teacher = { {}, "/$" }, student = { {}, "/$" }, out = { {}, "/$" }, data = { documents, "%.jsonl$" },
-  holdout = { {}, "%.jsonl$" }, cache = { {}, "/$" }, teacher_cache = { {}, "/$" }, options = { {}, "" },
+  holdout = { {}, "%.jsonl$" }, prompts = { {}, "%.jsonl$" }, cache = { {}, "/$" }, teacher_cache = { {}, "/$" }, options = { {}, "" },
 }
 local runs = {
   commands = { "list", "show", "compare", "table", "query", "report", "prune" },

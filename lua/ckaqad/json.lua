@@ -97,9 +97,10 @@ end
 
 local plain = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t", ['"'] = '"', ["\\"] = "\\", ["/"] = "/" }
 
+local function line_of(text, at) return select(2, text:sub(1, at):gsub("\n", "")) + 1 end
+
 local function fail(what, text, at)
-  local _, lines = text:sub(1, at):gsub("\n", "")
-  errors.raise(errors.DATA, "%s: line %d: broken JSON near %q", what, lines + 1, text:sub(at, at + 15))
+  errors.raise(errors.DATA, "%s: line %d: broken JSON near %q", what, line_of(text, at), text:sub(at, at + 15))
 end
 
 local function read_string(text, at, what)
@@ -189,6 +190,29 @@ function json.decode(text, what)
   at = skip(text, at)
   if at <= #text then fail(what, text, at) end
   return value
+end
+
+--- The objects of a JSONL file, in a list. `fields` names what each must have; an error names file and line.
+---
+--- Example:
+---     print(#cq.json.lines("holdout.jsonl", { "text" })) --> 6
+function json.lines(path, fields)
+  local f, why = io.open(path, "rb")
+  if not f then errors.raise(errors.IO, "%s", why) end
+  local text, list = f:read "*a" or "", {}
+  f:close()
+  local at = skip(text, 1)
+  while at <= #text do
+    local value, stop = read(text, at, path)
+    for _, name in ipairs(fields or {}) do
+      if type(value) ~= "table" or value[name] == nil or value[name] == json.null then
+        errors.raise(errors.DATA, "%s: line %d: no %s, wanted an object with %s", path, line_of(text, at), name, table.concat(fields, ", "))
+      end
+    end
+    list[#list + 1], at = value, skip(text, stop)
+  end
+  if #list == 0 then errors.raise(errors.DATA, "%s: no objects, wanted one a line", path) end
+  return list
 end
 
 --- The elements of a JSON array as pieces of the text itself, unchanged to the byte.

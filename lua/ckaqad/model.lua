@@ -177,6 +177,39 @@ function Model:parameter(name)
   return require "ckaqad.parameter".wrap(c, self)
 end
 
+--- Continues prompts token by token, many at once. The model must be in a plan: `cq.plan { student = model, tokens = 512 }`.
+--- Options: `prompts` (a list of texts or of id lists), `max_tokens` (64), `temperature` (0: the likeliest token), `top_p` (1), `stop` (ids
+--- or token texts; absent: the model's own end tokens; {}: none), `seed` (1), `samples` (1) of each prompt, `slots` (sequences at once; 0:
+--- up to 64), `given` (for each prompt the id list that its answers begin with, to get their log-probabilities).
+--- Returns a list, the samples of a prompt side by side: { prompt, sample (numbers from 1), prompt_ids, ids (the stop token included), text
+--- (without it; absent when the folder has no tokenizer), logprobs (of each id under the plain softmax), stopped (by a stop token) },
+--- and { tokens, prompt_tokens, passes, seconds }. On the processor in FP32 an answer depends on model, plan, options and its place in
+--- the list of prompts, not on the other prompts.
+---
+--- Example:
+---     local out = student:generate { prompts = { "Natalia sold", "Tom has 3" }, max_tokens = 8, temperature = 1, samples = 2 }
+---     print(#out, out[4].prompt, out[4].sample, #out[4].ids == #out[4].logprobs) --> 4	2	2	true
+function Model:generate(options) return require "ckaqad.generate".generate(self, options) end
+
+--- The ids of a text. An error when the model's folder has no tokenizer.
+---
+--- Example:
+---     print(#student:encode "Natalia sold clips" > 0) --> true
+function Model:encode(text_) return require "ckaqad.generate".encode(self, text_) end
+
+--- The text of a list of ids, special tokens included.
+---
+--- Example:
+---     print(student:decode(student:encode "Natalia sold clips")) --> Natalia sold clips
+function Model:decode(ids) return require "ckaqad.generate".decode(self, ids) end
+
+--- The text of a conversation { { role = "user", content = "..." }, ... } by the model's chat template, with the opening of the answer.
+--- Options: `template` ("auto", "nano3", "qwen3-thinking"), `thinking` (absent: as the template has it).
+---
+--- Example:
+---     print(#student:chat({ { role = "user", content = "2 + 2?" } }, { template = "nano3" }) > 0) --> true
+function Model:chat(messages, options) return require "ckaqad.generate".chat(self, messages, options) end
+
 function Model:__tostring() return require "ckaqad.show".model(self) end
 
 --- Writes the NVFP4 checkpoint that vLLM, TensorRT-LLM and SGLang load. `options.shard` is the largest file (4.5 GiB).

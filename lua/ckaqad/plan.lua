@@ -6,6 +6,7 @@ local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local distill = require "ckaqad.distill"
 local eval = require "ckaqad.eval"
+local generate = require "ckaqad.generate"
 local loss = require "ckaqad.loss"
 local text = require "ckaqad.text"
 local C, call = native.C, native.call
@@ -56,6 +57,7 @@ local function declare(o, mode)
   end
   if o.cache then heads[#heads + 1] = function() call.cq_recorder_plan(o.cache.c, p, tokens) end end
   side_by_side(p, { C.CQ_FOR_LOGITS, C.CQ_FOR_CKA }, heads)
+  if o.generate then generate.declare(o.student, p, o.generate) end
   return p
 end
 
@@ -95,7 +97,7 @@ end
 function plan.prepare(options)
   local o = errors.fill("plan", options, {
     teacher = errors.NONE, student = errors.NONE, adam = errors.NONE, terms = errors.NONE, data = errors.NONE, tokens = 0,
-    longest = 0, cache = errors.NONE, eval = false, seed = 1, limit = 0, load = true, trained = false,
+    longest = 0, cache = errors.NONE, eval = false, generate = errors.NONE, seed = 1, limit = 0, load = true, trained = false,
     show = errors.NONE, dry = false,
   })
   o.trained = o.trained or o.adam ~= nil
@@ -113,8 +115,9 @@ end
 
 --- Plans, allocates and loads models. Options: `teacher`, `student`, `adam` (absent: forward only), `terms` (one list or a
 --- list of lists), `cache` (of `cq.cache.create`), `data` (its `micro` * `seq` tokens), or `tokens` and `longest`; `eval` (true: the
---- pair can be compared), `seed` (sampled rows), `limit` in bytes (0: what the system has), `load` (false: weights come from
---- `model:init`), `trained` (gradients without `adam`), `dry` (true: nothing is allocated or loaded).
+--- pair can be compared), `generate` ({ slots, room }: sequences that the student writes at once and their tokens; absent:
+--- `student:generate` plans its memory when it is called), `seed` (sampled rows), `limit` in bytes (0: what the system has), `load`
+--- (false: weights come from `model:init`), `trained` (gradients without `adam`), `dry` (true: nothing is allocated or loaded).
 --- Returns { bytes, mode, lines, before (peak before the first planned allocation) }.
 ---
 --- Example:
@@ -140,6 +143,8 @@ function plan.plan(options)
   if o.show then o.show(self) end
   if o.dry then return self end
   call.cq_plan_commit(p, limit)
+  if not o.generate then generate.replanned(o.student) end
+  if o.teacher and not o.teacher.cached then generate.replanned(o.teacher) end
   o.student.plan, o.student.adam = self, o.adam
   if o.teacher and not o.teacher.cached then
     o.teacher.plan = self

@@ -59,14 +59,16 @@ end
 
 --- Starts a run from a recipe's options. Chooses device, model (`auto`: `named` when the Hugging Face cache has it, else the
 --- embedded teacher), preset and documents, puts the choices into `opt`, prints them, and checks the output folder.
+--- `quiet`: what the run says is kept for log.txt and not printed.
 ---
 --- Example:
 ---     local opt = cq.options { model = "auto", data = "auto", holdout = "", preset = "auto", out = "try", seq = 0, batch = 0 }
 ---     local run = cq.run(opt)
 ---     print(opt.preset, opt.seq, opt.batch) --> tiny	256	8
 function run.run(opt, given)
-  local o = errors.fill("run", given, { named = errors.NONE })
-  local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock() }, Run)
+  local o = errors.fill("run", given, { named = errors.NONE, quiet = false })
+  local self = setmetatable({ opt = opt, early = {}, history = {}, evals = {}, facts = {}, started_at = native.clock(),
+    quiet = o.quiet }, Run)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
   local imagined = opt.gpus ~= ""
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
@@ -106,7 +108,9 @@ end
 --- Example:
 ---     run:say("lowest CKA %.3f at block %d", 0.971, 4)
 function Run:say(format, ...)
-  self.screen:say(select("#", ...) > 0 and tostring(format):format(...) or tostring(format))
+  local line = select("#", ...) > 0 and tostring(format):format(...) or tostring(format)
+  if self.quiet then return self:note(line) end
+  self.screen:say(line)
 end
 
 --- Puts a line into log.txt without printing it; lines wait until the folder exists.

@@ -15,8 +15,11 @@
 #define CQ_EMU_POINTERS_attention_forward P(starts) P(q) P(k) P(v) P(out) P(lse)
 #define CQ_EMU_POINTERS_attention_backward                                                         \
     P(starts) P(q) P(k) P(v) P(out) P(lse) P(dout) P(dq) P(dk) P(dv)
+#define CQ_EMU_POINTERS_attention_cached                                                           \
+    P(starts) P(slot) P(past) P(q) P(k) P(v) P(k_cache) P(v_cache) P(out)
 #define CQ_EMU_POINTERS_conv_forward P(starts) P(x) P(w) P(b) P(y)
 #define CQ_EMU_POINTERS_conv_backward P(starts) P(x) P(w) P(b) P(dy) P(dx) P(dw) P(db)
+#define CQ_EMU_POINTERS_conv_cached P(starts) P(slot) P(past) P(x) P(w) P(b) P(state) P(y)
 #define CQ_EMU_POINTERS_ssd_forward P(starts) P(x) P(B) P(C) P(dt_raw) P(dt_bias) P(a_log) P(d) P(y)
 #define CQ_EMU_POINTERS_ssd_backward                                                               \
     P(starts)                                                                                      \
@@ -25,6 +28,8 @@
     P(C)                                                                                           \
     P(dt_raw)                                                                                      \
     P(dt_bias) P(a_log) P(d) P(dy) P(dx) P(dB) P(dC) P(ddt_raw) P(ddt_bias) P(da_log) P(dd)
+#define CQ_EMU_POINTERS_ssd_cached                                                                 \
+    P(starts) P(slot) P(past) P(x) P(B) P(C) P(dt_raw) P(dt_bias) P(a_log) P(d) P(S) P(y)
 #define CQ_EMU_POINTERS_swiglu_forward P(gu) P(h) P(hq) P(fq.amax) P(fq.offsets) P(fq.saturated)
 #define CQ_EMU_POINTERS_swiglu_backward P(gu) P(dh) P(dgu)
 #define CQ_EMU_POINTERS_relu2_forward P(x) P(h) P(hq) P(fq.amax) P(fq.offsets) P(fq.saturated)

@@ -1,7 +1,7 @@
 -- Compares this library with a golden file that other programs wrote, group by group; exits 0 only if all groups hold.
 --   ckaqad tests/golden/check.lua --model=DIR --golden=FILE [--kernels=ref|cpu] [--compute=f32|f64]
 --   ckaqad tests/golden/check.lua --golden=FILE                       nvfp4, nvfp4_static and losses files
---   ckaqad tests/golden/check.lua --model=DIR --tokens=FILE | --chat=FILE
+--   ckaqad tests/golden/check.lua --model=DIR --tokens=FILE | --chat=FILE | --generate=FILE
 local cq = require "ckaqad"
 local native = require "ckaqad.ffi"
 local C, call = native.C, native.call
@@ -11,6 +11,7 @@ local opt = cq.options {
   golden = "",      -- safetensors file of expected values
   tokens = "",      -- JSON of { text, ids, decoded }
   chat = "",        -- JSON of conversations and their rendered text
+  generate = "",    -- JSON of prompts and the greedy tokens that follow
   compute = "f32",  -- f32, bf16 (see --report), or f64 (kernels ref)
   report = false,   -- errors are printed and not judged
 }
@@ -361,6 +362,48 @@ local function check_chat(path)
   end
 end
 
+-- ---- generation ----
+
+local function expect_ids(group, got, wanted, place)
+  local off = math.abs(#got - #wanted)
+  for i = 1, math.min(#got, #wanted) do off = off + (got[i] == wanted[i] and 0 or 1) end
+  note(group, off, 0, place)
+end
+
+-- The log-probabilities of an answer by one forward over prompt and answer.
+local function check_logprobs(model, one)
+  local ids = {}
+  for _, list in ipairs { one.prompt_ids, one.ids } do
+    for _, id in ipairs(list) do ids[#ids + 1] = id end
+  end
+  local n, from = #ids, #one.prompt_ids
+  local labels, starts = native.new("int32_t[?]", n), native.new("int64_t[2]", { 0, n })
+  for i = 0, n - 1 do labels[i] = -100 end
+  local batch = native.open("cq_batch", "cq_batch_make", native.new("int32_t[?]", n, ids), labels, n, starts, 1)
+  call.cq_model_forward(model.c, model:stream(), batch)
+  local z = logits_of(model, n)
+  for i, id in ipairs(one.ids) do
+    local row, top, sum = z + (from + i - 2) * model.vocab, -math.huge, 0
+    for v = 0, model.vocab - 1 do top = math.max(top, row[v]) end
+    for v = 0, model.vocab - 1 do sum = sum + math.exp(row[v] - top) end
+    local error = math.abs(row[id] - top - math.log(sum) - one.logprobs[i])
+    note("log-probabilities", error, 1e-4, ("prompt %d, token %d"):format(one.prompt, i))
+  end
+end
+
+local function check_generation(path)
+  local cases, model, prompts = cq.json.decode(read(path), path), open(opt.model), {}
+  for i, case in ipairs(cases) do prompts[i] = case.prompt end
+  cq.plan { student = model, tokens = 256 }
+  local out = model:generate { prompts = prompts, max_tokens = #cases[1].greedy_ids, stop = {} }
+  for i, case in ipairs(cases) do
+    expect_ids("prompt ids that differ", out[i].prompt_ids, case.prompt_ids, "prompt " .. i)
+    expect_ids("greedy tokens that differ", out[i].ids, case.greedy_ids, "prompt " .. i)
+    check_logprobs(model, out[i])
+  end
+end
+
+if opt.generate ~= "" then check_generation(opt.generate) end
 if opt.tokens ~= "" then check_tokens(opt.tokens) end
 if opt.chat ~= "" then check_chat(opt.chat) end
 if opt.golden ~= "" then

@@ -12,4 +12,5 @@ done
 for model in nemotron_h_gsm8k qwen3_gsm8k; do
   build/ckaqad $g/check.lua --model=$g/$model --tokens=$g/$model.tokens.json
   build/ckaqad $g/check.lua --model=$g/$model --chat=$g/$model.chat.json
+  build/ckaqad $g/check.lua --model=$g/$model --generate=$g/$model.generate.json
 done

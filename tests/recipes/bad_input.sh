@@ -59,6 +59,14 @@ bad 2 'stepz.*steps' $(quick) --stepz=3
 bad 2 'steps.*many' $(quick) --steps=many
 bad 2 'mamba' $(quick) --cka=mambo
 bad 2 'preset' $(quick) --preset=tinny
+printf '%s\n' '{"prompt": "a"}' '{"text": "b"}' >"$work/p.jsonl"
+gen="$run $top/recipes/generate.lua --model=$work/m"
+bad 2 'wanted --prompt' $gen
+bad 2 'top_p is 1.5' $gen --prompt=a --top_p=1.5
+bad 2 'temperature is -1' $gen --prompt=a --temperature=-1
+bad 2 'sequences of 1000[0-9]* tokens.*positions' $gen --prompt=a --tokens=10000000
+bad 2 'stop "nope"' $gen --prompt=a --stop=nope
+bad 3 'p.jsonl: object 2 has no prompt' $gen --prompts="$work/p.jsonl"
 bad 2 'no-such-recipe' "$run" no-such-recipe.lua
 bad 4 'MiB' $(quick) --memory=1MiB
 mkdir -p "$work/run"; touch "$work/run/lock" "$work/run/thesis.txt";    bad 2 'not empty and holds no run' $(quick) # what is not a run's stays
