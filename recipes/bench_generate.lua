@@ -47,10 +47,10 @@ for round = 1, opt.rounds do
   alone[round] = timed({ prompts[round] }, opt.tokens)
   local seconds = 0
   for k = 1, opt.again do -- the text so far, at lengths spread evenly from the first token to the last
-    local n, texts = math.floor((k - 0.5) / opt.again * opt.tokens), {}
+    local written, texts = math.floor((k - 0.5) / opt.again * opt.tokens), {}
     for i, one in ipairs(out) do
       texts[i] = { unpack(one.prompt_ids) }
-      for j = 1, n do table.insert(texts[i], one.ids[j]) end
+      for j = 1, written do table.insert(texts[i], one.ids[j]) end
     end
     seconds = seconds + select(3, timed(texts, 1))
   end
