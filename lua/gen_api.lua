@@ -13,7 +13,7 @@ local titles = {
   { "distill", "Distillation" }, { "balance", "Balances" }, { "optim", "Optimizers" }, { "schedule", "Schedules" },
   { "select", "Block selectors" }, { "plan", "Memory" }, { "eval", "Evaluation" }, { "sweep", "Sweeps" }, { "stats", "Statistics" },
   { "table", "Tables" }, { "runs", "The run index" }, { "compare", "Comparing runs" }, { "plot", "Plots" },
-  { "device", "Device" }, { "verify", "Checking exports" }, { "tensorboard", "TensorBoard" },
+  { "device", "Device" }, { "benchmark", "Benchmarks" }, { "verify", "Checking exports" }, { "tensorboard", "TensorBoard" },
   { "ffi", "Clock and memory" }, { "json", "JSON" }, { "text", "Text" },
 }
 

@@ -14,7 +14,7 @@ ckaqad: wins back what NVFP4 costs a language model, by distilling it into its o
   ckaqad --help, --version
 
 Recipes: recipes/nemotron_nano.lua, qwen3.lua (distil), teacher_cache.lua (the teacher once, for many of these),
-  ptq.lua (calibrate and export), compare.lua, generate.lua (text), bench.lua, bench_generate.lua,
+  ptq.lua (calibrate and export), compare.lua, generate.lua (text), eval.lua (benchmarks), bench.lua, bench_generate.lua,
   ablate_cka_layers.lua, ablate_balance.lua, ablate_loss.lua, sweep_lr.lua (many runs and one table)
 Exit: 0 success, 1 failure, 2 usage or recipe, 3 invalid data or model, 4 memory, 5 not finite, 6 mismatch, 75 --max_time is up,
   129 hangup (a closed ssh session), 130 Ctrl-C, 143 SIGTERM

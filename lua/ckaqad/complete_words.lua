@@ -15,13 +15,15 @@ complete.values = {
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
   balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" }, storage = { "f16", "f32" },
   moments = { "f32", "bf16", "8bit" }, master = { "f32", "split", "bf16" },
+  suite = { "aime25", "gpqa", "lcb" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
   template = { "auto", "nano3", "qwen3-thinking" },
 }
 -- Options that name files, the words that may stand for one, and the file names that fit.
 local paths = {
   model = { models, "/$" }, teacher = { {}, "/$" }, student = { {}, "/$" }, out = { {}, "/$" }, data = { documents, "%.jsonl$" },
-  holdout = { {}, "%.jsonl$" }, prompts = { {}, "%.jsonl$" }, cache = { {}, "/$" }, teacher_cache = { {}, "/$" }, options = { {}, "" },
+  holdout = { {}, "%.jsonl$" }, prompts = { {}, "%.jsonl$" }, file = { {}, "" },
+  cache = { {}, "/$" }, teacher_cache = { {}, "/$" }, options = { {}, "" },
 }
 local runs = {
   commands = { "list", "show", "compare", "table", "query", "report", "prune" },

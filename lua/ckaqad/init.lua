@@ -1,4 +1,5 @@
 -- init.lua - the public API: `local cq = require "ckaqad"`. Reading a name that is not here is an error with the nearest one.
+local benchmark = require "ckaqad.benchmark"
 local cache = require "ckaqad.cache"
 local errors = require "ckaqad.errors"
 local native = require "ckaqad.ffi"
@@ -38,6 +39,8 @@ return errors.strict({
   compare = errors.strict(require "ckaqad.compare", "compare"),
   stats = require "ckaqad.stats",
   table = require "ckaqad.table".new,
+  benchmark = errors.strict({ open = benchmark.open, shares = benchmark.shares, recovery = benchmark.recovery, write = benchmark.write },
+    "benchmark"),
   verify = verify.verify,
   tensorboard = errors.strict({ open = tensorboard.open, markdown = tensorboard.markdown }, "tensorboard"),
   spawn = require("ckaqad.spawn").spawn,

@@ -67,6 +67,12 @@ bad 2 'temperature is -1' $gen --prompt=a --temperature=-1
 bad 2 'sequences of 1000[0-9]* tokens.*positions' $gen --prompt=a --tokens=10000000
 bad 2 'stop "nope"' $gen --prompt=a --stop=nope
 bad 3 'p.jsonl: object 2 has no prompt' $gen --prompts="$work/p.jsonl"
+score="$run $top/recipes/eval.lua --model=$work/m"
+bad 2 'wanted --file' $score
+bad 2 'wanted --answers' $score --suite=lcb --file=d.jsonl
+bad 2 'lcbb.*lcb' $score --suite=lcbb --file=d.jsonl
+bad 3 'd.jsonl: line 1: no problem' $score --file=d.jsonl
+bad 1 'nope/a' $score --file=d.jsonl --answers=nope/a
 bad 2 'no-such-recipe' "$run" no-such-recipe.lua
 bad 4 'MiB' $(quick) --memory=1MiB
 mkdir -p "$work/run"; touch "$work/run/lock" "$work/run/thesis.txt";    bad 2 'not empty and holds no run' $(quick) # what is not a run's stays

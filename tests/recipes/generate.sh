@@ -32,3 +32,21 @@ line=$(build/ckaqad recipes/bench_generate.lua --model="$g/nemotron_h_gsm8k" --d
 ratio=${line##*\"ratio\":}
 awk "BEGIN { exit !(${ratio%\}} >= 5) }" || fail "kept keys and states do not pay: $line"
 echo "generate: all hold, $line"
+
+# benchmarks, on hand-made files of their form: five questions each
+eval_() { build/ckaqad recipes/eval.lua --model="$g/qwen3_gsm8k" --threads=2 --samples=2 --tokens=160 "$@" >"$work/eval" || fail "eval.lua $*"; }
+for i in 1 2 3 4 5; do echo "{\"id\": \"p$i\", \"problem\": \"Tom has $i apples and buys 4. How many?\", \"answer\": \"$((i + 4))\"}"; done >"$work/aime.jsonl"
+{ echo 'Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3'
+  for i in 1 2 3 4 5; do echo "\"What is $i, doubled?\",$((i * 2)),7,11,13"; done; } >"$work/gpqa.csv"
+for i in 1 2 3 4 5; do echo "{\"question_id\": \"q$i\", \"question_content\": \"Print $i\", \"starter_code\": \"\"}"; done >"$work/lcb.jsonl"
+eval_ --suite=aime25 --file="$work/aime.jsonl" --answers="$work/bf16.jsonl"
+tail -n 1 "$work/eval" | grep -q '"n":5,"samples":2,"pass":' || fail "aime25: $(tail -n 1 "$work/eval")"
+[ "$(grep -c '"right":' "$work/bf16.jsonl")" = 10 ] || fail "aime25: wanted 10 answers"
+sed -i 's/"right":false/"right":true/' "$work/bf16.jsonl"
+eval_ --suite=aime25 --file="$work/aime.jsonl" --against="$work/bf16.jsonl"
+grep -q '^BF16 100.0 %: difference -' "$work/eval" || fail "aime25 against: $(cat "$work/eval")"
+eval_ --suite=gpqa --file="$work/gpqa.csv"
+grep -q '^gpqa: pass@1 .* k = 2 samples, n = 5 questions' "$work/eval" || fail "gpqa: $(cat "$work/eval")"
+eval_ --suite=lcb --file="$work/lcb.jsonl" --answers="$work/lcb.json"
+[ "$(grep -o '"code_list":\["' "$work/lcb.json" | wc -l)" = 5 ] || fail "lcb: $(cat "$work/lcb.json")"
+echo "eval: all hold"
