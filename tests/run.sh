@@ -37,7 +37,7 @@ sanitized() {
 
 race_detector() { # the kernels on the CPU under ThreadSanitizer
   cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON &&
-    cmake --build build/races --target test_emulator test_cuda_on_cpu_{dense,losses,cached,quant,sequence} &&
+    cmake --build build/races --target test_emulator test_cuda_on_cpu_{dense,losses,cached,past,quant,sequence} &&
     ctest --test-dir build/races --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator'
 }
 with_nvcc() { # code for every target compiles and links, and a machine without a GPU gets one line

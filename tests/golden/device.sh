@@ -8,4 +8,7 @@ g=tests/golden
 for model in nemotron_h_tiny qwen3_tiny; do
   build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --kernels=cuda_on_cpu
 done
+for model in nemotron_h_gsm8k qwen3_gsm8k; do # generation: the first tokens
+  build/ckaqad_on_cpu $g/check.lua --model=$g/$model --generate=$g/$model.generate.json --most=2 --kernels=cuda_on_cpu
+done
 build/ckaqad_on_cpu $g/check.lua --golden=$g/nvfp4_static.golden.safetensors --kernels=cuda_on_cpu
