@@ -42,6 +42,13 @@ static double slope(harness *h, const float *weights, cq_param *p, int64_t i) {
     return (4 * d[1] - d[0]) / 3;
 }
 
+/* Parameters looked at: all, or under a sanitizer, which is after other mistakes, one in eight. */
+#ifdef __SANITIZE_ADDRESS__
+enum { PARAM_STRIDE = 8 };
+#else
+enum { PARAM_STRIDE = 1 };
+#endif
+
 static void check_gradients(const char *dir, cq_layer_loss layer_loss, cq_logit_loss logit_loss) {
     harness h;
     harness_options o = pair(dir);
@@ -63,7 +70,7 @@ static void check_gradients(const char *dir, cq_layer_loss layer_loss, cq_logit_
         some[i] = (float)cq_random_normal(12, 0, (uint64_t)i);
     total_loss(&h, weights, &r);
     OK(cq_distill_backward(h.distill, &h.stream, h.batch[0], 1, w));
-    for (int64_t i = 0; i < cq_model_n_params(h.student); i++) {
+    for (int64_t i = 0; i < cq_model_n_params(h.student); i += PARAM_STRIDE) {
         cq_param *p = cq_model_param(h.student, i);
         if (!p->grad.data)
             continue;
