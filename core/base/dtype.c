@@ -99,6 +99,14 @@ static float f32_odd(double d) {
 
 static void load(float *to, const void *from, cq_dtype t, int64_t n, bool odd) {
     const char *at = from;
+    if (t == CQ_BF16) { /* most of what is ever loaded */
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t h;
+            memcpy(&h, at + 2 * i, 2);
+            to[i] = float_of((uint32_t)h << 16);
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i++) {
         uint16_t h;
         double d;
@@ -106,10 +114,6 @@ static void load(float *to, const void *from, cq_dtype t, int64_t n, bool odd) {
         case CQ_F64:
             memcpy(&d, at + 8 * i, 8);
             to[i] = odd ? f32_odd(d) : (float)d;
-            break;
-        case CQ_BF16:
-            memcpy(&h, at + 2 * i, 2);
-            to[i] = float_of((uint32_t)h << 16);
             break;
         case CQ_F16:
             memcpy(&h, at + 2 * i, 2);

@@ -108,6 +108,15 @@ int cq_mamba_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *
 int cq_moe_plan(cq_layer *l, cq_plan *p);
 int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h);
 int cq_moe_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh);
+/* cq_moe_forward in parts, for who calibrates with one expert's weights in memory: `begin` routes
+ * rows that the norm has written to l->x, `expert` takes those of one expert through its two
+ * matrices (host kernels only) and records their maxima, `end` adds all to h, with the shared
+ * expert. */
+int cq_moe_begin(cq_layer *l, cq_stream *s, int64_t rows);
+int cq_moe_expert(cq_layer *l, cq_stream *s, int64_t expert, const void *up, const void *down);
+int cq_moe_end(cq_layer *l, cq_stream *s, int64_t rows, void *h);
+/// The norm before the mixer: what cq_layer_forward does first.
+int cq_layer_norm(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in);
 
 /// One buffer of a layer: kept values go to `activations` in CQ_MODE_SAVE, else to shared scratch.
 int cq_layer_keep(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq_dtype dtype,

@@ -100,7 +100,7 @@ int cq_layer_plan(cq_layer *l, cq_plan *p) {
 }
 
 /* While calibrating nothing is quantized, so the plain output goes where xq would be. */
-static int norm_forward(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in) {
+int cq_layer_norm(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in) {
     const cq_layer_env *e = l->env;
     const cq_linear *reader = l->kind == 'E' ? l->shared_up : l->in[0];
     for (int i = 0; l->kind != 'E' && i < l->n_in; i++)
@@ -128,7 +128,7 @@ static int norm_forward(cq_layer *l, cq_stream *s, int64_t rows, const void *h_i
 }
 
 int cq_layer_forward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *h_out) {
-    CQ_TRY(norm_forward(l, s, b->tokens, h_in));
+    CQ_TRY(cq_layer_norm(l, s, b->tokens, h_in));
     if (h_out != h_in)
         CQ_TRY(CQ_RUN(s, axpy, .dtype = l->env->dtype, .n = b->tokens * l->env->config->hidden,
                       .alpha = 1, .x = h_in, .y = h_out));

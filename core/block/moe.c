@@ -56,20 +56,47 @@ static int act(cq_layer *l, cq_stream *s, cq_linear *reader, int64_t rows, const
                   .fq = cq_linear_fq(l, reader, l->offsets.data));
 }
 
-int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
+int cq_moe_begin(cq_layer *l, cq_stream *s, int64_t rows) {
+    const cq_layer_env *e = l->env;
+    int64_t pairs = rows * e->config->top_k;
+    CQ_TRY(route(l, s, rows));
+    bool quant = cq_linear_acts(l, l->in[0]);
+    return CQ_RUN(s, gather_rows, .dtype = e->dtype, .rows = pairs, .dim = e->config->hidden,
+                  .x = l->x.data, .index = l->token.data, .y = quant ? NULL : l->xg.data,
+                  .yq = quant ? l->xg.data : NULL,
+                  .fq = cq_linear_fq(l, l->in[0], l->offsets.data));
+}
+
+/* Rows of one expert through one of its matrices, unquantized. */
+static int expert_product(cq_layer *l, cq_stream *s, cq_linear *w, int64_t expert, int64_t rows,
+                          const void *x, const void *weight, void *y) {
+    cq_dtype t = l->env->dtype;
+    if (w->quantized)
+        CQ_TRY(CQ_RUN(s, amax, .dtype = t, .rows = rows, .cols = w->k, .x = x, .n_groups = 1,
+                      .amax = (float *)w->amax.data + expert));
+    return CQ_RUN(s, matmul, .dtype = t, .tb = true, .m = rows, .n = w->n, .k = w->k, .a = x,
+                  .lda = w->k, .b = weight, .ldb = w->k, .c = y, .ldc = w->n, .alpha = 1);
+}
+
+int cq_moe_expert(cq_layer *l, cq_stream *s, int64_t expert, const void *up, const void *down) {
+    cq_linear *in = l->in[0], *out = l->out;
+    cq_dtype t = l->env->dtype;
+    const int64_t *offsets = l->offsets.data;
+    int64_t first = offsets[expert], rows = offsets[expert + 1] - first;
+    int64_t wide = first * in->k * cq_dtype_bytes(t), mid = first * out->k * cq_dtype_bytes(t);
+    if (rows == 0)
+        return CQ_OK;
+    CQ_TRY(expert_product(l, s, in, expert, rows, (char *)l->xg.data + wide, up,
+                          (char *)l->up.data + mid));
+    CQ_TRY(CQ_RUN(s, relu2_forward, .dtype = t, .rows = rows, .dim = out->k,
+                  .x = (char *)l->up.data + mid, .h = (char *)l->hidden.data + mid));
+    return expert_product(l, s, out, expert, rows, (char *)l->hidden.data + mid, down,
+                          (char *)l->down.data + wide);
+}
+
+int cq_moe_end(cq_layer *l, cq_stream *s, int64_t rows, void *h) {
     const cq_layer_env *e = l->env;
     const cq_config *c = e->config;
-    cq_linear *up = l->in[0], *down = l->out;
-    int64_t rows = b->tokens, pairs = rows * c->top_k;
-    CQ_TRY(route(l, s, rows));
-    const int64_t *offsets = l->offsets.data;
-    bool quant = cq_linear_acts(l, up);
-    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = e->dtype, .rows = pairs, .dim = c->hidden,
-                  .x = l->x.data, .index = l->token.data, .y = quant ? NULL : l->xg.data,
-                  .yq = quant ? l->xg.data : NULL, .fq = cq_linear_fq(l, up, offsets)));
-    CQ_TRY(cq_experts_forward(l, up, s, offsets, pairs, l->xg.data, l->up.data));
-    CQ_TRY(act(l, s, down, pairs, l->up.data, l->hidden.data));
-    CQ_TRY(cq_experts_forward(l, down, s, offsets, pairs, l->hidden.data, l->down.data));
     CQ_TRY(CQ_RUN(s, combine_forward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .y = l->down.data, .weight = l->weight.data,
                   .position = l->position.data, .out = h));
@@ -79,6 +106,17 @@ int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
     CQ_TRY(cq_linear_forward(l, l->shared_up, s, x, rows, l->proj.data, l->shared_up->n, 0));
     CQ_TRY(act(l, s, l->shared_down, rows, l->proj.data, l->mid.data));
     return cq_linear_forward(l, l->shared_down, s, l->mid.data, rows, h, c->hidden, 1);
+}
+
+int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
+    cq_linear *up = l->in[0], *down = l->out;
+    int64_t rows = b->tokens, pairs = rows * l->env->config->top_k;
+    CQ_TRY(cq_moe_begin(l, s, rows));
+    const int64_t *offsets = l->offsets.data;
+    CQ_TRY(cq_experts_forward(l, up, s, offsets, pairs, l->xg.data, l->up.data));
+    CQ_TRY(act(l, s, down, pairs, l->up.data, l->hidden.data));
+    CQ_TRY(cq_experts_forward(l, down, s, offsets, pairs, l->hidden.data, l->down.data));
+    return cq_moe_end(l, s, rows, h);
 }
 
 static int shared_backward(cq_layer *l, cq_stream *s, int64_t rows, const void *dh) {

@@ -9,8 +9,8 @@
 /// the bits that training multiplied with. Everything else is rounded to the dtype it had in its
 /// checkpoint. A folder appears whole or not at all, and nothing that is not an earlier export is
 /// ever replaced.
-#include "core/model/export.h"
 #include "core/base/error.h"
+#include "core/model/export_impl.h"
 #include "core/model/json.h"
 #include "core/model/model_impl.h"
 #include "core/tensor/device.h"
@@ -80,6 +80,14 @@ static bool has_weight(const cq_param *p, const float *x) {
     return false;
 }
 
+int cq_export_input_scale(float *scale, const cq_param *p) {
+    *scale = *p->amax_x / 2688.0f;
+    return isfinite(*scale) && *scale >= FLT_MIN
+               ? CQ_OK
+               : cq_fail(CQ_ENUMERIC, "%s: input maximum is %g, wanted a calibrated model", p->name,
+                         (double)*p->amax_x);
+}
+
 static int pack(packer *k, cq_param *p, const float *x) {
     int64_t n = p->shape.dim[0], cols = p->shape.dim[1];
     uint8_t *bytes = own(k, n * cols / 2), *scales = own(k, n * cols / 16);
@@ -104,10 +112,7 @@ static int pack(packer *k, cq_param *p, const float *x) {
     CQ_TRY(add_suffixed(k, p, ".weight_scale_2", (cq_tensor){&scalar[0], one, CQ_F32}));
     if (!quantizes_input(k->m, p))
         return CQ_OK;
-    scalar[1] = *p->amax_x / 2688.0f;
-    if (!isfinite(scalar[1]) || scalar[1] < FLT_MIN)
-        return cq_fail(CQ_ENUMERIC, "%s: input maximum is %g, wanted a calibrated model", p->name,
-                       (double)*p->amax_x);
+    CQ_TRY(cq_export_input_scale(&scalar[1], p));
     return add_suffixed(k, p, ".input_scale", (cq_tensor){&scalar[1], one, CQ_F32});
 }
 
@@ -296,7 +301,7 @@ static int copy_others(const char *folder, const char *source) {
     return status;
 }
 
-static bool written_by_us(const char *dir, bool nvfp4) {
+bool cq_export_is_ours(const char *dir, bool nvfp4) {
     char path[4096];
     bool ours = false;
     if (cq_path_join(path, sizeof path, dir, "hf_quant_config.json"))
@@ -331,7 +336,7 @@ static bool is_empty(const char *dir) {
 }
 
 /* The target may be new, empty, or an earlier export of the same kind; never the source. */
-static int check_target(cq_model *m, const char *dir, bool nvfp4) {
+int cq_export_check(cq_model *m, const char *dir, bool nvfp4) {
     struct stat target, source;
     if (stat(dir, &target))
         return errno == ENOENT ? CQ_OK : cq_fail(CQ_EIO, "%s: %s", dir, strerror(errno));
@@ -341,7 +346,7 @@ static int check_target(cq_model *m, const char *dir, bool nvfp4) {
         source.st_ino == target.st_ino)
         return cq_fail(CQ_EUSAGE,
                        "%s: is the model's own folder, wanted another one for the export", dir);
-    if (is_empty(dir) || written_by_us(dir, nvfp4))
+    if (is_empty(dir) || cq_export_is_ours(dir, nvfp4))
         return CQ_OK;
     return cq_fail(
         CQ_EUSAGE,
@@ -349,9 +354,13 @@ static int check_target(cq_model *m, const char *dir, bool nvfp4) {
         nvfp4 ? "no hf_quant_config.json by ckaqad" : "no weights by ckaqad");
 }
 
-static int fill(cq_model *m, const char *folder, int64_t shard_bytes, bool nvfp4) {
+int cq_export_files(cq_model *m, const char *folder, bool nvfp4) {
     CQ_TRY(copy_others(folder, cq_model_dir(m)));
-    CQ_TRY(write_config(m, folder, nvfp4));
+    return write_config(m, folder, nvfp4);
+}
+
+static int fill(cq_model *m, const char *folder, int64_t shard_bytes, bool nvfp4) {
+    CQ_TRY(cq_export_files(m, folder, nvfp4));
     return write_weights(m, folder, shard_bytes, nvfp4);
 }
 
@@ -364,7 +373,7 @@ static int export_folder(cq_model *m, const char *dir, int64_t shard_bytes, bool
         return cq_fail(CQ_EUSAGE, "export: path of %ld bytes, wanted 1 to 3799", (long)n);
     snprintf(to, sizeof to, "%.*s", (int)n, dir);
     snprintf(temporary, sizeof temporary, "%s.tmp.%ld", to, (long)getpid());
-    CQ_TRY(check_target(m, to, nvfp4));
+    CQ_TRY(cq_export_check(m, to, nvfp4));
     CQ_TRY(cq_folder_remove(temporary));
     CQ_TRY(cq_folder_make(temporary));
     int status = fill(m, temporary, shard_bytes, nvfp4);
@@ -379,7 +388,7 @@ static int export_folder(cq_model *m, const char *dir, int64_t shard_bytes, bool
     return CQ_OK;
 }
 
-int cq_export_nvfp4(cq_model *m, const char *dir, int64_t shard_bytes) {
+int cq_export_quantized(cq_model *m) {
     int64_t n = 0;
     if (cq_model_is_nvfp4(m))
         return cq_fail(CQ_EUSAGE,
@@ -387,9 +396,13 @@ int cq_export_nvfp4(cq_model *m, const char *dir, int64_t shard_bytes) {
                        cq_model_dir(m));
     for (int64_t i = 0; i < cq_model_n_params(m); i++)
         n += cq_model_param(m, i)->quantized;
-    if (!n)
-        return cq_fail(CQ_EUSAGE, "export: no matrix of %s is quantized, wanted at least one",
+    return n ? CQ_OK
+             : cq_fail(CQ_EUSAGE, "export: no matrix of %s is quantized, wanted at least one",
                        cq_model_dir(m));
+}
+
+int cq_export_nvfp4(cq_model *m, const char *dir, int64_t shard_bytes) {
+    CQ_TRY(cq_export_quantized(m));
     return export_folder(m, dir, shard_bytes, true);
 }
 

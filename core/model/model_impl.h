@@ -52,3 +52,15 @@ const cq_entry *cq_model_entry(const cq_model *m, const char *name);
 void cq_module_name(char out[160], const char *weight, const char *suffix);
 /// Whether a parameter lives in one of the linear stacks (all linears but the head).
 bool cq_param_stacked(const cq_model *m, const cq_param *p);
+/// cq_model_plan_work where mixtures of experts, which look at each token alone, take `moe_tokens`
+/// of them at a time.
+int cq_model_plan_apart(cq_model *m, cq_plan *p, int64_t tokens, int64_t moe_tokens,
+                        int64_t longest, cq_mode mode, int threads);
+/// Makes `b` the batch that cq_model_block_forward runs on.
+int cq_model_send_batch(cq_model *m, const cq_batch *b);
+/// Experts that saw no token take the largest maximum of their layer's experts; returns how many.
+int64_t cq_model_fill_unreached(cq_linear *w);
+/// Parameters of one group get the group's largest maxima; `block` alone, or all with -1.
+void cq_model_unite(cq_model *m, int32_t block);
+/// CQ_ENUMERIC naming the first value that is not finite.
+int cq_model_check_finite(const cq_model *m, const cq_param *p, cq_tensor t);

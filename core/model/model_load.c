@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int check_finite(const cq_model *m, const cq_param *p, cq_tensor t) {
+int cq_model_check_finite(const cq_model *m, const cq_param *p, cq_tensor t) {
     int64_t n = cq_tensor_elems(t);
     for (int64_t i = 0; i < n; i++) {
         double v =
@@ -130,7 +130,7 @@ static int load_param(cq_model *m, cq_param *p) {
                                                        e->tensor.dtype, cq_tensor_elems(to));
     cq_safetensors_drop(source->files, e);
     if (!status)
-        status = check_finite(m, p, to);
+        status = cq_model_check_finite(m, p, to);
     return unstage(p, to, owned, status);
 }
 

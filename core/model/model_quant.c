@@ -86,8 +86,7 @@ int cq_model_calibrate_begin(cq_model *m) {
     return CQ_OK;
 }
 
-/* Experts that saw no token take the largest maximum of their layer's experts. */
-static int64_t fill_unreached(cq_linear *w) {
+int64_t cq_model_fill_unreached(cq_linear *w) {
     float largest = 0;
     int64_t n = 0;
     for (int64_t e = 0; e < w->groups; e++)
@@ -118,12 +117,11 @@ static int weight_amax(cq_model *m, cq_stream *s) {
     return CQ_OK;
 }
 
-/* Parameters of one group get the group's largest maxima. */
-static void unite(cq_model *m) {
+void cq_model_unite(cq_model *m, int32_t block) {
     for (int64_t i = 0; i < m->n_params; i++)
         for (int64_t k = 0; k < m->n_params && m->param[i]->fuse; k++) {
             cq_param *p = m->param[i], *q = m->param[k];
-            if (q->fuse != p->fuse)
+            if (q->fuse != p->fuse || (block >= 0 && p->block != block))
                 continue;
             p->amax = q->amax > p->amax ? q->amax : p->amax;
             if (p->amax_x && q->amax_x && *q->amax_x > *p->amax_x)
@@ -212,9 +210,9 @@ int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached) {
                            cq_tensor_bytes(m->linear[i]->amax)));
     for (int64_t i = 0; i < m->n_linears; i++)
         if (m->linear[i]->act_quant)
-            *unreached += fill_unreached(m->linear[i]);
+            *unreached += cq_model_fill_unreached(m->linear[i]);
     CQ_TRY(weight_amax(m, s));
-    unite(m);
+    cq_model_unite(m, -1);
     CQ_TRY(search(m));
     CQ_TRY(cq_model_requantize(m, s));
     return m->env.saturated.data ? cq_zero(m->env.saturated.data, sizeof(int64_t)) : CQ_OK;

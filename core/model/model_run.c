@@ -69,24 +69,31 @@ static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     return CQ_OK;
 }
 
-int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest, cq_mode mode,
-                       int threads) {
+int cq_model_plan_apart(cq_model *m, cq_plan *p, int64_t tokens, int64_t moe_tokens,
+                        int64_t longest, cq_mode mode, int threads) {
     if (tokens < 1 || longest < 1 || longest > tokens || threads < 1)
         return cq_fail(CQ_EUSAGE,
                        "plan: %ld tokens, longest document %ld, %d threads do not fit together",
                        (long)tokens, (long)longest, threads);
     m->env.mode = mode;
-    m->env.tokens = tokens;
+    m->env.tokens = max64(tokens, moe_tokens);
     m->env.longest = longest;
     m->threads = threads;
     CQ_TRY(plan_shared(m, p, longest));
     int64_t mark = cq_plan_mark(p, CQ_FOR_SCRATCH);
     for (int64_t i = 0; i < m->n_layers; i++) {
+        m->env.tokens = m->layer[i].kind == 'E' ? moe_tokens : tokens;
         CQ_TRY(cq_layer_plan(&m->layer[i], p));
         if (i + 1 < m->n_layers)
             cq_plan_rewind(p, CQ_FOR_SCRATCH, mark);
     }
+    m->env.tokens = max64(tokens, moe_tokens);
     return CQ_OK;
+}
+
+int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest, cq_mode mode,
+                       int threads) {
+    return cq_model_plan_apart(m, p, tokens, tokens, longest, mode, threads);
 }
 
 void cq_model_bind_stream(cq_model *m, cq_stream *s) {
@@ -109,7 +116,7 @@ static int check_batch(const cq_model *m, const cq_batch *b) {
 }
 
 /* Brings a batch to where the kernels run. */
-static int send_batch(cq_model *m, const cq_batch *b) {
+int cq_model_send_batch(cq_model *m, const cq_batch *b) {
     m->now = *b;
     if (!m->ids.data)
         return CQ_OK;
@@ -128,7 +135,7 @@ const cq_batch *cq_model_batch(const cq_model *m) { return &m->now; }
 
 int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
     CQ_TRY(check_batch(m, b));
-    CQ_TRY(send_batch(m, b));
+    CQ_TRY(cq_model_send_batch(m, b));
     cq_model_bind_stream(m, s);
     if (m->env.calibrating)
         CQ_TRY(cq_model_widen(m, s));

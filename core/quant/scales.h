@@ -13,6 +13,16 @@ typedef enum cq_scale_method { CQ_SCALE_MAX, CQ_SCALE_MSE, CQ_SCALE_FOUR_OVER_SI
 CQ_API int cq_nvfp4_pack(uint8_t *bytes, uint8_t *scales, float *scale_2, const float *x,
                          int64_t rows, int64_t cols, float amax, const float *block_amax,
                          float top);
+/// The tensor scale of a maximum, amax / (6 range), 1.0 for amax 0; range is `top` for static
+/// scales, else 448. CQ_ENUMERIC as cq_nvfp4_pack.
+CQ_API int cq_nvfp4_scale_2(float *scale_2, float amax, float range);
+/// A part of a matrix on the calling thread: n elements, whole blocks, of which nothing is checked.
+/// amax is the tensor's maximum, 0 for a matrix that is all zero. bytes [n / 2], scales [n / 16].
+CQ_API void cq_nvfp4_pack_part(uint8_t *bytes, uint8_t *scales, const float *x, int64_t n,
+                               float amax, const float *block_amax, float top);
+/// The same for cq_nvfp4_search: block_amax [n / 16].
+CQ_API void cq_nvfp4_search_part(float *block_amax, const float *x, int64_t n, float amax,
+                                 cq_scale_method method);
 /// y = decode(bytes) in FP32: code * (e4m3(scale) * scale_2).
 CQ_API int cq_nvfp4_unpack(float *y, const uint8_t *bytes, const uint8_t *scales, float scale_2,
                            int64_t rows, int64_t cols);

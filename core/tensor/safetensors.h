@@ -45,3 +45,31 @@ CQ_API int cq_st_writer_file(cq_st_writer *w, const char *path);
 /// folder; a tensor larger than shard_bytes gets a shard of its own. The other layout's file, if
 /// there is one, is removed.
 CQ_API int cq_st_writer_folder(cq_st_writer *w, const char *folder, int64_t shard_bytes);
+
+/// Announces a tensor whose data comes later, through a cq_st_folder.
+CQ_API int cq_st_writer_announce(cq_st_writer *w, const char *name, cq_dtype dtype, cq_shape shape);
+
+/// A folder that is filled in pieces, in any order, by several threads: the bytes are those of
+/// cq_st_writer_folder. Files have their full length from the start; what was not written is a
+/// hole.
+typedef struct cq_st_folder cq_st_folder;
+/// Makes the files of the announced tensors in an existing folder, or opens those that an earlier
+/// process made there: pieces that are in them stay. `w` must outlive it and takes no more tensors.
+CQ_API int cq_st_folder_open(cq_st_folder **out, cq_st_writer *w, const char *folder,
+                             int64_t shard_bytes);
+/// Closes the files. Accepts NULL.
+CQ_API void cq_st_folder_close(cq_st_folder *f);
+CQ_API int32_t cq_st_folder_shards(const cq_st_folder *f);
+/// Number of tensors, and bytes of their data.
+CQ_API int64_t cq_st_folder_count(const cq_st_folder *f);
+CQ_API int64_t cq_st_folder_bytes(const cq_st_folder *f);
+/// A tensor by name, for `put`; CQ_EUSAGE when it was not announced.
+CQ_API int cq_st_folder_find(const cq_st_folder *f, const char *name, int64_t *tensor);
+/// Writes bytes [at, at + bytes) of a tensor's data. Pages of zeros stay holes, so a piece that is
+/// written again must be the same. CQ_EIO names the file.
+CQ_API int cq_st_folder_put(const cq_st_folder *f, int64_t tensor, int64_t at, const void *data,
+                            int64_t bytes);
+/// What was put is on disk when it returns.
+CQ_API int cq_st_folder_sync(const cq_st_folder *f);
+/// Syncs and writes the index, if the layout has one.
+CQ_API int cq_st_folder_finish(const cq_st_folder *f);

@@ -4,28 +4,14 @@
 /// writer does; the header is padded with spaces to a multiple of 8. Files appear whole or not at
 /// all.
 #include "core/base/error.h"
-#include "core/tensor/safetensors.h"
+#include "core/tensor/safetensors_impl.h"
 #include <errno.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 enum { HEADER_MAX = 100000000 };
-
-typedef struct item {
-    char *name;
-    cq_tensor tensor;
-    int32_t shard;
-} item;
-
-struct cq_st_writer {
-    item *items;
-    int64_t n, cap;
-    json_t *metadata;
-    json_t *names; ///< the set of names so far
-};
 
 int cq_st_writer_open(cq_st_writer **out) {
     cq_st_writer *w = calloc(1, sizeof *w);
@@ -61,17 +47,15 @@ static int check_tensor(const cq_st_writer *w, const char *name, cq_tensor t) {
     if (cq_dtype_bytes(t.dtype) == 0)
         return cq_fail(CQ_EUSAGE, "safetensors: %.200s has dtype %d", name, (int)t.dtype);
     int status = cq_shape_bytes(&bytes, t.shape, t.dtype);
-    if (status)
-        return cq_fail_in(status, name);
-    return bytes == 0 || t.data ? CQ_OK
-                                : cq_fail(CQ_EUSAGE, "safetensors: %.200s has no data", name);
+    return status ? cq_fail_in(status, name) : CQ_OK;
 }
 
-int cq_st_writer_add(cq_st_writer *w, const char *name, cq_tensor t) {
+int cq_st_writer_announce(cq_st_writer *w, const char *name, cq_dtype dtype, cq_shape shape) {
+    cq_tensor t = {NULL, shape, dtype};
     CQ_TRY(check_tensor(w, name, t));
     if (w->n == w->cap) {
         int64_t cap = w->cap ? 2 * w->cap : 64;
-        item *more = realloc(w->items, (size_t)cap * sizeof *more);
+        cq_st_item *more = realloc(w->items, (size_t)cap * sizeof *more);
         if (!more)
             return cq_fail(CQ_ENOMEM, "safetensors: no memory for %.200s", name);
         w->items = more;
@@ -83,7 +67,16 @@ int cq_st_writer_add(cq_st_writer *w, const char *name, cq_tensor t) {
         return copy ? cq_fail(CQ_EUSAGE, "safetensors: name %.200s is not UTF-8 text", name)
                     : cq_fail(CQ_ENOMEM, "safetensors: no memory for %.200s", name);
     }
-    w->items[w->n++] = (item){copy, t, 0};
+    w->items[w->n++] = (cq_st_item){copy, t, 0, 0};
+    return CQ_OK;
+}
+
+int cq_st_writer_add(cq_st_writer *w, const char *name, cq_tensor t) {
+    CQ_TRY(check_tensor(w, name, t));
+    if (cq_tensor_bytes(t) > 0 && !t.data)
+        return cq_fail(CQ_EUSAGE, "safetensors: %.200s has no data", name);
+    CQ_TRY(cq_st_writer_announce(w, name, t.dtype, t.shape));
+    w->items[w->n - 1].tensor = t;
     return CQ_OK;
 }
 
@@ -102,16 +95,16 @@ static int rank_of(cq_dtype dtype) {
 }
 
 static int by_rank(const void *a, const void *b) {
-    const item *x = a, *y = b;
+    const cq_st_item *x = a, *y = b;
     int p = rank_of(x->tensor.dtype), q = rank_of(y->tensor.dtype);
     return p != q ? q - p : strcmp(x->name, y->name);
 }
 
 static int by_name(const void *a, const void *b) {
-    return strcmp(((const item *)a)->name, ((const item *)b)->name);
+    return strcmp(((const cq_st_item *)a)->name, ((const cq_st_item *)b)->name);
 }
 
-static json_t *describe(const item *it, int64_t begin) {
+static json_t *describe(const cq_st_item *it, int64_t begin) {
     int failed = 0;
     json_t *shape = json_array();
     for (int i = 0; i < it->tensor.shape.rank; i++)
@@ -144,7 +137,7 @@ static char *header_text(const cq_st_writer *w, int32_t shard) {
 }
 
 /* The same, padded to a multiple of 8, so that the data that follows is aligned. */
-static int make_header(const cq_st_writer *w, int32_t shard, char **out, int64_t *n) {
+int cq_st_header(const cq_st_writer *w, int32_t shard, char **out, int64_t *n) {
     char *text = header_text(w, shard);
     size_t length = text ? strlen(text) : 0, padded = (length + 7) / 8 * 8;
     char *bigger = text ? realloc(text, padded + 1) : NULL;
@@ -179,7 +172,7 @@ static int write_shard(const cq_st_writer *w, int32_t shard, const char *path) {
     char *header = NULL;
     int64_t n = 0;
     cq_writer *f = NULL;
-    CQ_TRY(make_header(w, shard, &header, &n));
+    CQ_TRY(cq_st_header(w, shard, &header, &n));
     int status = cq_writer_open(&f, path);
     if (!status) {
         status = write_body(w, shard, f, header, n);
@@ -218,7 +211,20 @@ static int32_t assign_shards(cq_st_writer *w, int64_t shard_bytes) {
     return shard + 1;
 }
 
-static int write_index(const cq_st_writer *w, const char *folder, int32_t shards) {
+int32_t cq_st_layout(cq_st_writer *w, int64_t shard_bytes) {
+    int32_t shards = assign_shards(w, shard_bytes);
+    if (w->n)
+        qsort(w->items, (size_t)w->n, sizeof *w->items, by_rank);
+    return shards;
+}
+
+int cq_st_shard_path(char *out, size_t size, const char *folder, int32_t shard, int32_t shards) {
+    char file[64];
+    snprintf(file, sizeof file, "model-%05d-of-%05d.safetensors", (int)shard + 1, (int)shards);
+    return cq_path_join(out, size, folder, shards == 1 ? "model.safetensors" : file);
+}
+
+int cq_st_index(const cq_st_writer *w, const char *folder, int32_t shards) {
     char path[4096], file[64];
     int64_t total = 0;
     json_t *map = json_object();
@@ -243,17 +249,14 @@ static int write_index(const cq_st_writer *w, const char *folder, int32_t shards
 }
 
 int cq_st_writer_folder(cq_st_writer *w, const char *folder, int64_t shard_bytes) {
-    char path[4096], stale[4096], file[64];
-    int32_t shards = assign_shards(w, shard_bytes);
-    if (w->n)
-        qsort(w->items, (size_t)w->n, sizeof *w->items, by_rank);
+    char path[4096], stale[4096];
+    int32_t shards = cq_st_layout(w, shard_bytes);
     for (int32_t i = 0; i < shards; i++) {
-        snprintf(file, sizeof file, "model-%05d-of-%05d.safetensors", (int)i + 1, (int)shards);
-        CQ_TRY(cq_path_join(path, sizeof path, folder, shards == 1 ? "model.safetensors" : file));
+        CQ_TRY(cq_st_shard_path(path, sizeof path, folder, i, shards));
         CQ_TRY(write_shard(w, i, path));
     }
     if (shards > 1)
-        CQ_TRY(write_index(w, folder, shards));
+        CQ_TRY(cq_st_index(w, folder, shards));
     /* the other layout, left by an earlier write, would be read in its place or beside it */
     CQ_TRY(cq_path_join(stale, sizeof stale, folder,
                         shards > 1 ? "model.safetensors" : "model.safetensors.index.json"));
