@@ -10,6 +10,7 @@
 #include "core/model/export.h"
 #include "core/model/generate.h"
 #include "core/model/model.h"
+#include "core/model/ptq.h"
 #include "core/model/quant_stats.h"
 #include "core/quant/rules.h"
 #include "core/quant/scales.h"
