@@ -1,6 +1,7 @@
 -- folder.lua - the run folder: whose it is, and its files.
 --
--- run.json, metrics.jsonl, evals.jsonl, summary.json, log.txt, report.html, checkpoints/step-N, tensorboard/, nvfp4/. A folder
+-- run.json, metrics.jsonl, evals.jsonl, summary.json, log.txt, report.html, checkpoints/step-N, tensorboard/, nvfp4/ (nvfp4.partial/
+-- while it is made block by block). A folder
 -- belongs to the run whose options its run.json holds; another run gets it only with --fresh, which removes these names and
 -- nothing else. The file `lock` is held while a process writes here.
 local native = require "ckaqad.ffi"
@@ -17,7 +18,7 @@ Folder.__index = Folder
 folder.format = 1 -- of run.json; a newer one is another program's
 
 local files = { "run.json", "metrics.jsonl", "evals.jsonl", "summary.json", "log.txt", "report.html" }
-local folders = { "checkpoints", "nvfp4", "tensorboard" }
+local folders = { "checkpoints", "nvfp4", "nvfp4.partial", "tensorboard" }
 
 local function read(path)
   local f = io.open(path, "rb")
@@ -152,6 +153,39 @@ function Folder:write(name, text)
 end
 
 function Folder:write_json(name, value) self:write(name, json.encode(value, true) .. "\n") end
+
+local function hashes(dir)
+  local list, room = {}, 2 ^ 30
+  for _, name in ipairs { "config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors" } do
+    local f = io.open(dir .. "/" .. name, "rb")
+    if f then
+      local bytes = f:seek("end")
+      f:close()
+      if bytes <= room then
+        list[#list + 1] = name
+        list[#list + 1] = native.sha256(dir .. "/" .. name)
+      end
+    end
+  end
+  return json.object(list)
+end
+
+-- run.json: everything that is needed to do this run again.
+function Folder:record(run)
+  local p, f, device = run.plan_made, run.facts, run.device
+  self:write_json("run.json", json.object {
+    "format", folder.format, "program", "ckaqad", "version", native.version, "recipe", run.opt.recipe,
+    "point", os.getenv "CKAQAD_POINT", "started", os.date("!%Y-%m-%dT%H:%M:%SZ"),
+    "options", folder.options(run.opt),
+    "seeds", json.object { "data", rawget(run.opt, "seed"), "rows", rawget(run.opt, "seed") },
+    "device", json.object { "kernels", device.kernels, "instructions", device.isa, "threads", device.threads,
+      "compute", device.compute },
+    "model", f.model and json.object { "dir", f.model.dir, "family", f.model.family, "pattern", f.model.pattern,
+      "parameters", f.model.n_params, "sha256", hashes(f.model.dir) },
+    "data", f.data and f.data:facts(),
+    "planned_bytes", p and p.bytes,
+  })
+end
 
 -- Appends one line to a file of the folder, on disk when the call returns.
 function Folder:append(name, line)

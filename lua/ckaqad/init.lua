@@ -26,6 +26,7 @@ return errors.strict({
   model = errors.strict({ open = model.open, create = model.create }, "model"),
   data = errors.strict({ open = data.open, show = data.show, random = data.random }, "data"),
   cache = errors.strict({ create = cache.create, open = cache.open }, "cache"),
+  ptq = require "ckaqad.ptq",
   blocks = select_.blocks,
   distill = distill.distill,
   loss = require "ckaqad.loss",

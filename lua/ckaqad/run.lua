@@ -119,57 +119,25 @@ function Run:note(line)
   self.early[#self.early + 1] = line
 end
 
-local function hashes(dir)
-  local list, room = {}, 2 ^ 30
-  for _, name in ipairs { "config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors" } do
-    local f = io.open(dir .. "/" .. name, "rb")
-    if f then
-      local bytes = f:seek("end")
-      f:close()
-      if bytes <= room then
-        list[#list + 1] = name
-        list[#list + 1] = native.sha256(dir .. "/" .. name)
-      end
-    end
-  end
-  return json.object(list)
-end
-
--- run.json: everything that is needed to do this run again.
-local function record(self)
-  local p, f = self.plan_made, self.facts
-  self.folder:write_json("run.json", json.object {
-    "format", folder.format, "program", "ckaqad", "version", native.version, "recipe", self.opt.recipe,
-    "point", os.getenv "CKAQAD_POINT", "started", os.date("!%Y-%m-%dT%H:%M:%SZ"),
-    "options", folder.options(self.opt),
-    "seeds", json.object { "data", rawget(self.opt, "seed"), "rows", rawget(self.opt, "seed") },
-    "device", json.object { "kernels", self.device.kernels, "instructions", self.device.isa, "threads", self.device.threads,
-      "compute", self.device.compute },
-    "model", f.model and json.object { "dir", f.model.dir, "family", f.model.family, "pattern", f.model.pattern,
-      "parameters", f.model.n_params, "sha256", hashes(f.model.dir) },
-    "data", f.data and f.data:facts(),
-    "planned_bytes", p and p.bytes,
-  })
-end
-
--- Makes the folder, writes run.json and the lines said so far.
-local function begin(self)
+-- Makes the folder, writes run.json and the lines said so far. `unfinished`: work that goes on lies there, besides checkpoints.
+function Run:begin(unfinished)
   if not self.folder or self.made then return end
-  local unfinished = self.folder.same and self.folder:latest() and not hf.exists(self.folder.path .. "/summary.json")
-  self.resumable = unfinished and self.facts.adam ~= nil
-  if self.opt.resume and not self.resumable then
+  local stopped = self.folder.same and not hf.exists(self.folder.path .. "/summary.json")
+  self.resumable = stopped and self.folder:latest() and self.facts.adam ~= nil
+  local goes_on = self.resumable or (stopped and unfinished)
+  if self.opt.resume and not goes_on then
     errors.usage("option --resume: %s holds no stopped run of these options, wanted one (or leave --resume out)", self.folder.path)
   end
-  self.folder:make(self.resumable)
+  self.folder:make(goes_on)
   self.made = true
-  record(self)
+  self.folder:record(self)
   for _, line in ipairs(self.early) do self:note(line) end
 end
 
 -- Removes the folder of a run that failed before its first step or result: nothing half-written stays.
 function run.abandon()
   if not current or not current.made then return end
-  if #current.history == 0 then return current.folder:remove() end
+  if #current.history == 0 and not current.kept then return current.folder:remove() end
   current.folder:unlock()
 end
 
@@ -203,7 +171,7 @@ function Run:plan(options)
     for _, line in ipairs(dry.lines(self.opt, o)) do self:say(line) end
     errors.exit(0)
   end
-  begin(self)
+  self:begin()
   return self.plan_made
 end
 
@@ -515,13 +483,14 @@ function Run:draw(step, m)
   if #values > 0 then self.board:histogram("train/cka_blocks", step, values, now) end
 end
 
---- Exports a student to `out/nvfp4`, reads the folder back and says whether every bit is what was trained. Returns that.
+--- Exports a student to `out/nvfp4`, reads the folder back and says whether every bit is what was trained. Returns that. `options` are
+--- those of `student:export`.
 ---
 --- Example:
 ---     print(run:export(student)) --> true
-function Run:export(student)
+function Run:export(student, options)
   local dir = self.folder.path .. "/nvfp4"
-  student:export(dir)
+  student:export(dir, options)
   local differing = student:differing(dir)
   local verify = require "ckaqad.verify"
   local failed = verify.check(dir, student.dir)
@@ -548,6 +517,14 @@ local function memory_line(self)
   self.peak = self:peak_bytes()
   local off = self.peak - p.bytes
   self:say("memory: measured peak %s, planned %s (%+.1f %%)", text.bytes(self.peak), text.bytes(p.bytes), 100 * off / p.bytes)
+end
+
+-- The run has what it was made for: its files are closed, and no error takes them away.
+function Run:close()
+  if self.board then self.board:close() end
+  self.folder:close()
+  self.folder:unlock()
+  current = nil
 end
 
 --- Ends a run: the table BF16 / PTQ / CKA-QAD, a warning when QAD is worse than PTQ, summary.json and report.html.
@@ -578,10 +555,7 @@ function Run:finish(results)
   })
   self.folder:write("report.html", report.run(self.folder.path))
   self:say("report %s/report.html", self.folder.path)
-  if self.board then self.board:close() end
-  self.folder:close()
-  self.folder:unlock()
-  current = nil
+  self:close()
   if self.export_equal == false or (self.export_failed or 0) > 0 then
     errors.raise(errors.MISMATCH, "export: %s/nvfp4 is not what was trained", self.folder.path)
   end
