@@ -97,14 +97,20 @@ static float f32_odd(double d) {
     return float_of(u | 1u);
 }
 
+/// Most of what is ever loaded.
+static void load_bf16(float *to, const char *at, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, at + 2 * i, 2);
+        to[i] = float_of((uint32_t)h << 16);
+    }
+}
+
 static void load(float *to, const void *from, cq_dtype t, int64_t n, bool odd) {
     const char *at = from;
-    if (t == CQ_BF16) { /* most of what is ever loaded */
-        for (int64_t i = 0; i < n; i++) {
-            uint16_t h;
-            memcpy(&h, at + 2 * i, 2);
-            to[i] = float_of((uint32_t)h << 16);
-        }
+    if (t == CQ_BF16) {
+        load_bf16(to, at, n);
         return;
     }
     for (int64_t i = 0; i < n; i++) {
@@ -168,6 +174,10 @@ int cq_convert(void *to, cq_dtype to_dtype, const void *from, cq_dtype from_dtyp
     if (!types[to_dtype].is_float || !types[from_dtype].is_float)
         return cq_fail(CQ_EUSAGE, "convert: %s to %s, wanted two float dtypes or twice the same",
                        cq_dtype_name(from_dtype), cq_dtype_name(to_dtype));
+    if (to_dtype == CQ_F32 && (uintptr_t)to % sizeof(float) == 0) {
+        load(to, from, from_dtype, n, false);
+        return CQ_OK;
+    }
     float chunk[CHUNK];
     for (int64_t i = 0; i < n; i += CHUNK) {
         int64_t part = n - i < CHUNK ? n - i : CHUNK;

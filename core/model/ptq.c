@@ -37,19 +37,25 @@ static const cq_linear *linear_of(const cq_model *m, const cq_param *p) {
     return NULL;
 }
 
-static int announce_quantized(cq_ptq *q, const cq_param *p) {
+static int announce(cq_ptq *q, const cq_param *p, const char *suffix, cq_dtype dtype,
+                    cq_shape shape) {
     char name[160];
+    snprintf(name, sizeof name, "%s", p->name);
+    if (suffix)
+        cq_module_name(name, p->name, suffix);
+    CQ_TRY(cq_st_writer_announce(q->writer, name, dtype, shape));
+    q->facts.tensors++;
+    q->facts.bytes += cq_tensor_bytes((cq_tensor){NULL, shape, dtype});
+    return CQ_OK;
+}
+
+static int announce_quantized(cq_ptq *q, const cq_param *p) {
     int64_t n = p->shape.dim[0], k = p->shape.dim[1];
     cq_shape one = {{0}, 0};
-    CQ_TRY(cq_st_writer_announce(q->writer, p->name, CQ_U8, CQ_SHAPE2(n, k / 2)));
-    cq_module_name(name, p->name, ".weight_scale");
-    CQ_TRY(cq_st_writer_announce(q->writer, name, CQ_F8_E4M3, CQ_SHAPE2(n, k / 16)));
-    cq_module_name(name, p->name, ".weight_scale_2");
-    CQ_TRY(cq_st_writer_announce(q->writer, name, CQ_F32, one));
-    if (!linear_of(q->m, p)->act_quant)
-        return CQ_OK;
-    cq_module_name(name, p->name, ".input_scale");
-    return cq_st_writer_announce(q->writer, name, CQ_F32, one);
+    CQ_TRY(announce(q, p, ".weight", CQ_U8, CQ_SHAPE2(n, k / 2)));
+    CQ_TRY(announce(q, p, ".weight_scale", CQ_F8_E4M3, CQ_SHAPE2(n, k / 16)));
+    CQ_TRY(announce(q, p, ".weight_scale_2", CQ_F32, one));
+    return linear_of(q->m, p)->act_quant ? announce(q, p, ".input_scale", CQ_F32, one) : CQ_OK;
 }
 
 static int lay_out(cq_ptq *q) {
@@ -61,8 +67,7 @@ static int lay_out(cq_ptq *q) {
         const cq_param *p = m->param[i];
         const cq_entry *e = cq_model_entry(m->teacher, p->name);
         q->facts.source_bytes += cq_tensor_bytes(e->tensor);
-        CQ_TRY(p->quantized ? announce_quantized(q, p)
-                            : cq_st_writer_announce(q->writer, p->name, p->disk, p->shape));
+        CQ_TRY(p->quantized ? announce_quantized(q, p) : announce(q, p, NULL, p->disk, p->shape));
     }
     return CQ_OK;
 }
@@ -114,7 +119,7 @@ int cq_ptq_open(cq_ptq **out, cq_model *student, const cq_ptq_options *o) {
         return cq_fail(CQ_ENOMEM, "ptq: no memory to open %s", o->dir);
     q->m = student;
     q->o = *o;
-    q->journal = q->activation[0] = q->activation[1] = -1;
+    q->journal = q->activation[0] = q->activation[1] = q->activation[2] = -1;
     int status = fill_in(q, o);
     if (status) {
         cq_ptq_close(q);
@@ -125,8 +130,8 @@ int cq_ptq_open(cq_ptq **out, cq_model *student, const cq_ptq_options *o) {
 }
 
 static void close_files(cq_ptq *q) {
-    int *fd[] = {&q->journal, &q->activation[0], &q->activation[1]};
-    for (int i = 0; i < 3; i++) {
+    int *fd[] = {&q->journal, &q->activation[0], &q->activation[1], &q->activation[2]};
+    for (int i = 0; i < 4; i++) {
         if (*fd[i] >= 0)
             close(*fd[i]);
         *fd[i] = -1;
@@ -138,6 +143,7 @@ static void close_files(cq_ptq *q) {
 void cq_ptq_close(cq_ptq *q) {
     if (!q)
         return;
+    cq_ptq_save_wait(q);
     close_files(q);
     cq_st_writer_close(q->writer);
     free(q->batches);
@@ -228,8 +234,6 @@ int cq_ptq_begin(cq_ptq *q) {
     bind(q->m);
     CQ_TRY(cq_ptq_journal_open(q));
     CQ_TRY(cq_st_folder_open(&q->out, q->writer, q->partial, q->o.shard_bytes));
-    q->facts.tensors = cq_st_folder_count(q->out);
-    q->facts.bytes = cq_st_folder_bytes(q->out);
     q->facts.shards = cq_st_folder_shards(q->out);
     return CQ_OK;
 }
@@ -325,7 +329,7 @@ static int write_inputs(cq_ptq *q, int32_t block) {
 /* All documents through a block whose weights are in memory. */
 static int pass_documents(cq_ptq *q, cq_stream *s, int32_t block) {
     cq_model *m = q->m;
-    int from = block % 2, to = 1 - from;
+    int from = block % 3, to = (block + 1) % 3;
     int64_t row = 0;
     for (int64_t i = 0; i < q->o.n_batches; i++) {
         const cq_batch *b = q->batches[i];
@@ -366,7 +370,7 @@ static int pass_windows(cq_ptq *q, cq_stream *s, int32_t block) {
     cq_model *m = q->m;
     cq_layer *l = &m->layer[m->first_layer[block]];
     float *h = m->h[0].data;
-    int from = block % 2, to = 1 - from;
+    int from = block % 3, to = (block + 1) % 3;
     cq_model_bind_stream(m, s);
     for (int64_t row = 0; row < q->facts.tokens; row += q->moe_tokens) {
         int64_t n = min64(q->moe_tokens, q->facts.tokens - row);
@@ -404,7 +408,7 @@ int cq_ptq_unit(cq_ptq *q, cq_stream *s) {
                                            : pass_block(q, s, (int32_t)u - 1);
     if (!status) {
         q->facts.done++;
-        status = cq_ptq_journal_note(q);
+        status = cq_ptq_save(q);
     }
     if (status) {
         q->facts.done = u;
@@ -417,6 +421,7 @@ int cq_ptq_finish(cq_ptq *q) {
     if (!q->out || q->facts.done < q->facts.units)
         return cq_fail(CQ_EUSAGE, "ptq: %ld of %ld units are done, wanted all", (long)q->facts.done,
                        (long)q->facts.units);
+    CQ_TRY(cq_ptq_save_wait(q));
     CQ_TRY(cq_st_folder_finish(q->out));
     close_files(q);
     CQ_TRY(cq_ptq_journal_remove(q));

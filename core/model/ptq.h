@@ -15,14 +15,15 @@ typedef struct cq_ptq_options {
 } cq_ptq_options;
 
 typedef struct cq_ptq_facts {
-    int64_t units, done;  ///< steps of the work, and those that are on disk
+    int64_t units, done;  ///< steps of the work, and those that were done
+    int64_t saved;        ///< of them, those that are on disk: at most one less
     int64_t continued;    ///< of them, those that an earlier process did
     int64_t tensors;      ///< in the folder
     int64_t bytes;        ///< of their data
     int64_t source_bytes; ///< of data in the checkpoint
-    int64_t shards;
-    int64_t tokens;    ///< calibrated on
-    int64_t unreached; ///< expert matrices that no token reached, so far
+    int64_t shards;       ///< known from begin on
+    int64_t tokens;       ///< calibrated on
+    int64_t unreached;    ///< expert matrices that no token reached, so far
 } cq_ptq_facts;
 
 typedef struct cq_ptq cq_ptq;
@@ -37,8 +38,8 @@ CQ_API int cq_ptq_plan(cq_ptq *q, cq_plan *plan, int threads);
 /// After commit: makes DIR.partial, or goes on with it when a process that was stopped made it from
 /// the same checkpoint, options and documents.
 CQ_API int cq_ptq_begin(cq_ptq *q);
-/// The next unit: embedding, a block, or what follows the last; on disk when it returns. After a
-/// failure (a full disk, a signal) the next process goes on from here.
+/// The next unit: embedding, a block, or what follows the last; on disk when the next one or
+/// `close` returns. After a failure (a full disk, a signal) the next process goes on from what is.
 CQ_API int cq_ptq_unit(cq_ptq *q, cq_stream *s);
 /// After the last unit: writes the index and gives the folder its name.
 CQ_API int cq_ptq_finish(cq_ptq *q);

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/model/model_impl.h"
 #include "core/model/ptq.h"
+#include <pthread.h>
 
 struct cq_ptq {
     cq_model *m;
@@ -13,8 +14,12 @@ struct cq_ptq {
     cq_st_folder *out;
     cq_ptq_facts facts;
     int journal;       ///< open for appending, or -1
-    int activation[2]; ///< files of the residual stream [tokens, hidden] F32: unit u reads
-                       ///< (u + 1) % 2 and writes u % 2
+    int activation[3]; ///< files of the residual stream [tokens, hidden] F32: unit u writes u % 3
+    pthread_t saver;   ///< brings a unit to the disk while the next is computed
+    bool saving;
+    int64_t save_unit, save_unreached; ///< what it notes
+    int save_status;
+    char save_message[512];
     int64_t moe_tokens;
     int threads;
     cq_tensor workers; ///< buffers of the threads that read, quantize and write
@@ -40,8 +45,11 @@ int cq_ptq_scalar(cq_ptq *q, const cq_param *p, const char *suffix, float value)
 /// Opens DIR.partial: makes it, goes on with it, or replaces one of other work. q->facts.done and
 /// .unreached are set.
 int cq_ptq_journal_open(cq_ptq *q);
-/// Notes that q->facts.done units are on disk.
-int cq_ptq_journal_note(cq_ptq *q);
+/// Begins to bring the last unit to the disk and to note it, after the one before has arrived
+/// there.
+int cq_ptq_save(cq_ptq *q);
+/// Waits until the last unit is noted; reports what failed.
+int cq_ptq_save_wait(cq_ptq *q);
 /// Removes what is not part of an export.
 int cq_ptq_journal_remove(cq_ptq *q);
 /// Rows [row, row + n) of the residual stream from or to a file.

@@ -4,8 +4,9 @@
 ///     files                      everything but the weights has been copied
 ///     unit <u> <unreached>       written, its data synced before; one line for each u = 0, 1, ...
 ///
-/// Policy: a line counts when its end of line is there. What came after the last one is done again
-/// and gives the same bytes, so pieces of it in the files do no harm.
+/// Policy: a thread of its own syncs a unit while the next is computed. A line counts when its end
+/// of line is there. What came after the last one is done again and gives the same bytes, so pieces
+/// of it in the files do no harm.
 #include "core/base/error.h"
 #include "core/base/hash.h"
 #include "core/base/process.h"
@@ -23,6 +24,7 @@
 
 enum { PATH_BYTES = 4096 };
 static const char mark[] = "ckaqad ptq 1 ";
+static const char *const activations[] = {"activations.0", "activations.1", "activations.2"};
 
 static void add_text(cq_sha256 *h, const char *format, ...) {
     char text[512];
@@ -90,7 +92,7 @@ static bool read_journal(cq_ptq *q, const char *path, const char *hex) {
         q->facts.done++;
         q->facts.unreached = unreached;
     }
-    q->facts.continued = q->facts.done;
+    q->facts.continued = q->facts.saved = q->facts.done;
     free(text);
     return same;
 }
@@ -168,26 +170,52 @@ int cq_ptq_journal_open(cq_ptq *q) {
         CQ_TRY(cq_export_files(q->m, q->partial, true));
         CQ_TRY(append(q, "files\n"));
     }
-    for (int i = 0; i < 2 && q->calibrates; i++)
-        CQ_TRY(open_file(&q->activation[i], q->partial, i ? "activations.1" : "activations.0",
-                         O_RDWR));
+    for (int i = 0; i < 3 && q->calibrates; i++)
+        CQ_TRY(open_file(&q->activation[i], q->partial, activations[i], O_RDWR));
     return CQ_OK;
 }
 
-int cq_ptq_journal_note(cq_ptq *q) {
+static int save(cq_ptq *q) {
+    int file = (int)(q->save_unit % 3);
     CQ_TRY(cq_st_folder_sync(q->out));
-    int64_t unit = q->facts.done - 1;
-    if (q->calibrates && fsync(q->activation[unit % 2]) && errno != EINVAL)
-        return cq_fail(CQ_EIO, "%s/activations.%d: %s", q->partial, (int)(unit % 2),
-                       strerror(errno));
-    return append(q, "unit %" PRId64 " %" PRId64 "\n", unit, q->facts.unreached);
+    if (q->calibrates && fsync(q->activation[file]) && errno != EINVAL)
+        return cq_fail(CQ_EIO, "%s/activations.%d: %s", q->partial, file, strerror(errno));
+    CQ_TRY(append(q, "unit %" PRId64 " %" PRId64 "\n", q->save_unit, q->save_unreached));
+    q->facts.saved = q->save_unit + 1;
+    return CQ_OK;
+}
+
+/* The message is this thread's own: it is carried over. */
+static void *saver(void *work) {
+    cq_ptq *q = work;
+    q->save_status = save(q);
+    if (q->save_status)
+        snprintf(q->save_message, sizeof q->save_message, "%s", cq_error());
+    return NULL;
+}
+
+int cq_ptq_save_wait(cq_ptq *q) {
+    if (!q->saving)
+        return CQ_OK;
+    pthread_join(q->saver, NULL);
+    q->saving = false;
+    return q->save_status ? cq_fail(q->save_status, "%s", q->save_message) : CQ_OK;
+}
+
+/* The files of the residual stream rotate among three: while unit u is written, the output of u - 2
+ * stays, from which a process goes on whose last note is u - 2. */
+int cq_ptq_save(cq_ptq *q) {
+    CQ_TRY(cq_ptq_save_wait(q));
+    q->save_unit = q->facts.done - 1;
+    q->save_unreached = q->facts.unreached;
+    q->saving = !pthread_create(&q->saver, NULL, saver, q);
+    return q->saving ? CQ_OK : save(q);
 }
 
 int cq_ptq_journal_remove(cq_ptq *q) {
-    static const char *const names[] = {"activations.0", "activations.1", "journal"};
     char path[PATH_BYTES];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        CQ_TRY(cq_path_join(path, sizeof path, q->partial, names[i]));
+    for (int i = 0; i < 4; i++) {
+        CQ_TRY(cq_path_join(path, sizeof path, q->partial, i < 3 ? activations[i] : "journal"));
         if (unlink(path) && errno != ENOENT)
             return cq_fail(CQ_EIO, "%s: %s", path, strerror(errno));
     }

@@ -212,6 +212,7 @@ static int check_tokenizer(cq_verify *v) {
         "merges.txt",        "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
         "chat_template.json"};
     int equal = 0;
+    bool any = false;
     if (!v->against) {
         cq_verify_add(v, false, 10,
                       "tokenizer files not compared: no folder given to hold them against");
@@ -222,6 +223,7 @@ static int check_tokenizer(cq_verify *v) {
         bool here, there;
         CQ_TRY(hash_of(ours, &here, v->dir, names[i]));
         CQ_TRY(hash_of(theirs, &there, v->against, names[i]));
+        any = any || here || there;
         if (here != there)
             cq_verify_add(v, true, 10, "%s: %s, wanted it in both folders or in none", names[i],
                           here ? "only in the export" : "missing in the export");
@@ -231,9 +233,12 @@ static int check_tokenizer(cq_verify *v) {
         else
             equal += here;
     }
-    if (!equal)
+    if (any && !equal)
         cq_verify_add(v, true, 10, "tokenizer.json: no tokenizer file is equal in both folders");
-    cq_verify_add(v, false, 10, "%d tokenizer files equal those of %s", equal, v->against);
+    if (any)
+        cq_verify_add(v, false, 10, "%d tokenizer files equal those of %s", equal, v->against);
+    else
+        cq_verify_add(v, false, 10, "no tokenizer files, as in %s", v->against);
     return CQ_OK;
 }
 

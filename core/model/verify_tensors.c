@@ -70,6 +70,7 @@ static int check_plain(cq_verify *v, const cq_param *p, const cq_entry *e) {
                 return CQ_OK;
             }
     }
+    cq_safetensors_drop(v->files, e);
     return CQ_OK;
 }
 
@@ -157,6 +158,8 @@ static void check_quantized(cq_verify *v, matrix *x, tally *t) {
         check_blocks(v, x, t);
     t->matrices++;
     cq_safetensors_drop(v->files, x->weight);
+    if (x->scale[0])
+        cq_safetensors_drop(v->files, x->scale[0]);
 }
 
 /* Rule 7: scales beside a weight that is not to be quantized. */

@@ -60,9 +60,6 @@ CQ_API int cq_st_folder_open(cq_st_folder **out, cq_st_writer *w, const char *fo
 /// Closes the files. Accepts NULL.
 CQ_API void cq_st_folder_close(cq_st_folder *f);
 CQ_API int32_t cq_st_folder_shards(const cq_st_folder *f);
-/// Number of tensors, and bytes of their data.
-CQ_API int64_t cq_st_folder_count(const cq_st_folder *f);
-CQ_API int64_t cq_st_folder_bytes(const cq_st_folder *f);
 /// A tensor by name, for `put`; CQ_EUSAGE when it was not announced.
 CQ_API int cq_st_folder_find(const cq_st_folder *f, const char *name, int64_t *tensor);
 /// Writes bytes [at, at + bytes) of a tensor's data. Pages of zeros stay holes, so a piece that is

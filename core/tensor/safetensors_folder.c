@@ -23,7 +23,6 @@ struct cq_st_folder {
     char *path;
     file *files;
     int32_t n_files;
-    int64_t bytes;
 };
 
 static int io_fail(const char *path, int reason) {
@@ -86,7 +85,6 @@ static int open_file(cq_st_folder *f, int32_t shard) {
         if (f->w->items[i].shard == shard) {
             f->w->items[i].at = end;
             end += cq_tensor_bytes(f->w->items[i].tensor);
-            f->bytes += cq_tensor_bytes(f->w->items[i].tensor);
         }
     if (!status && ftruncate(to->fd, end))
         status = io_fail(path, errno);
@@ -140,8 +138,6 @@ void cq_st_folder_close(cq_st_folder *f) {
 }
 
 int32_t cq_st_folder_shards(const cq_st_folder *f) { return f->n_files; }
-int64_t cq_st_folder_count(const cq_st_folder *f) { return f->w->n; }
-int64_t cq_st_folder_bytes(const cq_st_folder *f) { return f->bytes; }
 
 int cq_st_folder_find(const cq_st_folder *f, const char *name, int64_t *tensor) {
     const json_t *at = json_object_get(f->w->names, name);

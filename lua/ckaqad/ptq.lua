@@ -102,6 +102,7 @@ end
 -- A full disk and a signal leave what is done for the next try; bad weights leave nothing.
 local function guarded(self, run)
   local ok, a, b = pcall(drive, self, run)
+  run.kept = ok -- a signal while the folder is looked at does not take it away
   if ok then return a, b end
   if not errors.is(a) or a.status == errors.IO or a.exit then
     run.kept = true
@@ -110,7 +111,8 @@ local function guarded(self, run)
   error(a, 0)
 end
 
-local function finish(self, run, dir, seconds, first)
+-- What one process read and quantized beside what the machine could; nothing when an earlier one did it all.
+local function speed_line(self, run, seconds, first)
   local f, rate = facts(self), native.new "double[1]"
   call.cq_ptq_rate(self.c, rate)
   local share = (f.units - first.done) / f.units
@@ -118,23 +120,35 @@ local function finish(self, run, dir, seconds, first)
     first.continued > 0 and (" (the last %d of %d parts)"):format(f.units - first.done, f.units) or "",
     text.bytes(f.source_bytes * share / seconds), text.bytes(rate[0]))
   if f.unreached > 0 then run:say("%d expert projections saw no token and take their layer's largest maximum", f.unreached) end
-  run:say("%d tensors, %.0f bytes of data in %d file%s", f.tensors, f.bytes, f.shards, f.shards == 1 and "" or "s")
-  local failed = verify.check(dir, self.student.dir)
-  run:say("exported to %s: %s", dir,
+  return rate[0]
+end
+
+local function finish(self, run, dir, seconds, rate)
+  local f, failed = facts(self), verify.check(dir, self.student.dir)
+  run:say("exported to %s: %d tensors, %.0f bytes of data%s; %s", dir, f.tensors, f.bytes,
+    f.shards > 0 and (" in %d file%s"):format(f.shards, f.shards == 1 and "" or "s") or "",
     #failed == 0 and "all rules of verify hold" or ("%d rules of verify FAIL: %s"):format(#failed, failed[1]))
   local peak = native.peak_bytes()
   run:say("memory: peak %s resident, planned %s beside pages of the files", text.bytes(peak), text.bytes(run.plan_made.bytes))
   run.folder:write_json("summary.json", json.object {
-    "streamed", true, "tensors", f.tensors, "bytes", f.bytes, "source_bytes", f.source_bytes, "shards", f.shards, "tokens", f.tokens,
-    "unreached", f.unreached, "seconds", seconds, "continued", f.continued, "memory_rate", rate[0], "peak_bytes", peak,
-    "planned_bytes", run.plan_made.bytes, "export_rules_failed", #failed,
+    "streamed", true, "tensors", f.tensors, "bytes", f.bytes, "source_bytes", f.source_bytes, "shards", seconds and f.shards,
+    "tokens", f.tokens, "unreached", seconds and f.unreached, "seconds", seconds, "continued", f.continued, "memory_rate", rate,
+    "peak_bytes", peak, "planned_bytes", run.plan_made.bytes, "export_rules_failed", #failed,
   })
   run:close()
   if #failed > 0 then errors.raise(errors.MISMATCH, "export: %s is not what verify wants", dir) end
 end
 
+-- True when the folder is whole and only a look at it is missing; a run that has ended leaves the program.
+local function found(run, dir)
+  if not run.folder.same or not hf.exists(dir .. "/config.json") or run.opt.dry_run then return false end
+  if not hf.exists(run.folder.path .. "/summary.json") then return true end
+  run:say("finished already: %s (--fresh runs it again)", dir)
+  errors.exit(0)
+end
+
 --- Quantizes a student block by block into out/nvfp4 and ends the run. Options: `teacher` (described and recorded), `data` and
---- `calibrate` (the documents whose inputs give the activation scales; none for weights only), `shard_bytes` (largest file).
+--- `calibrate` (the documents whose inputs give the activation scales; none for weights only), `shard_bytes` (largest file), `why`.
 ---
 --- Example:
 ---     local student = teacher:quantize { weights_only = true }
@@ -144,11 +158,7 @@ function ptq.stream(run, student, options)
   local o = errors.fill("ptq.stream", options, { teacher = errors.NONE, data = errors.NONE, calibrate = 32, shard_bytes = 4.5 * 2 ^ 30,
     why = "as asked" })
   local dir = run.folder.path .. "/nvfp4"
-  local done = run.folder.same and require("ckaqad.folder").read_json(run.folder.path .. "/summary.json")
-  if done and done.streamed and hf.exists(dir .. "/config.json") and not run.opt.fresh and not run.opt.dry_run then
-    run:say("finished already: %s (--fresh runs it again)", dir)
-    errors.exit(0)
-  end
+  local whole, seconds, first, rate = found(run, dir)
   if o.teacher then run:say("teacher %s", o.teacher:describe()) end
   for _, line in ipairs(student:quantization()) do run:say(line) end
   run:say("block by block: %s", o.why)
@@ -159,10 +169,14 @@ function ptq.stream(run, student, options)
   local self = open(student, dir, o)
   run.facts = { model = o.teacher, data = o.data }
   make_plan(self, run)
-  run:begin(hf.exists(dir .. ".partial/journal"))
-  call.cq_ptq_begin(self.c)
-  local seconds, first = guarded(self, run)
-  finish(self, run, dir, seconds, first)
+  run:begin(whole or hf.exists(dir .. ".partial/journal"))
+  run.kept = whole
+  if not whole then
+    call.cq_ptq_begin(self.c)
+    seconds, first = guarded(self, run)
+    rate = speed_line(self, run, seconds, first)
+  end
+  finish(self, run, dir, seconds, rate)
   native.close(self.c, "cq_ptq")
 end
 
