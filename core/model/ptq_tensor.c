@@ -1,9 +1,9 @@
 /// ptq_tensor.c - tensors of a checkpoint through a bounded window into a folder, by all threads.
 ///
 /// A matrix is read twice, for its maximum and for its codes: the second time it comes from the
-/// page cache. Each thread takes the next part of 65,536 elements, so reading, arithmetic and
-/// writing of different parts overlap. Pages of the source leave the resident set when its tensor
-/// is done.
+/// page cache. Each thread takes the next part of up to 262,144 elements, so reading, arithmetic
+/// and writing of different parts overlap; inside a part a tile stays in the first-level cache.
+/// Pages of the source leave the resident set when its tensor is done.
 #include "core/base/error.h"
 #include "core/base/process.h"
 #include "core/base/rng.h"
@@ -16,11 +16,11 @@
 #include <string.h>
 #include <time.h>
 
-enum { PART = 1 << 16, BLOCK = 16, INFINITE = 0x7f800000 };
+enum { PART = 1 << 18, TILE = 1 << 12, BLOCK = 16, INFINITE = 0x7f800000 };
 
 /// One thread's buffers.
 typedef struct worker {
-    float x[PART], block_amax[PART / BLOCK];
+    float x[TILE], block_amax[TILE / BLOCK];
     uint8_t codes[PART / 2], scales[PART / BLOCK];
 } worker;
 
@@ -57,7 +57,12 @@ static int settle(const outcome *o) {
     return o->status ? cq_fail(o->status, "%s", o->message) : CQ_OK;
 }
 
-static int64_t part_at(int64_t n, int64_t i) { return n - i < PART ? n - i : PART; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Elements that a thread takes at a time: at least four parts for each, in whole tiles. */
+static int64_t part_of(const cq_ptq *q, int64_t n) {
+    return least(PART, (n / (4 * q->threads) + TILE) / TILE * TILE);
+}
 
 /* Largest magnitude as bits, in whose order NaN comes last. */
 static int32_t largest(const float *x, int64_t n) {
@@ -80,11 +85,24 @@ static void widen(float *x, const matrix *w, int64_t i, int64_t k) {
         memset(x, 0xff, (size_t)k * sizeof *x); /* no float dtype: a NaN, which is reported */
 }
 
+/* The largest magnitude of elements [at, at + n), which become F32 in `value` when there is one. */
+static int32_t measure(worker *t, const matrix *w, int64_t at, int64_t n, float *value) {
+    int32_t top = 0;
+    for (int64_t i = at; i < at + n; i += TILE) {
+        float *x = value ? value + i : t->x;
+        int64_t k = least(TILE, at + n - i);
+        widen(x, w, i, k);
+        int32_t most = largest(x, k);
+        top = most > top ? most : top;
+    }
+    return top;
+}
+
 static int find_bad(const cq_ptq *q, const cq_param *p, const matrix *w) {
     float *x = mine(q)->x;
-    for (int64_t i = 0; i < w->n; i += PART) {
-        widen(x, w, i, part_at(w->n, i));
-        for (int64_t k = 0; k < part_at(w->n, i); k++)
+    for (int64_t i = 0; i < w->n; i += TILE) {
+        widen(x, w, i, least(TILE, w->n - i));
+        for (int64_t k = 0; k < least(TILE, w->n - i); k++)
             if (!isfinite(x[k]))
                 return cq_fail(CQ_ENUMERIC, "%s: %s holds %s at element %ld, wanted finite weights",
                                q->m->dir, p->name, isnan(x[k]) ? "NaN" : "Inf", (long)(i + k));
@@ -105,12 +123,10 @@ int cq_ptq_read(cq_ptq *q, int64_t i, float *value) {
     int32_t top = 0;
     CQ_TRY(cq_stop_check());
     source(q, p, &w);
+    int64_t part = part_of(q, w.n);
 #pragma omp parallel for schedule(dynamic) reduction(max : top) num_threads(q->threads)
-    for (int64_t at = 0; at < w.n; at += PART) {
-        int64_t k = part_at(w.n, at);
-        float *x = value ? value + at : mine(q)->x;
-        widen(x, &w, at, k);
-        int32_t most = largest(x, k);
+    for (int64_t at = 0; at < w.n; at += part) {
+        int32_t most = measure(mine(q), &w, at, least(part, w.n - at), value);
         top = most > top ? most : top;
     }
     if (top >= INFINITE)
@@ -120,12 +136,17 @@ int cq_ptq_read(cq_ptq *q, int64_t i, float *value) {
     return CQ_OK;
 }
 
-static void quantize(worker *t, const matrix *w, int64_t at, int64_t k) {
+/* Codes and scales of elements [at, at + n). */
+static void quantize(worker *t, const matrix *w, int64_t at, int64_t n) {
     bool fixed = w->scales != CQ_SCALE_MAX;
-    widen(t->x, w, at, k);
-    if (fixed)
-        cq_nvfp4_search_part(t->block_amax, t->x, k, w->amax, w->scales);
-    cq_nvfp4_pack_part(t->codes, t->scales, t->x, k, w->most, fixed ? t->block_amax : NULL, w->top);
+    for (int64_t i = 0; i < n; i += TILE) {
+        int64_t k = least(TILE, n - i);
+        widen(t->x, w, at + i, k);
+        if (fixed)
+            cq_nvfp4_search_part(t->block_amax, t->x, k, w->amax, w->scales);
+        cq_nvfp4_pack_part(t->codes + i / 2, t->scales + i / BLOCK, t->x, k, w->most,
+                           fixed ? t->block_amax : NULL, w->top);
+    }
 }
 
 static int tensor_of(const cq_ptq *q, const cq_param *p, const char *suffix, int64_t *tensor) {
@@ -156,10 +177,11 @@ int cq_ptq_pack(cq_ptq *q, int64_t i) {
         return cq_fail_in(status, p->name);
     CQ_TRY(tensor_of(q, p, ".weight", &codes));
     CQ_TRY(tensor_of(q, p, ".weight_scale", &scales));
+    int64_t part = part_of(q, w.n);
 #pragma omp parallel for schedule(dynamic) num_threads(q->threads)
-    for (int64_t at = 0; at < w.n; at += PART) {
+    for (int64_t at = 0; at < w.n; at += part) {
         worker *t = mine(q);
-        int64_t k = part_at(w.n, at);
+        int64_t k = least(part, w.n - at);
         quantize(t, &w, at, k);
         note(&o, cq_st_folder_put(q->out, codes, at / 2, t->codes, k / 2));
         note(&o, cq_st_folder_put(q->out, scales, at / BLOCK, t->scales, k / BLOCK));
@@ -179,12 +201,11 @@ int cq_ptq_copy(cq_ptq *q, int64_t i, float *value) {
     const cq_entry *e = source(q, p, &w);
     int64_t wide = cq_dtype_bytes(w.dtype);
     CQ_TRY(cq_st_folder_find(q->out, p->name, &tensor));
+    int64_t part = part_of(q, w.n);
 #pragma omp parallel for schedule(dynamic) reduction(max : top) num_threads(q->threads)
-    for (int64_t at = 0; at < w.n; at += PART) {
-        int64_t k = part_at(w.n, at);
-        float *x = value ? value + at : mine(q)->x;
-        widen(x, &w, at, k);
-        int32_t most = largest(x, k);
+    for (int64_t at = 0; at < w.n; at += part) {
+        int64_t k = least(part, w.n - at);
+        int32_t most = measure(mine(q), &w, at, k, value);
         top = most > top ? most : top;
         note(&o, cq_st_folder_put(q->out, tensor, at * wide, w.data + at * wide, k * wide));
     }
@@ -221,8 +242,7 @@ int cq_ptq_rate(cq_ptq *q, double *rate) {
         int32_t top = 0;
 #pragma omp parallel for schedule(dynamic) reduction(max : top) num_threads(q->threads)
         for (int64_t at = 0; at < N; at += PART) {
-            widen(mine(q)->x, &w, at, PART);
-            int32_t most = largest(mine(q)->x, PART);
+            int32_t most = measure(mine(q), &w, at, PART, NULL);
             top = most > top ? most : top;
         }
 #pragma omp parallel for schedule(dynamic) num_threads(q->threads)
