@@ -96,6 +96,14 @@ void cq_map_drop(const cq_map *map, int64_t begin, int64_t bytes) {
         madvise((char *)map->base + from, (size_t)(to - from), MADV_DONTNEED);
 }
 
+void cq_file_forget(const char *path, int64_t begin, int64_t bytes) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return;
+    posix_fadvise(fd, begin, bytes, POSIX_FADV_DONTNEED);
+    close(fd);
+}
+
 int cq_file_read(char **out, int64_t *bytes, const char *path) {
     int fd;
     struct stat info;

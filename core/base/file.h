@@ -15,6 +15,10 @@ CQ_API void cq_map_close(cq_map *map);
 /// set.
 CQ_API void cq_map_drop(const cq_map *map, int64_t begin, int64_t bytes);
 
+/// Tells the kernel that these bytes of a file need not stay in its cache either; a hint, which
+/// never fails.
+CQ_API void cq_file_forget(const char *path, int64_t begin, int64_t bytes);
+
 /// Reads a whole file into malloc'd memory with a zero after the last byte. The caller frees *out.
 CQ_API int cq_file_read(char **out, int64_t *bytes, const char *path);
 

@@ -107,7 +107,9 @@ static int fill_in(cq_ptq *q, const cq_ptq_options *o) {
     q->facts.units = m->config.n_blocks + 2;
     CQ_TRY(cq_model_alone(m));
     CQ_TRY(cq_export_check(m, q->dir, true));
-    return lay_out(q);
+    CQ_TRY(lay_out(q));
+    q->forgets = q->facts.source_bytes > cq_memory_available() / 2;
+    return CQ_OK;
 }
 
 int cq_ptq_open(cq_ptq **out, cq_model *student, const cq_ptq_options *o) {
@@ -345,11 +347,12 @@ static int pass_documents(cq_ptq *q, cq_stream *s, int32_t block) {
 /* One matrix of an expert into its window; with `out` packed and written too. */
 static int take_expert(cq_ptq *q, int64_t i, bool out) {
     const cq_param *p = q->m->param[i];
-    if (p->quantized) {
-        CQ_TRY(cq_ptq_read(q, i, p->value.data));
-        return out ? cq_ptq_pack(q, i) : CQ_OK;
-    }
-    return cq_ptq_copy(q, i, p->value.data);
+    if (!p->quantized)
+        return cq_ptq_copy(q, i, p->value.data);
+    if (!out)
+        return cq_ptq_read_again(q, i, p->value.data);
+    CQ_TRY(cq_ptq_read(q, i, p->value.data));
+    return cq_ptq_pack(q, i);
 }
 
 static int pass_experts(cq_ptq *q, cq_stream *s, cq_layer *l, bool out) {
@@ -377,7 +380,9 @@ static int pass_windows(cq_ptq *q, cq_stream *s, int32_t block) {
         CQ_TRY(cq_ptq_rows_read(q, from, row, n, h));
         CQ_TRY(cq_layer_norm(l, s, n, h));
         CQ_TRY(cq_moe_begin(l, s, n));
+        q->again = row + n < q->facts.tokens;
         CQ_TRY(pass_experts(q, s, l, row == 0));
+        q->again = false;
         CQ_TRY(cq_moe_end(l, s, n, h));
         CQ_TRY(cq_ptq_rows_write(q, to, row, n, h));
     }

@@ -10,9 +10,11 @@ struct cq_ptq {
     char *dir, *partial;
     const cq_batch **batches;
     bool calibrates;
+    bool forgets; ///< the source does not fit memory: what was read is not kept in the cache
     cq_st_writer *writer;
     cq_st_folder *out;
     cq_ptq_facts facts;
+    bool again;        ///< tensors of now are read once more: they stay in the cache
     int journal;       ///< open for appending, or -1
     int activation[3]; ///< files of the residual stream [tokens, hidden] F32: unit u writes u % 3
     pthread_t saver;   ///< brings a unit to the disk while the next is computed
@@ -35,6 +37,8 @@ int64_t cq_ptq_worker_bytes(void);
 int cq_ptq_read(cq_ptq *q, int64_t i, float *value);
 /// Packs and writes a matrix whose maximum p->amax is final.
 int cq_ptq_pack(cq_ptq *q, int64_t i);
+/// The same after cq_ptq_pack: nothing but the F32 form.
+int cq_ptq_read_again(cq_ptq *q, int64_t i, float *value);
 /// Copies a tensor that stays as it is.
 int cq_ptq_copy(cq_ptq *q, int64_t i, float *value);
 /// Writes a scalar beside a quantized matrix.

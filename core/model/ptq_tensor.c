@@ -117,6 +117,13 @@ static const cq_entry *source(const cq_ptq *q, const cq_param *p, matrix *w) {
     return e;
 }
 
+static void let_go(const cq_ptq *q, const cq_entry *e) {
+    if (q->forgets && !q->again)
+        cq_safetensors_forget(q->m->teacher->files, e);
+    else
+        cq_safetensors_drop(q->m->teacher->files, e);
+}
+
 int cq_ptq_read(cq_ptq *q, int64_t i, float *value) {
     cq_param *p = q->m->param[i];
     matrix w;
@@ -133,6 +140,13 @@ int cq_ptq_read(cq_ptq *q, int64_t i, float *value) {
         return find_bad(q, p, &w);
     memcpy(&q->own[i], &top, sizeof top);
     p->amax = q->own[i];
+    return CQ_OK;
+}
+
+int cq_ptq_read_again(cq_ptq *q, int64_t i, float *value) {
+    matrix w;
+    CQ_TRY(cq_ptq_read(q, i, value));
+    let_go(q, source(q, q->m->param[i], &w));
     return CQ_OK;
 }
 
@@ -186,7 +200,7 @@ int cq_ptq_pack(cq_ptq *q, int64_t i) {
         note(&o, cq_st_folder_put(q->out, codes, at / 2, t->codes, k / 2));
         note(&o, cq_st_folder_put(q->out, scales, at / BLOCK, t->scales, k / BLOCK));
     }
-    cq_safetensors_drop(q->m->teacher->files, e);
+    let_go(q, e);
     CQ_TRY(settle(&o));
     return cq_ptq_scalar(q, p, ".weight_scale_2", scale_2);
 }
@@ -211,7 +225,7 @@ int cq_ptq_copy(cq_ptq *q, int64_t i, float *value) {
     }
     if (top >= INFINITE)
         return find_bad(q, p, &w);
-    cq_safetensors_drop(q->m->teacher->files, e);
+    let_go(q, e);
     return settle(&o);
 }
 

@@ -430,3 +430,10 @@ void cq_safetensors_drop(const cq_safetensors *st, const cq_entry *e) {
     if (begin >= 0)
         cq_map_drop(&st->shards[e->shard].map, begin, cq_tensor_bytes(e->tensor));
 }
+
+void cq_safetensors_forget(const cq_safetensors *st, const cq_entry *e) {
+    int64_t begin = begin_of(st, e);
+    cq_safetensors_drop(st, e);
+    if (begin >= 0)
+        cq_file_forget(cq_safetensors_path(st, e), begin, cq_tensor_bytes(e->tensor));
+}

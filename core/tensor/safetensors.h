@@ -30,6 +30,9 @@ CQ_API const char *cq_safetensors_metadata(const cq_safetensors *st, const char 
 /// Lets go of the resident pages of one tensor after it has been copied.
 CQ_API void cq_safetensors_drop(const cq_safetensors *st, const cq_entry *e);
 
+/// The same, and out of the system's cache: for who reads files that do not fit memory once.
+CQ_API void cq_safetensors_forget(const cq_safetensors *st, const cq_entry *e);
+
 /// Collects tensors and writes them: one file `path`, or with shard_bytes > 0 the folder layout
 /// `model-0000i-of-0000n.safetensors` plus index (one `model.safetensors` when all fits one shard).
 typedef struct cq_st_writer cq_st_writer;
