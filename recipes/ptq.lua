@@ -25,8 +25,9 @@ if opt.data == "auto" and opt.model ~= "auto" then opt.data = "none" end
 
 local run = cq.run(opt)
 local teacher = cq.model.open(opt.model)
-if opt.quant == "auto" then opt.quant = teacher.family == "qwen3" and "qwen3" or "nemotron_nano" end
-local student = teacher:quantize { preset = opt.quant, scales = opt.scales, exclude = opt.exclude, weights_only = opt.data == "none" }
+local family = teacher.family == "qwen3" and "qwen3" or "nemotron_nano"
+local student = teacher:quantize { preset = opt.quant == "auto" and family or opt.quant, scales = opt.scales, exclude = opt.exclude,
+  weights_only = opt.data == "none" }
 local data = opt.data ~= "none" and cq.data.open(opt.data, { model = teacher, seq = opt.seq, batch = opt.batch, micro = opt.micro,
   seed = opt.seed, holdout = opt.holdout, template = opt.template }) or nil
 

@@ -69,7 +69,8 @@ end
 local function make_plan(self, run)
   local p = native.open("cq_plan", "cq_plan_open")
   call.cq_ptq_plan(self.c, p, self.student.device.threads)
-  run:say("memory plan, one block at a time%s:", facts(self).tokens > 0 and (", %d tokens to calibrate on"):format(facts(self).tokens) or "")
+  local tokens = facts(self).tokens
+  run:say("memory plan, one block at a time%s:", tokens > 0 and (", %d tokens to calibrate on"):format(tokens) or "")
   local rows = {}
   for purpose = 0, tonumber(C.CQ_N_PURPOSES) do
     local bytes = tonumber(C.cq_plan_bytes(p, purpose))
@@ -158,7 +159,7 @@ function ptq.stream(run, student, options)
   local o = errors.fill("ptq.stream", options, { teacher = errors.NONE, data = errors.NONE, calibrate = 32, shard_bytes = 4.5 * 2 ^ 30,
     why = "as asked" })
   local dir = run.folder.path .. "/nvfp4"
-  local whole, seconds, first, rate = found(run, dir)
+  local whole, seconds, first, rate = found(run, dir), nil, nil, nil
   if o.teacher then run:say("teacher %s", o.teacher:describe()) end
   for _, line in ipairs(student:quantization()) do run:say(line) end
   run:say("block by block: %s", o.why)
