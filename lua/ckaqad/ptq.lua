@@ -159,7 +159,7 @@ function ptq.stream(run, student, options)
   local o = errors.fill("ptq.stream", options, { teacher = errors.NONE, data = errors.NONE, calibrate = 32, shard_bytes = 4.5 * 2 ^ 30,
     why = "as asked" })
   local dir = run.folder.path .. "/nvfp4"
-  local whole, seconds, first, rate = found(run, dir), nil, nil, nil
+  local whole, seconds, rate = found(run, dir)
   if o.teacher then run:say("teacher %s", o.teacher:describe()) end
   for _, line in ipairs(student:quantization()) do run:say(line) end
   run:say("block by block: %s", o.why)
@@ -174,6 +174,7 @@ function ptq.stream(run, student, options)
   run.kept = whole
   if not whole then
     call.cq_ptq_begin(self.c)
+    local first
     seconds, first = guarded(self, run)
     rate = speed_line(self, run, seconds, first)
   end

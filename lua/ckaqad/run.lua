@@ -119,7 +119,7 @@ function Run:note(line)
   self.early[#self.early + 1] = line
 end
 
--- Makes the folder, writes run.json and the lines said so far. `unfinished`: work that goes on lies there, besides checkpoints.
+--- Makes the folder, writes run.json and the lines said so far. `unfinished`: work that goes on lies there, besides checkpoints.
 function Run:begin(unfinished)
   if not self.folder or self.made then return end
   local stopped = self.folder.same and not hf.exists(self.folder.path .. "/summary.json")
@@ -519,7 +519,7 @@ local function memory_line(self)
   self:say("memory: measured peak %s, planned %s (%+.1f %%)", text.bytes(self.peak), text.bytes(p.bytes), 100 * off / p.bytes)
 end
 
--- The run has what it was made for: its files are closed, and no error takes them away.
+--- The run has what it was made for: its files are closed, and no error takes them away.
 function Run:close()
   if self.board then self.board:close() end
   self.folder:close()
