@@ -156,6 +156,7 @@ __device__ __forceinline__ void write_moments(float (&m)[STEPS][EACH], float (&v
                                               const narrow_job &j, int64_t at,
                                               const uint32_t (&dither)[STEPS][EACH]) {
     if (MOMENTS == CQ_MOMENTS_8BIT) {
+        __syncwarp(); /* lane 0 writes the scales that all lanes have read */
 #pragma unroll
         for (int k = 0; k < STEPS; k++)
 #pragma unroll
