@@ -27,23 +27,20 @@ build() { # FOLDER CMAKE-OPTIONS...
   cmake -S . -B "$dir" -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_CUDA=OFF "$@" && cmake --build "$dir"
 }
 each_test() { ctest --test-dir "$1" --output-on-failure --timeout 300 -j 2; }
-without_onednn() {
-  cmake -S . -B build/plain -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_CUDA=OFF -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF && cmake --build build/plain --target ckaqad &&
-    build/plain/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
-}
 sanitized() {
-  build build/asan -DCKAQAD_SANITIZE=address,undefined && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
+  build build/asan -DCKAQAD_SANITIZE=address,undefined '-DCKAQAD_ISAS=generic;avx512' && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
 }
 
-race_detector() { # the kernels on the CPU under ThreadSanitizer
-  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON &&
-    cmake --build build/races --target test_emulator test_cuda_on_cpu_{dense,losses,cached,past,quant,sequence} &&
-    ctest --test-dir build/races --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator'
+race_detector() { # the kernels on the CPU under ThreadSanitizer; beside them the program without oneDNN and vectors
+  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON -DCKAQAD_ISAS=generic &&
+    cmake --build build/races --target ckaqad test_emulator test_cuda_on_cpu_{dense,losses,cached,past,quant,sequence} &&
+    ctest --test-dir build/races --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator' &&
+    build/races/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
 }
 with_nvcc() { # code for every target compiles and links, and a machine without a GPU gets one line
   local nvcc; nvcc=$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc) || { echo "CUDA: not built, no nvcc"; return 77; }
   echo "with $nvcc"
-  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
+  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_ISAS=generic && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
   [ -e build/cuda/CMakeFiles/ckaqad_cuda.dir ] || { echo "CUDA: not built, nvcc is too old"; return 77; }
   cmake --build build/cuda --target ckaqad ckaqad_bench && bash tests/gpu.sh --build=build/cuda --no-gpu
 }
@@ -51,9 +48,8 @@ with_nvcc() { # code for every target compiles and links, and a machine without 
 part gcc "build with gcc, warnings are errors" build build
 part gcc "unit tests" each_test build
 part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang
-part clang "build without oneDNN" without_onednn
 part sanitize "unit tests under address and undefined sanitizers" sanitized
-part cuda "cuda_on_cpu race detector" race_detector
+part cuda "race detector over the cuda kernels; no oneDNN" race_detector
 part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
 for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
 part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua

@@ -197,8 +197,13 @@ Test(cpu_losses, cross_entropy_agrees_with_ref) {
         }
 }
 
-static void check_gram(int64_t n, int64_t dim, bool unbiased, double mean, uint64_t seed) {
-    ways w = {.seed = 0};
+/* Where the stream computes in BF16, Grams may be products of two BF16 parts: 13 times what FP32
+   loops are off by, at most 128 times (2^-17 against 2^-24). */
+enum { PARTS_TIMES = 32 };
+
+static void check_gram(int64_t n, int64_t dim, bool unbiased, double mean, cq_compute compute,
+                       uint64_t seed) {
+    ways w = {.compute = compute};
     for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
             cq_gram_args a = {.n = n, .dim = dim, .unbiased = unbiased};
@@ -208,17 +213,19 @@ static void check_gram(int64_t n, int64_t dim, bool unbiased, double mean, uint6
             for (int64_t i = 0; i < n * dim; i++)
                 x[i] += (float)(mean * (double)(i % dim % 3));
             WAYS_IN(&w, gram, scratch, n, dim, dim, 1.0);
-            WAYS_OUT(&w, gram, gram, n, n, n, 2);
+            WAYS_OUT(&w, gram, gram, n, n, n, compute == CQ_COMPUTE_BF16 ? PARTS_TIMES : 2);
             WAYS_RUN(&w, gram, a);
         }
 }
 Test(cpu_losses, gram_agrees_with_ref) {
-    check_gram(128, 192, true, 3.0, 1100);
-    check_gram(128, 192, false, 3.0, 1110);
-    check_gram(37, 530, true, 0.0, 1120);
-    check_gram(4, 5, true, 1.0, 1130);
-    check_gram(2, 3, false, 1.0, 1140);
-    check_gram(65, 1, true, 0.0, 1150);
+    check_gram(128, 192, true, 3.0, CQ_COMPUTE_F32, 1100);
+    check_gram(128, 192, false, 3.0, CQ_COMPUTE_F32, 1110);
+    check_gram(37, 530, true, 0.0, CQ_COMPUTE_F32, 1120);
+    check_gram(4, 5, true, 1.0, CQ_COMPUTE_F32, 1130);
+    check_gram(2, 3, false, 1.0, CQ_COMPUTE_F32, 1140);
+    check_gram(65, 1, true, 0.0, CQ_COMPUTE_F32, 1150);
+    check_gram(64, 200, true, 3.0, CQ_COMPUTE_BF16, 1160);
+    check_gram(37, 530, false, 0.0, CQ_COMPUTE_BF16, 1170);
 }
 
 /// k and l are Grams of random rows, l's rows being k's with noise.
@@ -244,12 +251,13 @@ static void fill_grams(float *k, float *l, int64_t n, double noise, uint64_t see
     free(x);
 }
 
-static void check_cka(cq_gram_loss loss, int64_t n, double noise, uint64_t seed) {
-    ways w = {.seed = 0};
+static void check_cka(cq_gram_loss loss, int64_t n, double noise, cq_compute compute,
+                      uint64_t seed) {
+    ways w = {.compute = compute};
     for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0) {
             double stats[4];
-            int64_t dim = 29;
+            int64_t dim = compute == CQ_COMPUTE_BF16 ? 40 : 29;
             snprintf(w.what, sizeof(w.what), "cka loss %d, n %lld, noise %g, seed %llu", (int)loss,
                      (long long)n, noise, (unsigned long long)w.seed);
             cq_cka_args a = {.dtype = CQ_F32, .loss = loss, .n = n};
@@ -266,16 +274,18 @@ static void check_cka(cq_gram_loss loss, int64_t n, double noise, uint64_t seed)
             l = WAYS_IN(&w, cka_backward, l, n, n, n, 1.0);
             fill_grams(k, l, n, noise, w.seed);
             WAYS_IN(&w, cka_backward, x, n, dim, dim, 1.0);
-            WAYS_OUT(&w, cka_backward, dx, n, dim, dim, 3);
+            WAYS_OUT(&w, cka_backward, dx, n, dim, dim,
+                     compute == CQ_COMPUTE_BF16 ? PARTS_TIMES : 3);
             WAYS_RAW(&w, cka_backward, stats, sizeof(stats));
             WAYS_RUN(&w, cka_backward, b);
         }
 }
 Test(cpu_losses, cka_and_gram_frobenius_agree_with_ref) {
     for (cq_gram_loss loss = CQ_GRAM_CKA; loss <= CQ_GRAM_FROBENIUS; loss++) {
-        check_cka(loss, 128, 0.1, 1200 + 50 * (uint64_t)loss);
-        check_cka(loss, 37, 1e-3, 1210 + 50 * (uint64_t)loss);
-        check_cka(loss, 4, 3.0, 1220 + 50 * (uint64_t)loss);
+        check_cka(loss, 128, 0.1, CQ_COMPUTE_F32, 1200 + 50 * (uint64_t)loss);
+        check_cka(loss, 37, 1e-3, CQ_COMPUTE_F32, 1210 + 50 * (uint64_t)loss);
+        check_cka(loss, 4, 3.0, CQ_COMPUTE_F32, 1220 + 50 * (uint64_t)loss);
+        check_cka(loss, 64, 0.1, CQ_COMPUTE_BF16, 1230 + 50 * (uint64_t)loss);
     }
 }
 Test(cpu_losses, cka_of_a_zero_gram_is_zero_and_so_is_its_gradient) {

@@ -21,10 +21,8 @@ static const cq_kernels table_generic = {
 #undef CQ_KERNEL
 };
 
-#if defined(__x86_64__)
-#define CQ_KERNEL(op)                                                                              \
-    int cq_cpu_##op##_avx2(cq_stream *s, const cq_##op##_args *a);                                 \
-    int cq_cpu_##op##_avx512(cq_stream *s, const cq_##op##_args *a);
+#ifdef CQ_HAS_avx2
+#define CQ_KERNEL(op) int cq_cpu_##op##_avx2(cq_stream *s, const cq_##op##_args *a);
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
 static const cq_kernels table_avx2 = {
@@ -33,6 +31,11 @@ static const cq_kernels table_avx2 = {
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
 };
+#endif
+#ifdef CQ_HAS_avx512
+#define CQ_KERNEL(op) int cq_cpu_##op##_avx512(cq_stream *s, const cq_##op##_args *a);
+#include "kernels/kernels.def"
+#undef CQ_KERNEL
 static const cq_kernels table_avx512 = {
     .name = "cpu",
 #define CQ_KERNEL(op) .op = cq_cpu_##op##_avx512,
@@ -49,10 +52,12 @@ typedef struct choice {
 
 static choice choose(void) {
     choice sets[] = {
-#if defined(__x86_64__)
+#ifdef CQ_HAS_avx512
         {"avx512", &table_avx512,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
+#endif
+#ifdef CQ_HAS_avx2
         {"avx2", &table_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
         {"generic", &table_generic, true},

@@ -1,17 +1,21 @@
 /// cka.cu - losses on hidden states: Gram matrices, CKA and Gram-Frobenius between two of them, and
 /// the row-wise rivals cosine and relative MSE. Formulas are kernels/ref/geometry.inc.h's.
 ///
-/// Products are matmul's, always in FP32; the sums here are double. A sum over a whole matrix is
+/// Products are matmul's: in FP32, or with each operand as two BF16 parts on tensor cores where the
+/// stream computes in BF16. (Rounded to BF16 once, two Grams that differ by a thousandth could not
+/// be told apart.) The sums here are double. A sum over a whole matrix is
 /// made of parts, one for each block, and the parts are added in an order that only their number
 /// decides, by whoever needs the total. n is small and there is a call for every layer, so kernels
 /// are few: gram 4 with the product (2 when biased), cka 2, cka_backward 3, rowloss 2,
-/// rowloss_backward 1 or 2.
+/// rowloss_backward 1 or 2; parts add one to gram and two to cka_backward.
 ///
-/// Qwen3-4B, n 512 of 2560: x is 5.2 MB, a Gram 1 MB. gram: 1.3 GFLOP, 22 us at 60 TF/s in FP32;
+/// Qwen3-4B, n 512 of 2560: x is 5.2 MB, a Gram 1 MB. gram: 1.3 GFLOP, 22 us at 60 TF/s in FP32; in
+/// parts 4.0 GFLOP, 5 us at 790 TF/s, and 26 MB in the second-level cache;
 /// centring moves 16 MB, U-centring 3 MB, all in the second-level cache. cka reads 4 MB,
 /// cka_backward 3 MB and 1.3 GFLOP. All but the products are bound by their launches, 2 to 3 us
 /// each.
 #include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/cq_mma.h"
 
 namespace {
 
@@ -393,6 +397,75 @@ unsigned parts_for(int64_t groups) {
     return blocks < MOST_PARTS ? blocks : static_cast<unsigned>(MOST_PARTS);
 }
 
+/// Copies of a matrix in BF16: bit i of `low` says whether copy i is what the others leave over, so
+/// that a value is high + low but for 2^-17 of itself. Rows are `row` apart, copies `copy`; x is
+/// dense, a thread takes four values.
+struct parts_of {
+    const float *x;
+    __nv_bfloat16 *to;
+    int64_t rows, cols, row, copy;
+    int copies;
+    unsigned low;
+};
+__global__ void __launch_bounds__(THREADS) split(parts_of p) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, wide = p.cols / 4;
+    if (i >= p.rows * wide)
+        return;
+    pack<4> x = load<4>(p.x, i);
+    float rest[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        rest[e] = x.v[e] - __bfloat162float(__float2bfloat16_rn(x.v[e]));
+    uint2 high = {cq_bf16_pair(x.v[0], x.v[1]), cq_bf16_pair(x.v[2], x.v[3])};
+    uint2 low = {cq_bf16_pair(rest[0], rest[1]), cq_bf16_pair(rest[2], rest[3])};
+    __nv_bfloat16 *to = p.to + i / wide * p.row + i % wide * 4;
+    for (int c = 0; c < p.copies; c++)
+        *reinterpret_cast<uint2 *>(to + c * p.copy) = p.low >> c & 1 ? low : high;
+}
+void launch_split(cq_stream *s, const parts_of &p) {
+    CQ_LAUNCH(split, cq_blocks(p.rows * p.cols, 4 * THREADS), THREADS, 0, s, p);
+}
+
+__nv_bfloat16 *room_for(cq_stream *s, int64_t values) {
+    return static_cast<__nv_bfloat16 *>(
+        cq_cuda_scratch(s, values * static_cast<int64_t>(sizeof(__nv_bfloat16))));
+}
+
+/// A product in parts wants rows and copies on 16 bytes.
+bool in_parts(const cq_stream *s, int64_t n, int64_t dim, const void *x) {
+    return s->compute == CQ_COMPUTE_BF16 && n % 8 == 0 && dim % 8 == 0 && aligned(x);
+}
+
+/// gram = x x'. A row of the parts is [high, low, high, high]: from its first value on it is the
+/// left operand of high low' + low high' + high high', from its second part on the right one.
+int gram_in_parts(cq_stream *s, cq_matmul_args m) {
+    int64_t n = m.m, dim = m.k;
+    __nv_bfloat16 *room = room_for(s, 4 * n * dim);
+    if (!room)
+        return CQ_ENOMEM;
+    launch_split(s, {static_cast<const float *>(m.a), room, n, dim, 4 * dim, dim, 4, 2u});
+    m.k = 3 * dim;
+    m.a = room;
+    m.b = room + dim;
+    m.lda = m.ldb = 4 * dim;
+    return cq_cuda_matmul_bf16(s, &m);
+}
+
+/// dx = pull x = high low + low high + high high, with the parts of x one below the other.
+int pull_in_parts(cq_stream *s, cq_matmul_args m) {
+    int64_t n = m.m, dim = m.n;
+    __nv_bfloat16 *room = room_for(s, 3 * n * n + 3 * n * dim), *of_x = room + 3 * n * n;
+    if (!room)
+        return CQ_ENOMEM;
+    launch_split(s, {static_cast<const float *>(m.a), room, n, n, 3 * n, n, 3, 2u});
+    launch_split(s, {static_cast<const float *>(m.b), of_x, n, dim, dim, n * dim, 3, 1u});
+    m.k = 3 * n;
+    m.a = room;
+    m.lda = 3 * n;
+    m.b = of_x;
+    return cq_cuda_matmul_bf16(s, &m);
+}
+
 /// matmul with FP32 operands, whatever the stream computes in.
 int product(cq_stream *s, const cq_matmul_args *a) {
     cq_stream f32 = *s;
@@ -433,7 +506,7 @@ extern "C" int cq_cuda_gram(cq_stream *s, const cq_gram_args *a) {
     m.c = gram;
     m.ldc = n;
     m.alpha = 1.0;
-    CQ_TRY(product(s, &m));
+    CQ_TRY(in_parts(s, n, dim, rows) ? gram_in_parts(s, m) : product(s, &m));
     if (a->unbiased) {
         auto *sums =
             static_cast<double *>(cq_cuda_scratch(s, n * static_cast<int64_t>(sizeof(double))));
@@ -491,7 +564,7 @@ extern "C" int cq_cuda_cka_backward(cq_stream *s, const cq_cka_backward_args *a)
     m.c = dx;
     m.ldc = dim;
     m.alpha = 1.0;
-    CQ_TRY(product(s, &m));
+    CQ_TRY(in_parts(s, n, dim, a->x) && aligned(k) ? pull_in_parts(s, m) : product(s, &m));
     grid = cq_blocks(n * dim, 4 * THREADS);
     CQ_LAUNCH(clear_if_unknown, grid < 132 ? grid : 132, THREADS, 0, s, dx, n * dim, a->stats,
               a->weight, is_cka);

@@ -37,6 +37,9 @@ enum { CQ_WARP = 32 };
 extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes);
 /// Asks for more than 48 KiB of dynamic shared memory for a kernel; CQ_OK or the error set.
 extern "C" int cq_cuda_shared_bytes(const void *kernel, int64_t bytes, const char *op);
+/// A matrix product whose a and b are BF16 already, accumulated in FP32 (matmul.cu). Rows on 16
+/// bytes are fastest.
+extern "C" int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a);
 /// CQ_OK, or the pending error of a launch, named.
 extern "C" int cq_cuda_status(const char *op);
 #define CQ_CUDA_END(op) return cq_cuda_status(op)

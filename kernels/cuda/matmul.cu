@@ -600,3 +600,7 @@ extern "C" int cq_cuda_matmul(cq_stream *s, const cq_matmul_args *a) {
         return product_bf16(s, a);
     return product((cq_cuda_device *)s->device, a, false);
 }
+
+extern "C" int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a) {
+    return product((cq_cuda_device *)s->device, a, true);
+}

@@ -46,6 +46,32 @@ int cq_cuda_matmul(cq_stream *s, const cq_matmul_args *a) {
     return status;
 }
 
+static float *widened_copy(const uint16_t *x, int64_t n) {
+    float *y = malloc((size_t)(n + 1) * sizeof(*y));
+    for (int64_t i = 0; y && i < n; i++) {
+        uint32_t u = (uint32_t)x[i] << 16;
+        memcpy(&y[i], &u, sizeof(u));
+    }
+    return y;
+}
+/* Of an operand's last row only its own values are read. */
+static int64_t values(bool across, int64_t a, int64_t b, int64_t ld) {
+    return across ? (b - 1) * ld + a : (a - 1) * ld + b;
+}
+int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a) {
+    cq_matmul_args b = *a;
+    cq_emu_memory_unlock();
+    float *x = widened_copy(a->a, values(a->ta, a->m, a->k, a->lda));
+    float *y = widened_copy(a->b, values(a->tb, a->k, a->n, a->ldb));
+    b.a = x;
+    b.b = y;
+    int status = x && y ? cq_ref_matmul(s, &b) : cq_fail(CQ_ENOMEM, "matmul: no memory");
+    cq_emu_memory_lock();
+    free(x);
+    free(y);
+    return status;
+}
+
 static int grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     cq_matmul_grouped_args b = *a;
     if (s->compute != CQ_COMPUTE_BF16)
