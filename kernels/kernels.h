@@ -71,7 +71,7 @@ typedef struct cq_matmul_args {
     int64_t ldc;
     double alpha, beta;
     const void *b16; ///< b rounded to BF16, rows ldb apart as well: saves a pass over b where
-                     ///< products are BF16; may be NULL
+                     ///< products are BF16; may be NULL. On a device b may be NULL instead there
 } cq_matmul_args;
 
 /// For each group e, over rows offsets[e] .. offsets[e + 1] of x and y (dense rows), weights w[e]

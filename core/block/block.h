@@ -22,7 +22,7 @@ typedef struct cq_linear {
     cq_param **part; ///< in stacking order
     cq_tensor value; ///< [groups * n, k] master weights
     cq_tensor low;   ///< their low halves where the master is split, else no data
-    cq_tensor fq;    ///< what forward multiplies with
+    cq_tensor fq;    ///< what forward multiplies with; BF16, the same as fq16: only products read it
     cq_tensor grad;  ///< no data when none is trainable
     cq_tensor fq16;  ///< fq in BF16 where products on a device are BF16, else no data
     bool quantized;  ///< all parts are
@@ -125,6 +125,8 @@ int cq_layer_keep(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq
 int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, int64_t rows,
                      int64_t cols);
 
+/// Whether its weights are there in BF16 only; the model's other dtype is missing then.
+bool cq_linear_only_16(const cq_linear *w);
 /// Whether this linear's input is fake-quantized now.
 bool cq_linear_acts(const cq_layer *l, const cq_linear *w);
 /// The fake-quantization request for this linear's input; offsets as in cq_fq (NULL: one group).

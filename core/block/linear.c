@@ -6,12 +6,16 @@
 #include "core/base/error.h"
 #include "core/block/block.h"
 
+bool cq_linear_only_16(const cq_linear *w) { return w->fq.dtype == CQ_BF16; }
+
+static const void *weight(const cq_linear *w) { return cq_linear_only_16(w) ? NULL : w->fq.data; }
+
 static const void *weight_now(const cq_layer *l, const cq_linear *w) {
-    return l->env->calibrating && w->value.dtype == l->env->dtype ? w->value.data : w->fq.data;
+    return l->env->calibrating && w->value.dtype == l->env->dtype ? w->value.data : weight(w);
 }
 
 static const void *weight16_now(const cq_layer *l, const cq_linear *w) {
-    return l->env->calibrating ? NULL : w->fq16.data;
+    return l->env->calibrating && !cq_linear_only_16(w) ? NULL : w->fq16.data;
 }
 
 bool cq_linear_acts(const cq_layer *l, const cq_linear *w) {
@@ -46,7 +50,7 @@ int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, c
                        int64_t lddy, int64_t rows, void *dx, double beta) {
     if (dx)
         CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
-                      .lda = lddy, .b = w->fq.data, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
+                      .lda = lddy, .b = weight(w), .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
                       .beta = beta, .b16 = w->fq16.data));
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
@@ -67,7 +71,7 @@ int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *
                         const void *x, const void *dy, void *dx) {
     CQ_TRY(CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_INPUT,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = dx,
-                  .w = w->fq.data, .y = (void *)dy, .w16 = w->fq16.data));
+                  .w = (void *)weight(w), .y = (void *)dy, .w16 = w->fq16.data));
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_WEIGHT,

@@ -287,13 +287,22 @@ static bool wants_16(const cq_model *m, const cq_plan *p) {
     return m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p);
 }
 
+/* A model that only runs forward keeps linears of a BF16 checkpoint as such where products read BF16:
+ * nothing else reads them. Products on a device want rows on 16 bytes for that. */
+static bool stack_only_16(const cq_model *m, const cq_plan *p, const cq_linear *w) {
+    bool only = wants_16(m, p) && !m->teacher && !m->trained && !m->nvfp4;
+    for (int64_t i = 0; i < w->n_parts; i++)
+        only = only && w->part[i]->disk == CQ_BF16;
+    return only && w->k % 8 == 0 && w->n % 8 == 0;
+}
+
 static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights) {
     cq_dtype t = m->env.dtype;
     cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k);
     const char *name = w->part[0]->name;
-    bool narrow = stack_narrow(m, w);
+    bool narrow = stack_narrow(m, w), only_16 = stack_only_16(m, p, w);
     if (!stack_shared(m, w))
-        CQ_TRY(cq_plan_add(p, &w->value, weights, name, narrow ? CQ_BF16 : t, shape));
+        CQ_TRY(cq_plan_add(p, &w->value, weights, name, narrow || only_16 ? CQ_BF16 : t, shape));
     if (narrow && m->master == CQ_MASTER_SPLIT)
         CQ_TRY(
             cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->groups * w->n, 2 * w->k)));
@@ -302,7 +311,7 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
                            CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
-    if (wants_16(m, p) && (!stack_shared(m, w) || w->quantized))
+    if (wants_16(m, p) && !only_16 && (!stack_shared(m, w) || w->quantized))
         CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16, shape));
     for (int64_t i = 0; i < w->n_parts && w->quantized && !m->nvfp4; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->amax_at, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(1)));
@@ -352,12 +361,13 @@ int cq_model_bind(cq_model *m) {
     for (int64_t i = 0; i < m->n_linears; i++) {
         cq_linear *w = m->linear[i];
         if (stack_shared(m, w)) {
-            cq_param *first = cq_model_find(m->teacher, w->part[0]->name);
-            w->value =
-                (cq_tensor){first->value.data, CQ_SHAPE2(w->groups * w->n, w->k), m->env.dtype};
+            cq_tensor first = cq_model_find(m->teacher, w->part[0]->name)->value;
+            w->value = (cq_tensor){first.data, CQ_SHAPE2(w->groups * w->n, w->k), first.dtype};
         }
         if (!w->fq.data)
             w->fq = w->value;
+        if (cq_linear_only_16(w))
+            w->fq16 = w->fq;
         if (!w->fq16.data && stack_shared(m, w)) /* no data in the teacher: none here */
             w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[0]->name)->fq16.data,
                                   CQ_SHAPE2(w->groups * w->n, w->k), CQ_BF16};

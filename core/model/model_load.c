@@ -12,8 +12,9 @@
 int cq_model_check_finite(const cq_model *m, const cq_param *p, cq_tensor t) {
     int64_t n = cq_tensor_elems(t);
     for (int64_t i = 0; i < n; i++) {
-        double v =
-            t.dtype == CQ_F64 ? ((const double *)t.data)[i] : (double)((const float *)t.data)[i];
+        double v = t.dtype == CQ_F64   ? ((const double *)t.data)[i]
+                   : t.dtype == CQ_F32 ? (double)((const float *)t.data)[i]
+                                       : (double)cq_bf16_value(((const uint16_t *)t.data)[i]);
         if (!isfinite(v))
             return cq_fail(CQ_ENUMERIC, "%s: %s holds %s at element %ld, wanted finite weights",
                            m->dir, p->name, isnan(v) ? "NaN" : "Inf", (long)i);
@@ -78,6 +79,15 @@ static int stage(cq_tensor *to, void **owned, const cq_param *p) {
     return CQ_OK;
 }
 
+/* The same, wide enough to compute in. */
+static int stage_f32(cq_tensor *to, void **owned, const cq_param *p) {
+    if (p->value.dtype != CQ_BF16)
+        return stage(to, owned, p);
+    *to = (cq_tensor){NULL, p->shape, CQ_F32};
+    *owned = to->data = malloc((size_t)cq_tensor_bytes(*to) + 1);
+    return *owned ? CQ_OK : cq_fail(CQ_ENOMEM, "model: no memory for the F32 form of %s", p->name);
+}
+
 static int unstage(cq_param *p, cq_tensor made, void *owned, int status) {
     if (owned && !status)
         status = cq_copy(p->value.data, made.data, cq_tensor_bytes(made));
@@ -110,16 +120,28 @@ static int load_narrow(cq_param *p, const cq_param *from) {
     return status;
 }
 
+/* A master weight from the teacher's where the model's kernels run. */
+static int load_copy(cq_param *p, const cq_param *from) {
+    if (from->value.data == p->value.data)
+        return CQ_OK;
+    if (p->value.dtype == CQ_BF16)
+        return load_narrow(p, from);
+    if (from->value.dtype == p->value.dtype)
+        return cq_copy(p->value.data, from->value.data, cq_tensor_bytes(p->value));
+    cq_tensor x;
+    void *owned;
+    CQ_TRY(cq_param_master(&x, &owned, from));
+    int status = cq_tensor_fill(p->value, x.data, x.dtype);
+    free(owned);
+    return status;
+}
+
 static int load_param(cq_model *m, cq_param *p) {
     cq_model *source = m->alone ? m->teacher : m;
     if (m->teacher && !m->alone) {
         const cq_param *from = cq_model_find(m->teacher, p->name);
         p->disk = from->disk;
-        if (p->value.dtype == CQ_BF16)
-            return load_narrow(p, from);
-        return from->value.data == p->value.data
-                   ? CQ_OK
-                   : cq_copy(p->value.data, from->value.data, cq_tensor_bytes(p->value));
+        return load_copy(p, from);
     }
     const cq_entry *e = cq_model_entry(source, p->name);
     cq_tensor to;
@@ -178,17 +200,18 @@ int cq_model_init(cq_model *m, uint64_t seed) {
             scale = 1 / sqrt(3.0 * (double)m->config.conv_width);
         cq_tensor to;
         void *owned;
-        if (p->value.dtype == CQ_BF16)
-            return cq_fail(CQ_EUSAGE, "model: %s is a student's narrow weight, wanted load",
-                           p->name);
-        CQ_TRY(stage(&to, &owned, p));
+        if (m->teacher)
+            return cq_fail(CQ_EUSAGE, "model: %s is a student, wanted load", m->dir);
+        CQ_TRY(stage_f32(&to, &owned, p));
 #pragma omp parallel for schedule(static) if (n > 1 << 16)
         for (int64_t k = 0; k < n; k++)
             put(to, k,
                 bias                ? 0
                 : p->shape.rank > 1 ? scale * cq_random_normal(seed, stream, (uint64_t)k)
                                     : mamba_value(kind, k, seed, stream));
-        CQ_TRY(unstage(p, to, owned, CQ_OK));
+        int status = owned ? cq_tensor_fill(p->value, to.data, to.dtype) : CQ_OK;
+        free(owned);
+        CQ_TRY(status);
     }
     return CQ_OK;
 }

@@ -71,7 +71,7 @@ int cq_model_master_now(cq_stream *s, const cq_param *p, const void **out) {
 int cq_model_widen(cq_model *m, cq_stream *s) {
     const void *now;
     for (int64_t i = 0; i < m->n_params && !m->widened; i++)
-        if (m->param[i]->value.dtype == CQ_BF16)
+        if (m->param[i]->value.dtype == CQ_BF16 && m->param[i]->fq.dtype != CQ_BF16)
             CQ_TRY(cq_model_master_now(s, m->param[i], &now));
     m->widened = true;
     return CQ_OK;
@@ -192,7 +192,7 @@ static int round_tensor(cq_stream *s, cq_tensor from, cq_tensor to) {
 int cq_model_round_weights(cq_model *m, cq_stream *s, bool trained_only) {
     for (int64_t i = 0; i < m->n_linears; i++) {
         const cq_linear *w = m->linear[i];
-        if (w->fq16.data && (w->grad.data || !trained_only))
+        if (w->fq16.data && !cq_linear_only_16(w) && (w->grad.data || !trained_only))
             CQ_TRY(round_tensor(s, w->fq, w->fq16));
     }
     const cq_param *head = m->head;

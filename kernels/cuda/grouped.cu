@@ -409,8 +409,8 @@ __global__ void __launch_bounds__(THREADS, HOW::PER_SM) grouped_rows(grouped g) 
         int64_t at = (int64_t)group * g.n * g.k + (INPUT ? col : col * g.k);
         tile_job j;
         j.a = (INPUT ? g.y : g.x) + row * depth;
-        j.b = g.w + at;
-        j.b16 = g.w16 + at;
+        j.b = g.w ? g.w + at : nullptr;
+        j.b16 = g.w16 ? g.w16 + at : nullptr;
         j.c = (INPUT ? g.x : g.y) + row * width + col;
         j.lda = depth;
         j.ldb = g.k;

@@ -529,6 +529,9 @@ int product_bf16(cq_stream *s, const cq_matmul_args *a) {
     void *room = s->bf16_scratch ? s->bf16_scratch : cq_cuda_scratch(s, bytes);
     if (!room)
         return CQ_ENOMEM;
+    if (!a->b && !has_b16)
+        return cq_fail(CQ_ESHAPE, "cuda: matmul: b16 alone with rows %lld apart, wanted 16 bytes",
+                       (long long)a->ldb);
     if (bytes < least)
         return cq_fail(CQ_ENOMEM, "cuda: matmul: %lld bytes for BF16 operands, %lld wanted",
                        (long long)bytes, (long long)least);

@@ -24,12 +24,25 @@ static float *rounded_copy(const float *x, int64_t rows, int64_t cols, int64_t l
     return y;
 }
 
+static float *widened_copy(const uint16_t *x, int64_t n) {
+    float *y = malloc((size_t)(n + 1) * sizeof(*y));
+    for (int64_t i = 0; y && i < n; i++) {
+        uint32_t u = (uint32_t)x[i] << 16;
+        memcpy(&y[i], &u, sizeof(u));
+    }
+    return y;
+}
+/* Values of an operand, [a, b] or across; of its last row only its own. */
+static int64_t values(bool across, int64_t a, int64_t b, int64_t ld) {
+    return across ? (b - 1) * ld + a : (a - 1) * ld + b;
+}
 static int product(cq_stream *s, const cq_matmul_args *a) {
     if (s->compute != CQ_COMPUTE_BF16 || a->dtype != CQ_F32)
         return cq_ref_matmul(s, a);
     cq_matmul_args b = *a;
     float *x = rounded_copy(a->a, a->ta ? a->k : a->m, a->ta ? a->m : a->k, a->lda);
-    float *y = rounded_copy(a->b, a->tb ? a->n : a->k, a->tb ? a->k : a->n, a->ldb);
+    float *y = a->b ? rounded_copy(a->b, a->tb ? a->n : a->k, a->tb ? a->k : a->n, a->ldb)
+                    : widened_copy(a->b16, values(a->tb, a->k, a->n, a->ldb));
     b.a = x;
     b.b = y;
     int status = x && y ? cq_ref_matmul(s, &b) : cq_fail(CQ_ENOMEM, "matmul: no memory");
@@ -46,18 +59,6 @@ int cq_cuda_matmul(cq_stream *s, const cq_matmul_args *a) {
     return status;
 }
 
-static float *widened_copy(const uint16_t *x, int64_t n) {
-    float *y = malloc((size_t)(n + 1) * sizeof(*y));
-    for (int64_t i = 0; y && i < n; i++) {
-        uint32_t u = (uint32_t)x[i] << 16;
-        memcpy(&y[i], &u, sizeof(u));
-    }
-    return y;
-}
-/* Of an operand's last row only its own values are read. */
-static int64_t values(bool across, int64_t a, int64_t b, int64_t ld) {
-    return across ? (b - 1) * ld + a : (a - 1) * ld + b;
-}
 int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a) {
     cq_matmul_args b = *a;
     cq_emu_memory_unlock();

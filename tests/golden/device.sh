@@ -8,6 +8,13 @@ g=tests/golden
 for model in nemotron_h_tiny qwen3_tiny; do
   build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --kernels=cuda_on_cpu
 done
+reports=$(mktemp -d /tmp/ckaqad-device-XXXXXX)
+trap 'rm -rf "$reports"' EXIT
+for model in nemotron_h_tiny qwen3_tiny; do # products in BF16, the teacher's matrices in BF16 alone
+  build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --compute=bf16 --report >"$reports/cpu"
+  build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --compute=bf16 --report --kernels=cuda_on_cpu >"$reports/device"
+  awk -f $g/bf16.awk "$reports/cpu" "$reports/device"
+done
 for model in nemotron_h_gsm8k qwen3_gsm8k; do # generation: the first tokens
   build/ckaqad_on_cpu $g/check.lua --model=$g/$model --generate=$g/$model.generate.json --most=2 --kernels=cuda_on_cpu
 done
