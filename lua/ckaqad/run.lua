@@ -449,7 +449,7 @@ function Run:log(step, values)
   local m = measure(batch.passes, student.n_blocks)
   m.step, m.lr, m.grad_norm, m.tokens = step, values.lr, values.norm, batch.tokens
   m.seconds = native.clock() - self.started
-  m.saturated = student:saturated()
+  m.saturated, m.reward = student:saturated(), values.reward
   if m.ce or m.policy or #batch.passes == 0 then m.kl = nil end
   local list = {
     "step", step, "ce", m.ce, "policy", m.policy, "kl", m.kl, "top1", m.top1, "cka", m.cka or json.null, "cka_blocks", m.cka_blocks,

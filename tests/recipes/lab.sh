@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The study's machinery on a model of seconds: reinforcement learning raises the reward, goes on after a stop to the same bits, and
+# refuses what cannot work.
+set -eu
+cd "$(dirname "$0")/../.."
+work=$(mktemp -d /tmp/ckaqad-lab-XXXXXX); trap 'rm -rf "$work"' EXIT
+fail() { echo "lab.sh: $1" >&2; tail -n 12 "$work/log" >&2; exit 1; }
+go() { # EXIT RECIPE OPTIONS...: all it says in $work/log
+  local want=$1 recipe=$2 rc=0; shift 2
+  "${CKAQAD:-build/ckaqad}" "recipes/lab/$recipe.lua" --threads=1 --no-tensorboard "$@" >"$work/log" 2>&1 </dev/null || rc=$?
+  [ "$rc" = "$want" ] || fail "exit $rc, wanted $want: $recipe $*"
+}
+said() { grep -qE -- "$1" "$work/log" || fail "nothing says /$1/"; } # REGEX
+percent() { sed -nE "s/^$1.*: ([0-9.]+) % of .*/\1/p" "$work/log"; } # WHEN
+
+go 0 pretrain --pattern='M*' --hidden=32 --experts=4 --steps=1 --batch=4 --out="$work/raw"
+go 0 sft --model="$work/raw/model" --mix=easy --documents=4000 --steps=80 --batch=16 --lr=1e-2 --items=200 --out="$work/sft"
+said '^greedy: [0-9.]+ % of 200 problems \[[0-9.]+, [0-9.]+\]  path [0-9.]+  list [0-9.]+$'
+rl="--model=$work/sft/model --mix=easy --lr=1e-3"
+# shellcheck disable=SC2086
+go 0 rl $rl --steps=100 --out="$work/rl"
+said 'a step: sampling [0-9.]+ %, scoring [0-9.]+ %, update [0-9.]+ %$'
+gained=$(percent before,); gained="$gained $(percent after)"
+awk "BEGIN { split(\"$gained\", p, \" \"); exit !(p[2] > p[1] + 5) }" || fail "RL gained nothing: $gained"
+grep -q '"reward":.*"tasks":.*"path":' "$work/rl/metrics.jsonl" || fail "no reward or no pass@1 by task in metrics.jsonl"
+
+# stopped and resumed: the same bits; with a KL to the SFT model too
+bits() { sha256sum <"$1/model/model.safetensors"; sed -E 's/"(seconds|sampling|scoring|update)":[^,}]*,?//g' "$1/metrics.jsonl" | sha256sum; }
+short="$rl --steps=12 --prompts=16 --items=0 --kl=0.1"
+# shellcheck disable=SC2086
+{ go 0 rl $short --out="$work/whole"; go 0 rl $short --out="$work/again" --stop_at=5; go 0 rl $short --out="$work/again" --resume; }
+said 'resumed after step 5'
+[ "$(bits "$work/whole")" = "$(bits "$work/again")" ] || fail "a resumed run of RL differs"
+
+# what cannot work is one line
+bad() { go "$@"; [ "$(grep -c '^ckaqad:' "$work/log")" = 1 ] || fail "wanted one error line"; } # EXIT RECIPE OPTIONS...
+bad 3 rl --model="$work/raw/model" --mix=easy --steps=50 --patience=4 --prompts=8 --items=0 --out="$work/idle"
+said '^ckaqad: rl: 4 steps without a group of both right and wrong answers, mean reward 0.000; wanted a model that solves some of --mix=easy'
+bad 3 rl --model="$work/sft/model" --mix=hard --out="$work/none"; said 'option --mix: hard is unknown, wanted sft, rl, test or easy'
+bad 3 rl --model="$work/nowhere" --out="$work/none"; said "nowhere"
+bad 3 rl --model="$work/sft/model" --samples=1 --out="$work/none"; said "option --samples: got 1, wanted 2 or more"
+[ ! -e "$work/none" ] || fail "a refused run leaves a folder"
+echo "lab: RL from $gained % on validation, resumed runs equal, bad input answered"
