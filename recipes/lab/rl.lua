@@ -21,7 +21,7 @@ local opt = cq.options {
 }
 local run = cq.run(opt)
 cq.refuse(opt.samples < 2 and ("option --samples: got %g, wanted 2 or more"):format(opt.samples) or nil)
-local held = problems.set(problems.mixes[opt.mix == "easy" and "easy" or "test"], "validation", math.max(1, opt.items), cq.stats.generator(1))
+local held = setting.held(problems, opt.mix, opt.items)
 local model, sft = cq.model.open(opt.model), opt.kl > 0 and cq.model.open(opt.model) or nil
 local mix, policy, anchor = setting.mix(problems, opt.mix), { cq.loss.policy() }, { cq.loss.kl { tail = "full" } }
 local adam = cq.optim.adamw(model, { betas = { 0.9, 0.95 }, clip = 1 })
@@ -50,8 +50,8 @@ for step in run:steps(opt.steps) do
   for part in batch:split() do cq.distill(nil, model, part, policy):backward { kl = 1 } end
   for part in (anchored or cq.batch_of {}):split() do cq.distill(sft, model, part, anchor):backward { kl = opt.kl } end
   idle = log.groups > 0 and 0 or idle + 1
-  cq.refuse(idle >= opt.patience and ("rl: %d steps without a group of both right and wrong answers, mean reward %.3f; wanted a model that " ..
-    "solves some of --mix=%s and not all"):format(idle, log.reward, opt.mix) or nil)
+  cq.refuse(idle >= opt.patience and ("rl: %d steps without a group of both right and wrong answers, mean reward %.3f; wanted a model " ..
+    "that solves some of --mix=%s and not all"):format(idle, log.reward, opt.mix) or nil)
   local lr = log.groups > 0 and rate(step) or 0
   run:log(step, { batch = batch, lr = lr, norm = adam:step(lr), reward = log.reward, groups = log.groups, tasks = log.tasks,
     sampling = sampling, scoring = scoring, update = cq.clock() - begun })

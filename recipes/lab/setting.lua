@@ -99,6 +99,11 @@ function setting.mix(problems, name)
   return mix
 end
 
+--- `n` validation problems for a model that practises on a mix.
+function setting.held(problems, name, n)
+  return problems.set(problems.mixes[name == "easy" and "easy" or "test"], "validation", math.max(1, n), cq.stats.generator(1))
+end
+
 --- The problems of a step, from seed and step alone, so that a resumed run has the same ones.
 function setting.practice(problems, mix, n, seed, step)
   return problems.set(mix, "train", n, cq.stats.generator(seed * 1000003 + step))

@@ -19,7 +19,7 @@ local opt = cq.options {
 local run = cq.run(opt)
 local text = opt.out .. ".text.jsonl"
 local train = problems.set(setting.mix(problems, opt.mix), "train", opt.documents, cq.stats.generator(opt.seed))
-local held = problems.set(problems.mixes[opt.mix == "easy" and "easy" or "test"], "validation", math.max(1, opt.items), cq.stats.generator(1))
+local held = setting.held(problems, opt.mix, opt.items)
 cq.refuse(problems.overlap(train, held))
 setting.documents(text, train, problems.stop)
 
