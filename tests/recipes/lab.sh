@@ -13,6 +13,7 @@ go() { # EXIT RECIPE OPTIONS...: all it says in $work/log
 said() { grep -qE -- "$1" "$work/log" || fail "nothing says /$1/"; } # REGEX
 percent() { sed -nE "s/^$1.*: ([0-9.]+) % of .*/\1/p" "$work/log"; } # WHEN
 
+for i in 1 2 3 4 5 6 7 8; do echo "{\"text\": \"Dab,bc,cd,a$i;a>c:abc L$i$i>$i:d$i\"}"; done >"$work/text.jsonl"
 go 0 pretrain --pattern='M*' --hidden=32 --experts=4 --steps=1 --batch=4 --out="$work/raw"
 go 0 sft --model="$work/raw/model" --mix=easy --documents=4000 --steps=80 --batch=16 --lr=1e-2 --items=200 --out="$work/sft"
 said '^greedy: [0-9.]+ % of 200 problems \[[0-9.]+, [0-9.]+\]  path [0-9.]+  list [0-9.]+$'
@@ -23,6 +24,15 @@ said 'a step: sampling [0-9.]+ %, scoring [0-9.]+ %, update [0-9.]+ %$'
 gained=$(percent before,); gained="$gained $(percent after)"
 awk "BEGIN { split(\"$gained\", p, \" \"); exit !(p[2] > p[1] + 5) }" || fail "RL gained nothing: $gained"
 grep -q '"reward":.*"tasks":.*"path":' "$work/rl/metrics.jsonl" || fail "no reward or no pass@1 by task in metrics.jsonl"
+
+# scores: the same for the same seed, of 4-bit models too, compared by problem
+score="--mix=easy --items=120 --samples=2"
+# shellcheck disable=SC2086
+{ go 0 score $score --model="$work/sft/model" --scores="$work/a.json"; said '^all +120 +[0-9.]+ \[[0-9.]+, [0-9.]+\] +[0-9.]+ \[[0-9.]+, [0-9.]+\]$'
+  go 0 score $score --model="$work/sft/model" --scores="$work/b.json" --pass=64; cmp "$work/a.json" "$work/b.json" || fail "slots changed a score"
+  go 0 score $score --model="$work/rl/model" --against="$work/a.json"; said '^teacher [0-9.]+ %: difference \+[0-9.]+ \[\+[0-9.]+, \+[0-9.]+\] points, recovery [0-9.]+ %$'
+  go 0 ../ptq --model="$work/sft/model" --data="$work/text.jsonl" --quant=all --out="$work/ptq"
+  go 0 score $score --model="$work/ptq" --against="$work/a.json"; said 'recovery [0-9.]+ %$'; tail -n 1 "$work/log" | grep -q '"recovery":[0-9]' || fail "no recovery in the JSON"; }
 
 # stopped and resumed: the same bits; with a KL to the SFT model too
 bits() { sha256sum <"$1/model/model.safetensors"; sed -E 's/"(seconds|sampling|scoring|update)":[^,}]*,?//g' "$1/metrics.jsonl" | sha256sum; }
@@ -36,6 +46,8 @@ said 'resumed after step 5'
 bad() { go "$@"; [ "$(grep -c '^ckaqad:' "$work/log")" = 1 ] || fail "wanted one error line"; } # EXIT RECIPE OPTIONS...
 bad 3 rl --model="$work/raw/model" --mix=easy --steps=50 --patience=4 --prompts=8 --items=0 --out="$work/idle"
 said '^ckaqad: rl: 4 steps without a group of both right and wrong answers, mean reward 0.000; wanted a model that solves some of --mix=easy'
+bad 2 score --model="$work/sft/model" --part=train; said 'option --part: got train, wanted test or validation'
+bad 3 score --model="$work/sft/model" --mix=easy --items=60 --against="$work/a.json"; said 'question .* was answered by the BF16 model only'
 bad 3 rl --model="$work/sft/model" --mix=hard --out="$work/none"; said 'option --mix: hard is unknown, wanted sft, rl, test or easy'
 bad 3 rl --model="$work/nowhere" --out="$work/none"; said "nowhere"
 bad 3 rl --model="$work/sft/model" --samples=1 --out="$work/none"; said "option --samples: got 1, wanted 2 or more"
