@@ -528,9 +528,10 @@ function Run:close()
 end
 
 --- Ends a run: the table BF16 / PTQ / CKA-QAD, a warning when QAD is worse than PTQ, summary.json and report.html.
---- `before` and `after` come from `cq.eval.compare`; a recipe without training gives only `before`.
+--- `before` and `after` come from `cq.eval.compare`; a recipe without training gives only `before`. `more`: a table of other results,
+--- kept in summary.json.
 function Run:finish(results)
-  local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE })
+  local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE, more = errors.NONE })
   local rows = {}
   if o.before then rows[#rows + 1] = { "PTQ", o.before } end
   local name = report.form(self.folder and self.folder.options or {}).name
@@ -549,7 +550,7 @@ function Run:finish(results)
   if not self.made then return end
   self.folder:write_json("summary.json", json.object {
     "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal,
-    "export_rules_failed", self.export_failed,
+    "export_rules_failed", self.export_failed, "more", o.more,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
     "seconds", self.begun and native.clock() - self.begun,
   })
