@@ -58,11 +58,12 @@ function setting.model(dir, o)
   write(dir .. "/config.json", o.family == "qwen3" and qwen3(o) or nemotron_h(o))
 end
 
---- Writes problems as documents: prompt and written solution, which ends in the stop token.
+--- Writes problems as documents: prompt and written solution, which ends in the stop token; an item with `text` as that text.
 function setting.documents(path, items, stop)
   local lines = {}
   for i, item in ipairs(items) do
-    lines[i] = cq.json.encode(cq.json.object { "prompt", item.prompt, "completion", item.answer .. stop }) .. "\n"
+    lines[i] = cq.json.encode(item.text and { text = item.text } or
+      cq.json.object { "prompt", item.prompt, "completion", item.answer .. stop }) .. "\n"
   end
   write(path, table.concat(lines))
 end
@@ -181,6 +182,30 @@ function setting.words(problems, score)
     if score.tasks[task] then parts[#parts + 1] = ("%s %.1f"):format(task, 100 * score.tasks[task].mean) end
   end
   return table.concat(parts, "  ")
+end
+
+--- The prompts of a file of documents (the texts of those without), as `problems.overlap` takes them.
+function setting.prompts(path)
+  local list = {}
+  for i, document in ipairs(cq.json.lines(path)) do list[i] = { prompt = document.prompt or document.text } end
+  return list
+end
+
+--- What a run of the study has besides its comparison with the teacher on the domain: accuracy (drawn and greedy) on `items`, and the
+--- comparison `apart` outside the domain.
+function setting.measures(run, problems, model, items, opt, apart)
+  local drawn = setting.score(problems, (setting.answers(problems, model, items, { samples = opt.samples, tokens = 80, seed = opt.seed })),
+    opt.samples)
+  local greedy = setting.score(problems, (setting.answers(problems, model, items, { temperature = 0, tokens = 80, seed = 1 })), 1)
+  run:say("%s, drawn: %s", opt.part, setting.words(problems, drawn))
+  run:say("%s, greedy: %s", opt.part, setting.words(problems, greedy))
+  run:say("outside the domain: KL %.4f, top-1 %.4f", apart.kl, apart.top1)
+  local tasks = {}
+  for _, task in ipairs(problems.names) do
+    if drawn.tasks[task] then tasks[task] = cq.json.object { "pass", drawn.tasks[task].mean, "greedy", greedy.tasks[task].mean } end
+  end
+  return cq.json.object { "part", opt.part, "items", #items, "samples", opt.samples, "pass", drawn.all.mean, "greedy", greedy.all.mean,
+    "tasks", tasks, "outside_kl", apart.kl, "outside_top1", apart.top1, "outside_cka", apart.cka }
 end
 
 --- Where the time of the steps of RL went, in one line.

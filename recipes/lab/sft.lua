@@ -30,6 +30,7 @@ local adam = cq.optim.adamw(model, { betas = { 0.9, 0.95 }, weight_decay = 0.05,
 local rate = cq.schedule.cosine { peak = opt.lr, warmup = 0.03, steps = opt.steps, floor = opt.lr / 50 }
 run:plan { student = model, adam = adam, terms = terms, data = data,
   generate = opt.items > 0 and { slots = 256, room = setting.room } or nil }
+run:track { student = model, adam = adam, data = data }
 for step, batch in run:steps(opt.steps, data) do
   for part in batch:split() do cq.distill(nil, model, part, terms):backward { kl = 1 } end
   run:log(step, { norm = adam:step(rate(step)), lr = rate(step) })
