@@ -26,11 +26,11 @@ local function answered(items, k)
   return list, items
 end
 math.randomseed(opt.seed)
-local function texts(n)
+local function others(n)
   local list = {}
   for i = 1, n do
     local item = tasks[tasks.names[math.random(#tasks.names)]].make(math.random(1, 3))
-    list[i] = item.prompt .. "\n" .. item.answer .. "\n"
+    list[i] = { prompt = item.prompt .. "\n", answer = item.answer .. "\n", stop = "" }
   end
   return list
 end
@@ -38,10 +38,9 @@ end
 local written = problems.set(problems.mixes.sft, "train", opt.written, draw(1))
 local _, drawn = answered(problems.set(problems.mixes.rl, "train", opt.drawn, draw(2)), 2)
 local train, held = {}, {}
-for _, list in ipairs { written, drawn } do
+for _, list in ipairs { written, drawn, others(opt.other) } do
   for _, item in ipairs(list) do train[#train + 1] = item end
 end
-for i, text in ipairs(texts(opt.other)) do train[#written + #drawn + i] = { text = text, prompt = text } end
 for _, part in ipairs { "validation", "test" } do
   for _, item in ipairs(problems.set(problems.mixes.test, part, opt.items, cq.stats.generator(1))) do held[#held + 1] = item end
   local _, items = answered(problems.set(problems.mixes.test, part, opt.held, draw(3)), 3)
@@ -49,7 +48,7 @@ for _, part in ipairs { "validation", "test" } do
 end
 cq.refuse(problems.overlap(train, held))
 setting.documents(opt.out .. "/train.jsonl", train, problems.stop)
-setting.text(opt.out .. "/outside.jsonl", texts(opt.held))
+setting.documents(opt.out .. "/outside.jsonl", others(opt.held), "")
 run:say("%d documents to train on: %d with written solutions, %d with the teacher's answers, %d of other text; no problem of %d held out",
   #train, #written, #drawn, opt.other, #held)
 run:finish {}

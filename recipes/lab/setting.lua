@@ -58,12 +58,11 @@ function setting.model(dir, o)
   write(dir .. "/config.json", o.family == "qwen3" and qwen3(o) or nemotron_h(o))
 end
 
---- Writes problems as documents: prompt and written solution, which ends in the stop token; an item with `text` as that text.
+--- Writes problems as documents: prompt and written solution, which ends in the stop token (or the item's own `stop`).
 function setting.documents(path, items, stop)
   local lines = {}
   for i, item in ipairs(items) do
-    lines[i] = cq.json.encode(item.text and { text = item.text } or
-      cq.json.object { "prompt", item.prompt, "completion", item.answer .. stop }) .. "\n"
+    lines[i] = cq.json.encode(cq.json.object { "prompt", item.prompt, "completion", item.answer .. (item.stop or stop) }) .. "\n"
   end
   write(path, table.concat(lines))
 end
@@ -184,12 +183,8 @@ function setting.words(problems, score)
   return table.concat(parts, "  ")
 end
 
---- The prompts of a file of documents (the texts of those without), as `problems.overlap` takes them.
-function setting.prompts(path)
-  local list = {}
-  for i, document in ipairs(cq.json.lines(path)) do list[i] = { prompt = document.prompt or document.text } end
-  return list
-end
+--- The prompts of a file of documents, as `problems.overlap` takes them.
+function setting.prompts(path) return cq.json.lines(path, { "prompt" }) end
 
 --- What a run of the study has besides its comparison with the teacher on the domain: accuracy (drawn and greedy) on `items`, and the
 --- comparison `apart` outside the domain.
