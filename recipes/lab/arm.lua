@@ -9,6 +9,7 @@ local opt = cq.options {
   data = "runs/mix",        -- what lab/mix.lua made of it
   out = "runs/arm",         -- log, report, checkpoints
   part = "validation",      -- problems to answer at the end: validation (to choose by), test (to report)
+  mix = "test",             -- which: test (hard ones), easy
   items = 2000,             -- how many
   samples = 2,              -- drawn answers to each, besides the greedy one
   quant = "all",            -- projections in NVFP4: all (first and last blocks too), nemotron_nano, none (BF16)
@@ -32,7 +33,7 @@ local opt = cq.options {
 cq.balance.define("alone", function() return { kl = 0, cka = 1 } end)
 local run = cq.run(opt)
 if opt.part ~= "validation" and opt.part ~= "test" then error(("option --part: got %s, wanted validation or test"):format(opt.part), 0) end
-local items = problems.set(problems.mixes.test, opt.part, opt.items, cq.stats.generator(1))
+local items = problems.set(setting.mix(problems, opt.mix), opt.part, opt.items, cq.stats.generator(1))
 cq.refuse(problems.overlap(setting.prompts(opt.data .. "/train.jsonl"), items))
 local teacher = cq.model.open(opt.model)
 local student = teacher:quantize { preset = opt.quant, scales = opt.scales }

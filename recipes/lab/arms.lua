@@ -84,8 +84,8 @@ function arms.runs(folder, points)
   return out
 end
 
-local compared = { "model", "data", "part", "items", "samples", "quant", "scales", "calibrate", "steps", "batch", "seq", "mask", "loss",
-  "top_k", "tail", "layer", "cka", "rows", "estimator", "balance" }
+local compared = { "model", "data", "part", "mix", "items", "samples", "quant", "scales", "calibrate", "steps", "batch", "seq", "mask",
+  "loss", "top_k", "tail", "layer", "cka", "rows", "estimator", "balance" }
 
 -- The first thing besides `factors` in which two runs differ, in words.
 local function difference(a, b, factors)
@@ -121,8 +121,9 @@ function arms.confounded(list, runs)
   end
 end
 
---- The rate of every trained arm: the one whose mean accuracy over the validation runs is highest. Gives { [name] = { lr, tried = { {
---- lr, pass, kl, n }, ... } } }; an error when the arms did not try the same rates the same number of times.
+--- The rate of every trained arm: the one whose mean accuracy over the validation runs is highest, of equals the one with less KL.
+--- Gives { [name] = { lr, tried = { { lr, pass, kl, n }, ... } } }; an error when the arms did not try the same rates the same number of
+--- times.
 function arms.rates(list, runs)
   local out, first = {}, nil
   for _, arm in ipairs(list) do
@@ -136,7 +137,7 @@ function arms.rates(list, runs)
     local said, best = {}, nil
     for i, t in ipairs(tried) do
       t.pass, t.kl, said[i] = t.pass / t.n, t.kl / t.n, ("%g x %d"):format(t.lr, t.n)
-      if not best or t.pass > best.pass then best = t end
+      if not best or t.pass > best.pass or t.pass == best.pass and t.kl < best.kl then best = t end
     end
     if best then
       out[arm.name] = { lr = best.lr, tried = tried }
