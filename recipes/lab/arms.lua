@@ -58,7 +58,7 @@ function arms.settings(list, keep, rates, steps)
   local out = {}
   for _, arm in ipairs(list) do
     for _, rate in ipairs(keep(arm) and (arm.trained and rates(arm) or { false }) or {}) do
-      local item = { name = rate and ("%s, lr %g"):format(arm.name, rate) or arm.name, lr = rate or nil, steps = steps }
+      local item = { name = rate and ("%s, lr %g"):format(arm.name, rate) or arm.name, lr = rate or nil, steps = arm.trained and steps or nil }
       for key, value in pairs(arm.set) do item[key] = value end
       out[#out + 1] = item
     end
@@ -82,6 +82,16 @@ function arms.runs(folder, points)
         kernels = run.device.kernels .. " " .. run.device.instructions } })
   end
   return out
+end
+
+--- Points of accuracy that PTQ costs.
+function arms.damage(runs)
+  local function mean(name)
+    local sum = 0
+    for _, run in ipairs(runs[name]) do sum = sum + 100 * run.more.pass / #runs[name] end
+    return sum
+  end
+  return mean "BF16" - mean "PTQ max"
 end
 
 local compared = { "model", "data", "part", "mix", "items", "samples", "quant", "scales", "calibrate", "steps", "batch", "seq", "mask",

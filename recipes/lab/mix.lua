@@ -11,8 +11,9 @@ local opt = cq.options {
   written = 10000,          -- documents of SFT data: problems with written solutions
   drawn = 10000,            -- documents of RL's kind: hard problems with an answer the teacher draws
   other = 1500,             -- documents outside the domain: what tasks.lua writes
-  held = 200,               -- documents of each file to compare on
+  held = 200,               -- documents of each file to compare on: the first problems that are scored, too
   items = 4000,             -- validation and test problems that none of the training documents may hold
+  least = 5,                -- percent of the held documents' problems that the teacher must solve, or there is nothing to study
   seed = 1,                 -- of everything
 }
 local run = cq.run(opt)
@@ -22,8 +23,9 @@ local function draw(k) return cq.stats.generator(opt.seed * 1000003 + k) end
 
 local function answered(items, k)
   local list = setting.answers(problems, model, items, { tokens = 80, seed = opt.seed * 10 + k })
-  for _, one in ipairs(list) do one.item.answer = one.text end
-  return list, items
+  local right = 0
+  for _, one in ipairs(list) do one.item.answer, right = one.text, right + (one.right and 1 or 0) end
+  return items, 100 * right / #list
 end
 math.randomseed(opt.seed)
 local function others(n)
@@ -36,14 +38,16 @@ local function others(n)
 end
 
 local written = problems.set(problems.mixes.sft, "train", opt.written, draw(1))
-local _, drawn = answered(problems.set(problems.mixes.rl, "train", opt.drawn, draw(2)), 2)
+local drawn = answered(problems.set(problems.mixes.rl, "train", opt.drawn, draw(2)), 2)
 local train, held = {}, {}
 for _, list in ipairs { written, drawn, others(opt.other) } do
   for _, item in ipairs(list) do train[#train + 1] = item end
 end
 for _, part in ipairs { "validation", "test" } do
   for _, item in ipairs(problems.set(problems.mixes.test, part, opt.items, cq.stats.generator(1))) do held[#held + 1] = item end
-  local _, items = answered(problems.set(problems.mixes.test, part, opt.held, draw(3)), 3)
+  local items, right = answered(problems.set(problems.mixes.test, part, opt.held, cq.stats.generator(1)), 3)
+  cq.refuse(right < opt.least and ("mix: the teacher solves %.1f %% of %d %s problems, wanted --least=%g or more"):format(right, opt.held,
+    part, opt.least) or nil)
   setting.documents(("%s/%s.jsonl"):format(opt.out, part), items, problems.stop)
 end
 cq.refuse(problems.overlap(train, held))

@@ -27,7 +27,8 @@ local function axis(series, k)
   end
   local places = {}
   for i = math.ceil(low / step), math.floor(high / step) do places[#places + 1] = i * step end
-  return { low = low, high = high, places = places, digits = math.max(0, -math.floor(math.log10(step) + 1e-9)) }
+  -- + 0: a zero has no sign
+  return { low = low, high = high, places = places, digits = math.max(0, -math.floor(math.log10(step) + 1e-9)) + 0 }
 end
 
 local function mark(i, x, y, size)
@@ -54,12 +55,12 @@ end
 local function frame(out, o, ax, ay, px, py)
   for _, v in ipairs(ay.places) do
     out[#out + 1] = rule(left, py(v), width - right, py(v), "#e4e4e4")
-    out[#out + 1] = text(left - 6, py(v) + 4, ("%." .. ay.digits .. "f"):format(v), "end")
+    out[#out + 1] = text(left - 6, py(v) + 4, ("%." .. ay.digits .. "f"):format(v + 0), "end")
   end
   for i, name in ipairs(o.names or {}) do out[#out + 1] = text(px(i), height - bottom + 16, name, "middle") end
   for _, v in ipairs(o.names and {} or ax.places) do
     out[#out + 1] = rule(px(v), top, px(v), height - bottom, "#e4e4e4")
-    out[#out + 1] = text(px(v), height - bottom + 16, ("%." .. ax.digits .. "f"):format(v), "middle")
+    out[#out + 1] = text(px(v), height - bottom + 16, ("%." .. ax.digits .. "f"):format(v + 0), "middle")
   end
   out[#out + 1] = rule(left, height - bottom, width - right, height - bottom, "#444")
   out[#out + 1] = text((left + width - right) / 2, height - 14, o.x, "middle")

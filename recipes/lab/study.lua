@@ -20,6 +20,7 @@ local opt = cq.options {
   mix = "test",               -- problems to answer: test (hard ones), easy
   items = 2000,               -- how many, of validation and of test
   samples = 2,                -- drawn answers to each
+  damage = 3,                 -- points of validation accuracy that PTQ must cost before anything is distilled
   jobs = 1,                   -- runs at the same time
   retry = 1,                  -- further tries of a run that crashed
 }
@@ -46,6 +47,10 @@ local function seeds(first, n)
   return numbers
 end
 
+local function untrained(arm) return arm.name == "BF16" or arm.name == "PTQ max" end
+local lost = arms.damage(sweep("damage", "validation", seeds(100, opt.tries), arms.settings(list, untrained)))
+cq.refuse(lost < opt.damage and ("study: four bits cost %.1f points of validation accuracy, wanted --damage=%g or more: a narrower model, " ..
+  "or more of it quantized"):format(lost, opt.damage) or nil)
 local tried = sweep("rates", "validation", seeds(100, opt.tries), arms.settings(list, function(arm) return arm.trained end,
   function() return rates end, opt.updates))
 local chosen = arms.rates(list, tried)

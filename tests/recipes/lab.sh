@@ -52,4 +52,31 @@ bad 3 rl --model="$work/sft/model" --mix=hard --out="$work/none"; said 'option -
 bad 3 rl --model="$work/nowhere" --out="$work/none"; said "nowhere"
 bad 3 rl --model="$work/sft/model" --samples=1 --out="$work/none"; said "option --samples: got 1, wanted 2 or more"
 [ ! -e "$work/none" ] || fail "a refused run leaves a folder"
-echo "lab: RL from $gained % on validation, resumed runs equal, bad input answered"
+bad 3 mix --model="$work/raw/model" --written=20 --drawn=20 --other=5 --held=20 --items=60 --out="$work/m"
+said '^ckaqad: mix: the teacher solves 0.0 % of 20 validation problems, wanted --least=5 or more'
+
+# all of the study: killed in the middle and continued, it ends with the tables of one that was left alone
+begun=$SECONDS
+bash recipes/lab/reproduce.sh --tiny --out="$work/left" --program="${CKAQAD:-build/ckaqad}" >"$work/log" 2>&1 || fail "reproduce.sh --tiny"
+took=$((SECONDS - begun)); [ "$took" -le 90 ] || echo "lab.sh: warning: reproduce.sh --tiny took $took s, wanted 90 at most on two free cores"
+said '^cost: about [0-9]+ minutes'; grep -q '^| CKA-QAD | 2 |' "$work/left/RESULTS.md" || fail "no row of CKA-QAD"
+for picture in accuracy_kl cka_blocks cka_accuracy; do grep -q '^</svg>$' "$work/left/pictures/$picture.svg" || fail "no picture $picture"; done
+setsid bash recipes/lab/reproduce.sh --tiny --out="$work/killed" --program="${CKAQAD:-build/ckaqad}" >"$work/log" 2>&1 & pid=$!
+until [ -e "$work/killed/study-rl-1/main/attempts.jsonl" ]; do sleep 0.1; kill -0 $pid || fail "the study ended early"; done
+kill -KILL -- -$pid; wait $pid 2>/dev/null || true
+bash recipes/lab/reproduce.sh --tiny --out="$work/killed" --program="${CKAQAD:-build/ckaqad}" >"$work/log" 2>&1 || fail "the continued study"
+grep -q ' sft$' "$work/log" && fail "what had ended ran again"
+diff "$work/left/RESULTS.md" "$work/killed/RESULTS.md" >"$work/log" || fail "the killed study has other tables"
+
+# a comparison that is none is refused
+s=$work/left/study-rl-2; tiny="--updates=4 --tries=1 --seeds=2 --few=1 --arms=short --mix=easy --items=60 --samples=1 --batch=4 --rates=1e-3,3e-3"
+# shellcheck disable=SC2086
+again() { bad 3 study --model="$work/left/rl-2/model" --data="$work/left/study-rl-2-mix" --out="$s" $tiny "$@"; } # OPTIONS...
+again --damage=90; said '^ckaqad: study: four bits cost -?[0-9.]+ points of validation accuracy, wanted --damage=90 or more'
+point=$(grep -l '"layer": "cka"' "$s"/main/points/*/run.json | head -n 1); sed -i 's/"calibrate": 64/"calibrate": 32/' "$point"
+again --damage=-100; said '^ckaqad: study: arm CKA-QAD, seed [12], differs from QAD in calibrate \(32 and 64\) too; wanted layer only'
+sed -n 's/"prompt":"\([^"]*\)".*/"prompt":"\1","completion":"x"}/p' "$work/left/study-rl-2-mix/test.jsonl" | head -n 1 >>"$work/left/study-rl-2-mix/train.jsonl"
+bad 3 arm --model="$work/left/rl-2/model" --data="$work/left/study-rl-2-mix" --part=test --items=60 --steps=0 --out="$work/none"
+said '^ckaqad: data: training has .*, the same problem as the held-out .*; wanted none in both'
+[ ! -e "$work/none" ] || fail "a refused run leaves a folder"
+echo "lab: RL from $gained % on validation, resumed runs equal, the tiny study in $took s, killed and continued the same, bad input answered"
