@@ -58,7 +58,8 @@ function arms.settings(list, keep, rates, steps)
   local out = {}
   for _, arm in ipairs(list) do
     for _, rate in ipairs(keep(arm) and (arm.trained and rates(arm) or { false }) or {}) do
-      local item = { name = rate and ("%s, lr %g"):format(arm.name, rate) or arm.name, lr = rate or nil, steps = arm.trained and steps or nil }
+      local item = { name = arm.name }
+      if rate then item.name, item.lr, item.steps = ("%s, lr %g"):format(arm.name, rate), rate, steps end
       for key, value in pairs(arm.set) do item[key] = value end
       out[#out + 1] = item
     end

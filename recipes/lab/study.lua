@@ -49,8 +49,8 @@ end
 
 local function untrained(arm) return arm.name == "BF16" or arm.name == "PTQ max" end
 local lost = arms.damage(sweep("damage", "validation", seeds(100, opt.tries), arms.settings(list, untrained)))
-cq.refuse(lost < opt.damage and ("study: four bits cost %.1f points of validation accuracy, wanted --damage=%g or more: a narrower model, " ..
-  "or more of it quantized"):format(lost, opt.damage) or nil)
+cq.refuse(lost < opt.damage and ("study: four bits cost %.1f points of validation accuracy, wanted --damage=%g or more: a narrower " ..
+  "model, or more of it quantized"):format(lost, opt.damage) or nil)
 local tried = sweep("rates", "validation", seeds(100, opt.tries), arms.settings(list, function(arm) return arm.trained end,
   function() return rates end, opt.updates))
 local chosen = arms.rates(list, tried)
