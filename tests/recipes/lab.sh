@@ -13,6 +13,19 @@ go() { # EXIT RECIPE OPTIONS...: all it says in $work/log
 said() { grep -qE -- "$1" "$work/log" || fail "nothing says /$1/"; } # REGEX
 percent() { sed -nE "s/^$1.*: ([0-9.]+) % of .*/\1/p" "$work/log"; } # WHEN
 
+# rewards: a group's weights have mean 0 and deviation 1, groups of one kind are left out; pass@1 is the mean over problems
+"${CKAQAD:-build/ckaqad}" -e '
+  local setting, problems = dofile "recipes/lab/setting.lua", dofile "recipes/lab/problems.lua"
+  local list, right = {}, { 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0 }
+  for i, r in ipairs(right) do list[i] = { right = r == 1, item = { task = i > 8 and "game" or "sum", level = 2 } } end
+  local got, sum, squares = setting.rewards(list, 4), 0, 0
+  for _, one in ipairs(got.kept) do sum, squares = sum + one.weight, squares + one.weight ^ 2 / 4 end
+  assert(#got.kept == 4 and got.groups == 1 and math.abs(sum) < 1e-12 and math.abs(squares - 1) < 1e-12)
+  assert(math.abs(got.reward - 5 / 12) < 1e-12 and got.tasks.sum == 5 / 8 and got.tasks.game == 0)
+  local score = setting.score(problems, list, 4)
+  assert(math.abs(score.all.mean - 5 / 12) < 1e-12 and score.tasks.sum.mean == 5 / 8 and score.levels.game[2].n == 1)
+' >"$work/log" 2>&1 || fail "rewards or scores are not the definition's"
+
 for i in 1 2 3 4 5 6 7 8; do echo "{\"text\": \"Dab,bc,cd,a$i;a>c:abc L$i$i>$i:d$i\"}"; done >"$work/text.jsonl"
 go 0 pretrain --pattern='M*' --hidden=32 --experts=4 --steps=1 --batch=4 --out="$work/raw"
 go 0 sft --model="$work/raw/model" --mix=easy --documents=4000 --steps=80 --batch=16 --lr=1e-2 --items=200 --out="$work/sft"
