@@ -91,8 +91,10 @@ function run.run(opt, given)
     local out = opt.out:gsub("(.)/+$", "%1")
     self.folder = folder.open(out, opt)
     local done = self.folder.same and folder.read_json(out .. "/summary.json")
-    if done and done.after and not opt.dry_run and not opt.validate_only then
-      self:say("finished already, KL %.4f -> %.4f: %s (--fresh runs it again)", done.before.kl, done.after.kl, out)
+    local ended = done and (done.after or not done.before and (done.steps or 0) > 0) -- trained, with or without a comparison
+    if ended and not opt.dry_run and not opt.validate_only then
+      self:say("finished already%s: %s (--fresh runs it again)",
+        done.after and (", KL %.4f -> %.4f"):format(done.before.kl, done.after.kl) or "", out)
       errors.exit(0)
     end
   end
@@ -472,7 +474,7 @@ end
 --- Scalars of a step for TensorBoard, and every tenth step the blocks' CKA as a histogram. `run:log` calls it.
 function Run:draw(step, m)
   local now = os.time()
-  for _, key in ipairs { "kl", "ce", "policy", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
+  for _, key in ipairs { "reward", "kl", "ce", "policy", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
     if type(m[key]) == "number" then self.board:scalar("train/" .. key, step, m[key], now) end
   end
   if step % 10 ~= 1 and step ~= self.total then return end

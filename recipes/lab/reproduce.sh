@@ -20,11 +20,11 @@ done
 [ -x "$program" ] || { echo "reproduce.sh: $program is missing, wanted a build: bash recipes/quickstart.sh" >&2; exit 2; }
 out=${out:-runs/lab${tiny:+-tiny}}
 file=recipes/lab/RESULTS.md; pictures=recipes/lab/pictures
-first="ME*ME*ME"; pretrain=300; sft=4000; rl=500; updates=200; tries=2; seeds=6; few=3; trained=17; others=3; pretrain_options=""
+first="ME*ME*ME"; pretrain=300; sft=4000; rl=500; updates=200; rates=3; tries=2; seeds=6; few=3; pretrain_options=""
 sft_options=""; rl_options=""; mix_options=""; score_options=""; study_options=""; qwen_sft=2000
 if [ -n "$tiny" ]; then
   file=$out/RESULTS.md; pictures=$out/pictures
-  first="ME*M"; pretrain=5; sft=80; qwen_sft=80; rl=12; updates=4; tries=1; seeds=2; few=1
+  first="ME*M"; pretrain=5; sft=80; qwen_sft=80; rl=12; updates=4; rates=2; tries=1; seeds=2; few=1
   pretrain_options="--hidden=32 --experts=4 --batch=4"
   sft_options="--mix=easy --documents=4000 --batch=16 --lr=1e-2 --items=100"
   rl_options="--mix=easy --prompts=16 --items=100 --lr=1e-3"
@@ -57,19 +57,24 @@ study() { # NAME TEACHER ARMS
     rc=$?; tail -n 3 "$out/$1.log" >&2; echo "reproduce.sh: $1 ended with $rc; the same command goes on" >&2; exit "$rc"; }
 }
 
-# Cost: the processor time of a few steps of pretraining here, and how much dearer the other steps are (measured once, lab/README.md).
+# Cost: a few steps of pretraining here, and how much dearer the other work is, in such steps: an RL step 4.3, a step of an arm 0.84 where as
+# many arms as cores share them, the measuring at an arm's end 43 (processor time on 2 cores, LOG.md). A tiny run starts up 0.3 s.
 estimate() {
-  local probe=$out/probe rate
+  local probe=$out/probe rate trained_runs other_runs
   # shellcheck disable=SC2086
-  [ -e "$probe/summary.json" ] || "$program" recipes/lab/pretrain.lua --pattern="$first" --steps=12 --threads="$jobs" --no-tensorboard \
+  [ -e "$probe/summary.json" ] || "$program" recipes/lab/pretrain.lua --pattern="$first" --steps=24 --threads="$jobs" --no-tensorboard \
     $pretrain_options --out="$probe" >"$probe.log" 2>&1 || { tail -n 2 "$probe.log" >&2; exit 1; }
   rate=$(sed -nE 's/.*"step":([0-9]+),.*"tokens":([0-9]+),"seconds":([0-9.e-]+).*/\1 \2 \3/p' "$probe/metrics.jsonl" |
-    awk '$1 > 4 { t += $2; s += $3 } END { print t / s }')
-  awk -v rate="$rate" -v jobs="$jobs" -v tiny="$tiny" -v pre=$pretrain -v sft=$((sft + qwen_sft)) -v rl=$((2 * rl + rl)) -v up=$updates \
-    -v runs=$((trained * 3 * tries + 13 * seeds + 9 * few + others * (2 * 3 * tries + 4 * seeds))) 'BEGIN {
-      step = (tiny ? 512 : 4096) / rate
-      seconds = (2 * pre + sft + 2.7 * rl) * step + runs * (1.6 * up * step + (tiny ? 0.3 : 12) * 2 / jobs)
-      printf "cost: about %.0f minutes with %d at a time: %.0f k tokens/s in pretraining here, %d runs of arms\n", seconds / 60 + 0.5, jobs, rate / 1000, runs }'
+    awk '$1 > 8 { t += $2; s += $3 } END { print t / s }')
+  trained_runs=$((18 * rates * tries + 9 * seeds + 9 * few + 3 * (2 * rates * tries + 2 * seeds)))
+  other_runs=$((2 * tries + 4 * seeds + 3 * (2 * tries + 2 * seeds)))
+  awk -v rate="$rate" -v jobs="$jobs" -v tiny="${tiny:-0}" -v own=$((2 * pretrain + sft + qwen_sft)) -v rl=$((3 * rl)) -v up=$updates \
+    -v trained=$trained_runs -v other=$other_runs 'BEGIN {
+      step = 4096 / rate
+      seconds = tiny ? 15 + (trained + other) * 0.6 / jobs : step * (own + 4.3 * rl + trained * (0.84 * up + 43) + other * 43 + 600)
+      minutes = int(seconds / 60) + 1
+      printf "cost: about %d:%02d h with %d arms at a time, %d runs of arms; pretraining does %.0f k tokens/s here\n", minutes / 60,
+        minutes % 60, jobs, trained + other, rate / 1000 }'
 }
 estimate
 [ -z "$only" ] || exit 0

@@ -1,6 +1,6 @@
 -- Score a model on the study's problems: pass@1 over k samples and greedily, by task and level, intervals over problems, recovery.
 --   ckaqad recipes/lab/score.lua --model=runs/rl/model --scores=teacher.json
---   ckaqad recipes/lab/score.lua --model=runs/study/points/HASH --against=teacher.json
+--   ckaqad recipes/lab/score.lua --model=runs/ptq --against=teacher.json
 -- The last line is one JSON object: n, samples, pass, low, high, greedy, greedy_low, greedy_high, tasks, recovery.
 local cq = require "ckaqad"
 local here = (arg[0]:match "^(.*/)" or "./")

@@ -38,6 +38,10 @@ gained=$(percent before,); gained="$gained $(percent after)"
 awk "BEGIN { split(\"$gained\", p, \" \"); exit !(p[2] > p[1] + 5) }" || fail "RL gained nothing: $gained"
 grep -q '"reward":.*"tasks":.*"path":' "$work/rl/metrics.jsonl" || fail "no reward or no pass@1 by task in metrics.jsonl"
 
+# shellcheck disable=SC2086
+go 0 rl $rl --steps=100 --out="$work/rl"; said '^finished already: '
+grep -q 'Reward, mean over' "$work/rl/report.html" || fail "the report shows no reward"
+
 # scores: the same for the same seed, of 4-bit models too, compared by problem
 score="--mix=easy --items=120 --samples=2"
 # shellcheck disable=SC2086
@@ -72,7 +76,7 @@ said '^ckaqad: mix: the teacher solves 0.0 % of 20 validation problems, wanted -
 begun=$SECONDS
 bash recipes/lab/reproduce.sh --tiny --out="$work/left" --program="${CKAQAD:-build/ckaqad}" >"$work/log" 2>&1 || fail "reproduce.sh --tiny"
 took=$((SECONDS - begun)); [ "$took" -le 90 ] || echo "lab.sh: warning: reproduce.sh --tiny took $took s, wanted 90 at most on two free cores"
-said '^cost: about [0-9]+ minutes'; grep -q '^| CKA-QAD | 2 |' "$work/left/RESULTS.md" || fail "no row of CKA-QAD"
+said '^cost: about 0:0[0-9] h with [0-9]+ arms at a time, [0-9]+ runs of arms'; grep -q '^| CKA-QAD | 2 |' "$work/left/RESULTS.md" || fail "no row of CKA-QAD"
 for picture in accuracy_kl cka_blocks cka_accuracy; do grep -q '^</svg>$' "$work/left/pictures/$picture.svg" || fail "no picture $picture"; done
 setsid bash recipes/lab/reproduce.sh --tiny --out="$work/killed" --program="${CKAQAD:-build/ckaqad}" >"$work/log" 2>&1 & pid=$!
 until [ -e "$work/killed/study-rl-1/main/attempts.jsonl" ]; do sleep 0.1; kill -0 $pid || fail "the study ended early"; done
