@@ -28,11 +28,14 @@ local function answered(items, k)
   return items, 100 * right / #list
 end
 math.randomseed(opt.seed)
-local function others(n)
+local seen = {}
+local function others(n) -- no prompt twice, so what is compared on was not trained on
   local list = {}
-  for i = 1, n do
+  while #list < n do
     local item = tasks[tasks.names[math.random(#tasks.names)]].make(math.random(1, 3))
-    list[i] = { prompt = item.prompt .. "\n", answer = item.answer .. "\n", stop = "" }
+    if not seen[item.prompt] then
+      list[#list + 1], seen[item.prompt] = { prompt = item.prompt .. "\n", answer = item.answer .. "\n", stop = "" }, true
+    end
   end
   return list
 end
