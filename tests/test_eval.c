@@ -158,6 +158,78 @@ Test(eval, without_a_map_the_rest_keeps_its_bits) {
     pair_close(&p);
 }
 
+/* n^2 HSIC_0 of two sets of rows: <K, L> of their centred Grams. */
+static double biased(const double *x, const double *y, int64_t n, int64_t dim) {
+    double sum = 0;
+    for (int64_t c = 0; c < dim; c++)
+        for (int64_t d = 0; d < dim; d++) {
+            double xy = 0, mx = 0, my = 0;
+            for (int64_t i = 0; i < n; i++) {
+                xy += x[i * dim + c] * y[i * dim + d];
+                mx += x[i * dim + c];
+                my += y[i * dim + d];
+            }
+            sum += pow(xy - mx * my / (double)n, 2);
+        }
+    return sum;
+}
+
+/* Rows with every dimension divided by its standard deviation in y. */
+static double *standard(const double *x, const double *y, int64_t n, int64_t dim) {
+    double *out = malloc((size_t)(n * dim) * sizeof *out);
+    for (int64_t c = 0; c < dim; c++) {
+        double mean = 0, variance = 0;
+        for (int64_t i = 0; i < n; i++)
+            mean += y[i * dim + c] / (double)n;
+        for (int64_t i = 0; i < n; i++)
+            variance += pow(y[i * dim + c] - mean, 2) / (double)n;
+        for (int64_t i = 0; i < n; i++)
+            out[i * dim + c] = x[i * dim + c] / sqrt(variance);
+    }
+    return out;
+}
+
+typedef double product(const double *x, const double *y, int64_t n, int64_t dim);
+
+static double cka_of(product *f, const double *x, const double *y, int64_t n, int64_t dim) {
+    return f(x, y, n, dim) / sqrt(f(x, x, n, dim) * f(y, y, n, dim));
+}
+
+Test(eval, cka_in_four_ways_equals_the_definition) {
+    pair p;
+    cq_eval_result r;
+    int64_t n = 0;
+    pair_open(&p, "nemotron_h_tiny", "ref", CQ_F64);
+    cq_eval_want_geometry(p.eval, true);
+    cq_eval_reset(p.eval);
+    OK(cq_eval_add(p.eval, &p.stream, p.batch[1]));
+    OK(cq_eval_result_get(p.eval, &r));
+    cr_assert_not_null(r.geometry);
+    for (int64_t i = 0; i < p.batch[1]->tokens; i++)
+        n += p.batch[1]->labels[i] >= 0 && p.batch[1]->positions[i] > 0;
+    double *ys = rows_of(&p, p.teacher, p.batch[1], n), *xs = rows_of(&p, p.student, p.batch[1], n);
+    for (int64_t l = 0; l < p.blocks; l++) {
+        const double *x = xs + l * n * p.hidden, *y = ys + l * n * p.hidden;
+        double *sx = standard(x, y, n, p.hidden), *sy = standard(y, y, n, p.hidden);
+        double want[] = {cka_of(hsic, x, y, n, p.hidden), cka_of(biased, x, y, n, p.hidden),
+                         cka_of(hsic, sx, sy, n, p.hidden), cka_of(biased, sx, sy, n, p.hidden)};
+        for (int way = 0; way < 4; way++)
+            cr_expect_float_eq(r.geometry[4 * l + way], want[way], 1e-9, "block %ld, way %d",
+                               (long)l, way);
+        cr_expect_float_eq(r.cka[l], want[0], 1e-9, "block %ld", (long)l);
+        cr_expect(fabs(want[1] - want[3]) > 1e-9, "block %ld: standardizing changes nothing",
+                  (long)l);
+        free(sx);
+        free(sy);
+    }
+    free(xs);
+    free(ys);
+    cq_eval_want_geometry(p.eval, false);
+    compare(&p, false, &r);
+    cr_expect_null(r.geometry);
+    pair_close(&p);
+}
+
 /* Sum of p (log p - log q) over the vocabulary. */
 static double kl_of(const double *t, const double *s, int64_t n) {
     double zt = 0, zs = 0, sum = 0;

@@ -98,6 +98,9 @@ CQ_API void cq_eval_reset(cq_eval *e);
 /// Whether the batches that follow also make the map of all teacher blocks against all student
 /// blocks (default: no), over 128 evenly spaced rows of each batch. Its Grams are always planned.
 CQ_API void cq_eval_want_map(cq_eval *e, bool on);
+/// Whether the batches that follow also compare each block in four ways (default: no), on the host;
+/// never against a cache.
+CQ_API void cq_eval_want_geometry(cq_eval *e, bool on);
 CQ_API int cq_eval_add(cq_eval *e, cq_stream *s, const cq_batch *b);
 typedef struct cq_eval_result {
     double kl, top1; ///< nats per token; fraction
@@ -111,5 +114,9 @@ typedef struct cq_eval_result {
     const int64_t *octave_tokens; ///< [n_octaves]
     const double *map; ///< [n_blocks of the teacher, n_blocks of the student] unbiased CKA; NULL
                        ///< when it was not wanted
+    const double *geometry; ///< [n_blocks, 4] CKA over the rows of `cka`: raw unbiased and biased,
+                            ///< then every dimension divided by its standard deviation over the
+                            ///< teacher's rows of a group, unbiased and biased (NaN where the
+                            ///< widths differ); NULL when it was not wanted
 } cq_eval_result;
 CQ_API int cq_eval_result_get(cq_eval *e, cq_eval_result *out);

@@ -11,6 +11,7 @@
 #include "core/base/error.h"
 #include "core/tensor/device.h"
 #include "core/train/cached.h"
+#include "core/train/geometry.h"
 #include "core/train/taps.h"
 #include <math.h>
 #include <stdlib.h>
@@ -30,9 +31,11 @@ struct cq_eval {
     cq_tensor products; ///< results: [n_blocks, groups, 4] of the batch at hand
     cq_tensor kl_sums, nll, valid_counts, agree; ///< results: [N_OCTAVES], [2], [N_OCTAVES], [1]
     cq_tensor masked, map_grams; ///< [chunk]; [2 * n_blocks, MAP_ROWS, MAP_ROWS], teacher first
-    bool want_map;
-    int64_t group_rows; ///< rows in a Gram, at most
-    int64_t cached_k;   ///< above 0: a cache in the teacher's place
+    bool want_map, want_geometry;
+    cq_geometry *geometry; ///< [n_blocks]
+    double *ways;          ///< [n_blocks, CQ_N_WAYS]
+    int64_t group_rows;    ///< rows in a Gram, at most
+    int64_t cached_k;      ///< above 0: a cache in the teacher's place
     cq_cached file;
     char *from;
     cq_cached_room room;
@@ -49,8 +52,10 @@ static int open_eval(cq_eval **out, cq_model *teacher, cq_model *student, int64_
         e->cross = calloc((size_t)(s->n_blocks * s->n_blocks), sizeof *e->cross);
         e->map = calloc((size_t)(s->n_blocks * s->n_blocks), sizeof *e->map);
         e->self = calloc((size_t)s->n_blocks, 2 * sizeof *e->self);
+        e->geometry = calloc((size_t)s->n_blocks, sizeof *e->geometry);
+        e->ways = calloc((size_t)s->n_blocks, CQ_N_WAYS * sizeof *e->ways);
     }
-    if (!e || !e->hsic || !e->cka || !e->cross || !e->map || !e->self) {
+    if (!e || !e->hsic || !e->cka || !e->cross || !e->map || !e->self || !e->geometry || !e->ways) {
         cq_eval_close(e);
         return cq_fail(CQ_ENOMEM, "compare: no memory");
     }
@@ -106,6 +111,8 @@ void cq_eval_close(cq_eval *e) {
     free(e->cross);
     free(e->map);
     free(e->self);
+    free(e->geometry);
+    free(e->ways);
     free(e->from);
     cq_cached_room_close(&e->room);
     cq_cached_close(&e->file);
@@ -113,6 +120,8 @@ void cq_eval_close(cq_eval *e) {
 }
 
 void cq_eval_want_map(cq_eval *e, bool on) { e->want_map = on && !e->cached_k; }
+
+void cq_eval_want_geometry(cq_eval *e, bool on) { e->want_geometry = on && !e->cached_k; }
 
 int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
     int64_t n = tokens < e->group_rows ? tokens : e->group_rows;
@@ -157,6 +166,7 @@ int cq_eval_plan(cq_eval *e, cq_plan *p, int64_t tokens, int64_t chunk) {
 
 void cq_eval_reset(cq_eval *e) {
     memset(e->hsic, 0, (size_t)e->n_blocks * sizeof *e->hsic);
+    memset(e->geometry, 0, (size_t)e->n_blocks * sizeof *e->geometry);
     cq_tensor *sums[] = {&e->kl_sums, &e->nll, &e->valid_counts, &e->agree};
     for (int i = 0; i < 4; i++)
         memset(sums[i]->data, 0, (size_t)cq_tensor_bytes(*sums[i]));
@@ -178,6 +188,38 @@ static int gram_of_teacher(cq_eval *e, cq_stream *s, int64_t block, int64_t g, c
                        e->centred.data, e->l.data);
 }
 
+/* A copy of some rows of a block's output on the host. */
+static int keep_rows(cq_eval *e, cq_stream *s, cq_tensor *out, void **copy, const void *h,
+                     cq_shape shape, const int32_t *rows) {
+    cq_tensor gathered = {e->xs.data, shape, e->dtype};
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = e->dtype, .rows = shape.dim[0], .dim = shape.dim[1],
+                  .x = h, .index = rows, .y = gathered.data));
+    CQ_TRY(cq_stream_wait(s));
+    *copy = malloc((size_t)cq_tensor_bytes(gathered));
+    if (!*copy)
+        return cq_fail(CQ_ENOMEM, "compare: no memory for %ld rows", (long)shape.dim[0]);
+    *out = (cq_tensor){*copy, shape, e->dtype};
+    return cq_copy(*copy, gathered.data, cq_tensor_bytes(gathered));
+}
+
+/* Both models' rows of a group in four ways. */
+static int add_geometry(cq_eval *e, cq_stream *s, int64_t block, const int32_t *rows, int64_t n) {
+    cq_model *models[] = {e->student, e->teacher};
+    cq_tensor sides[2];
+    void *copies[2] = {0};
+    int status = CQ_OK;
+    for (int i = 0; i < 2 && status == CQ_OK; i++) {
+        int64_t dim = cq_model_config(models[i])->hidden;
+        status = keep_rows(e, s, &sides[i], &copies[i], cq_model_hidden(models[i], block)->data,
+                           CQ_SHAPE2(n, dim), rows);
+    }
+    if (status == CQ_OK)
+        status = cq_geometry_add(&e->geometry[block], sides[0], sides[1]);
+    free(copies[0]);
+    free(copies[1]);
+    return status;
+}
+
 static int add_cka(cq_eval *e, cq_stream *s, int64_t block, int64_t found) {
     const cq_tensor *x = cq_model_hidden(e->student, block);
     for (int64_t g = 0; g < cq_tap_groups(found, e->group_rows); g++) {
@@ -191,6 +233,8 @@ static int add_cka(cq_eval *e, cq_stream *s, int64_t block, int64_t found) {
         CQ_TRY(gram_of_teacher(e, s, block, g, rows, n));
         CQ_TRY(CQ_RUN(s, cka, .dtype = e->dtype, .n = n, .k = e->k.data, .l = e->l.data,
                       .out = products_of(e, block, g)));
+        if (e->want_geometry)
+            CQ_TRY(add_geometry(e, s, block, rows, n));
     }
     return CQ_OK;
 }
@@ -409,11 +453,14 @@ int cq_eval_result_get(cq_eval *e, cq_eval_result *out) {
                             .n_octaves = octaves,
                             .octave_kl = sums,
                             .octave_tokens = counts,
-                            .map = e->want_map ? e->map : NULL};
+                            .map = e->want_map ? e->map : NULL,
+                            .geometry = e->want_geometry ? e->ways : NULL};
     for (int64_t l = 0; l < e->n_blocks; l++) {
         double norm = sqrt(e->hsic[l][1]) * sqrt(e->hsic[l][2]);
         e->cka[l] = norm > 0 ? e->hsic[l][0] / norm : NAN;
         out->cka_mean += e->cka[l] / (double)e->n_blocks;
+        for (int way = 0; way < CQ_N_WAYS; way++)
+            e->ways[l * CQ_N_WAYS + way] = cq_geometry_cka(&e->geometry[l], way);
         if (e->cka[l] < out->cka_min) {
             out->cka_min = e->cka[l];
             out->cka_min_block = l;

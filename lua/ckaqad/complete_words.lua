@@ -15,7 +15,8 @@ complete.values = {
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
   balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" }, storage = { "f16", "f32" },
   moments = { "f32", "bf16", "8bit" }, master = { "f32", "split", "bf16" },
-  suite = { "aime25", "gpqa", "lcb" },
+  suite = { "aime25", "gpqa", "lcb" }, mix = { "sft", "rl", "test", "easy" }, part = { "validation", "test" },
+  arms = { "all", "main", "short" }, family = { "nemotron_h", "qwen3" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
   template = { "auto", "nano3", "qwen3-thinking" }, stream = { "auto", "yes", "no" },
 }

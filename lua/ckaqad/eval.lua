@@ -40,11 +40,26 @@ local function map_of(r, n)
   return map
 end
 
+local ways = { "raw_unbiased", "raw_biased", "standard_unbiased", "standard_biased" }
+
+local function geometry_of(r, n)
+  if r.geometry == nil then return nil end
+  local out = {}
+  for way, name in ipairs(ways) do
+    out[name] = {}
+    for block = 0, n - 1 do out[name][block + 1] = r.geometry[#ways * block + way - 1] end
+  end
+  return out
+end
+
 --- Compares two models of a plan on batches (`data:holdout()`): { kl (nats a token), perplexity, perplexity_teacher, top1
 --- (fraction), cka (mean), cka_min, cka_min_block, cka_blocks = list over blocks, tokens }.
 --- Unless `extras = false`, also { kl_positions = list of { first, last, kl, tokens } over octaves of the position in the
 --- document, cka_map[teacher block + 1][student block + 1] = unbiased CKA over 128 rows of each batch, sqnr and scales = what
 --- `student:quantization_error()` and `student:scale_histogram()` give (absent when the student has no master weights) }.
+--- With `geometry = true` also { geometry = { raw_unbiased, raw_biased, standard_unbiased, standard_biased } }: lists over blocks of CKA
+--- over groups of at most 512 rows, of the block outputs as they are and with every dimension divided by its standard deviation in
+--- the teacher; for small models.
 --- With a cached teacher (`cq.cache.open`) the batches are those it was made of, KL is over its logits and one bucket, and there is
 --- no map.
 ---
@@ -52,10 +67,11 @@ end
 ---     local r = cq.eval.compare(teacher, student, data:holdout(), { extras = false })
 ---     print(("KL %.4f, CKA %.4f, lowest at block %d"):format(r.kl, r.cka, r.cka_min_block))
 function eval.compare(teacher, student, batches, options)
-  local o = errors.fill("eval.compare", options, { extras = true })
+  local o = errors.fill("eval.compare", options, { extras = true, geometry = false })
   local e = student.evaluators and student.evaluators[teacher]
   if not e then errors.usage("eval: this pair is not in the plan, wanted run:plan { eval = true, ... }") end
   C.cq_eval_want_map(e, o.extras)
+  C.cq_eval_want_geometry(e, o.geometry)
   C.cq_eval_reset(e)
   for i, batch in ipairs(batches) do
     if teacher.cached then call.cq_eval_from(e, teacher:held_file(i)) end
@@ -70,6 +86,7 @@ function eval.compare(teacher, student, batches, options)
     kl = r.kl, top1 = r.top1, perplexity = r.perplexity_student, perplexity_teacher = r.perplexity_teacher,
     tokens = tonumber(r.tokens), cka = r.cka_mean, cka_min = r.cka_min, cka_min_block = tonumber(r.cka_min_block),
     cka_blocks = blocks, kl_positions = o.extras and positions(r) or nil, cka_map = map_of(r, student.n_blocks),
+    geometry = geometry_of(r, student.n_blocks),
     sqnr = masters and student:quantization_error() or nil, scales = masters and student:scale_histogram() or nil,
   }
 end
@@ -171,7 +188,7 @@ function eval.record(r)
   return json.object {
     "kl", r.kl, "perplexity", r.perplexity, "top1", r.top1, "cka", r.cka, "cka_min", r.cka_min, "cka_min_block", r.cka_min_block,
     "cka_blocks", json.array(r.cka_blocks), "tokens", r.tokens, "perplexity_teacher", r.perplexity_teacher,
-    "kl_positions", places, "cka_map", map, "sqnr", sqnr, "scales", scales,
+    "kl_positions", places, "cka_map", map, "sqnr", sqnr, "scales", scales, "geometry", r.geometry,
   }
 end
 

@@ -114,6 +114,7 @@ function charts.curves(p, history, evals, form)
   local function held(key) return #evals > 0 and charts.curve(evals, field(key)) or nil end
   lines(p, "KL, nats a token", { { "training", of(field "kl"), 0 }, { "held out", held "kl", 1, points = true } })
   lines(p, "Cross-entropy, nats a token", { { "training", of(field "ce"), 0 } })
+  lines(p, "Reward, mean over a step's answers", { { "training", of(field "reward"), 0 } })
   local mean_, lowest = { "mean", of(field "cka"), 0 }, { "lowest block", of(charts.lowest), 1 }
   local held_out = { "mean, held out", held "cka", 2, points = true }
   if form.measured == "CKA" then

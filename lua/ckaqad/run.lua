@@ -91,8 +91,10 @@ function run.run(opt, given)
     local out = opt.out:gsub("(.)/+$", "%1")
     self.folder = folder.open(out, opt)
     local done = self.folder.same and folder.read_json(out .. "/summary.json")
-    if done and done.after and not opt.dry_run and not opt.validate_only then
-      self:say("finished already, KL %.4f -> %.4f: %s (--fresh runs it again)", done.before.kl, done.after.kl, out)
+    local ended = done and (done.after or not done.before and (done.steps or 0) > 0) -- trained, with or without a comparison
+    if ended and not opt.dry_run and not opt.validate_only then
+      self:say("finished already%s: %s (--fresh runs it again)",
+        done.after and (", KL %.4f -> %.4f"):format(done.before.kl, done.after.kl) or "", out)
       errors.exit(0)
     end
   end
@@ -449,7 +451,7 @@ function Run:log(step, values)
   local m = measure(batch.passes, student.n_blocks)
   m.step, m.lr, m.grad_norm, m.tokens = step, values.lr, values.norm, batch.tokens
   m.seconds = native.clock() - self.started
-  m.saturated = student:saturated()
+  m.saturated, m.reward = student:saturated(), values.reward
   if m.ce or m.policy or #batch.passes == 0 then m.kl = nil end
   local list = {
     "step", step, "ce", m.ce, "policy", m.policy, "kl", m.kl, "top1", m.top1, "cka", m.cka or json.null, "cka_blocks", m.cka_blocks,
@@ -472,7 +474,7 @@ end
 --- Scalars of a step for TensorBoard, and every tenth step the blocks' CKA as a histogram. `run:log` calls it.
 function Run:draw(step, m)
   local now = os.time()
-  for _, key in ipairs { "kl", "ce", "policy", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
+  for _, key in ipairs { "reward", "kl", "ce", "policy", "top1", "cka", "weight", "lr", "grad_norm", "seconds", "saturated" } do
     if type(m[key]) == "number" then self.board:scalar("train/" .. key, step, m[key], now) end
   end
   if step % 10 ~= 1 and step ~= self.total then return end
@@ -528,9 +530,10 @@ function Run:close()
 end
 
 --- Ends a run: the table BF16 / PTQ / CKA-QAD, a warning when QAD is worse than PTQ, summary.json and report.html.
---- `before` and `after` come from `cq.eval.compare`; a recipe without training gives only `before`.
+--- `before` and `after` come from `cq.eval.compare`; a recipe without training gives only `before`. `more`: a table of other results,
+--- kept in summary.json.
 function Run:finish(results)
-  local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE })
+  local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE, more = errors.NONE })
   local rows = {}
   if o.before then rows[#rows + 1] = { "PTQ", o.before } end
   local name = report.form(self.folder and self.folder.options or {}).name
@@ -549,7 +552,7 @@ function Run:finish(results)
   if not self.made then return end
   self.folder:write_json("summary.json", json.object {
     "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal,
-    "export_rules_failed", self.export_failed,
+    "export_rules_failed", self.export_failed, "more", o.more,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
     "seconds", self.begun and native.clock() - self.begun,
   })

@@ -25,6 +25,7 @@ local function fixed(value, format) return value and value == value and format:f
 -- "step 12/60  20 %  eta 0:41  kl 0.0312  cka 0.9921 (lowest 0.9810 at 7)  weight 3.4  lr 9.1e-05  |g| 0.42  3.1 k tokens/s"
 function screen.status(m, steps, eta)
   local parts = { ("step %d/%d  %d %%  eta %s"):format(m.step, steps, math.floor(100 * m.step / steps), text.duration(eta)) }
+  if m.reward then parts[#parts + 1] = "reward " .. fixed(m.reward, "%.3f") end
   if m.ce then parts[#parts + 1] = "ce " .. fixed(m.ce, "%.4f") end
   if m.policy then parts[#parts + 1] = "policy " .. fixed(m.policy, "%.4f") end
   if m.kl then parts[#parts + 1] = "kl " .. fixed(m.kl, "%.4f") end

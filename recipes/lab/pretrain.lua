@@ -7,11 +7,11 @@ local problems, setting, tasks = dofile(here .. "problems.lua"), dofile(here .. 
 local opt = cq.options {
   out = "runs/pretrain",      -- the run; the checkpoint is in OUT/model
   family = "nemotron_h",      -- nemotron_h or qwen3
-  pattern = "MEM*EMEM*EME",   -- blocks: M mamba, E moe, * attention, - mlp; of qwen3 only the number counts
+  pattern = "ME*ME*ME",       -- blocks: M mamba, E moe, * attention, - mlp; of qwen3 only the number counts
   hidden = 64,                -- residual width; wider models hardly suffer from four bits
   experts = 16,               -- routed experts of each E block, two of them active
   share = 0.7,                -- of the text that is about our problems; the rest is tasks.lua's
-  steps = 600,                -- optimizer steps
+  steps = 300,                -- optimizer steps
   batch = 32,                 -- packed rows per step
   seq = 128,                  -- tokens per packed row
   lr = 3e-3,                  -- peak learning rate
@@ -29,6 +29,7 @@ local adam = cq.optim.adamw(model, { betas = { 0.9, 0.95 }, weight_decay = 0.05,
 local rate = cq.schedule.cosine { peak = opt.lr, warmup = 0.03, steps = opt.steps, floor = opt.lr / 20 }
 run:plan { student = model, adam = adam, terms = terms, data = data, load = false }
 model:init(opt.seed)
+run:track { student = model, adam = adam, data = data }
 for step, batch in run:steps(opt.steps, data) do
   for part in batch:split() do cq.distill(nil, model, part, terms):backward { kl = 1 } end
   run:log(step, { norm = adam:step(rate(step)), lr = rate(step) })

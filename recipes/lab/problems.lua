@@ -259,6 +259,7 @@ end
 problems.mixes = {
   sft = { levels = { 0.2, 0.3, 0.3, 0.2 }, tasks = { sum = 0.25, game = 0.25, path = 0.25, list = 0.25 } },
   rl = { levels = { 0, 0.2, 0.4, 0.4 }, tasks = { sum = 0.15, game = 0.35, path = 0.2, list = 0.3 } },
+  easy = { levels = { 1, 0, 0, 0 }, tasks = { sum = 0, game = 0, path = 0.5, list = 0.5 } }, -- seconds of training show something
   test = { levels = { 0, 0.2, 0.4, 0.4 }, tasks = { sum = 0.25, game = 0.25, path = 0.25, list = 0.25 } },
 }
 

@@ -98,7 +98,7 @@ describe("completion", function()
   it("knows no value of an option that no recipe has", function()
     local known = {}
     for _, item in ipairs(options.common) do known[item[1]] = true end
-    for _, name in ipairs { "nemotron_nano", "ptq", "compare", "teacher_cache", "eval" } do
+    for _, name in ipairs { "nemotron_nano", "ptq", "compare", "teacher_cache", "eval", "lab/pretrain", "lab/study", "lab/arm" } do
       for _, key in ipairs(options.read_help(source(("recipes/%s.lua"):format(name))).order) do known[key] = true end
     end
     for key in pairs(complete.values) do assert.is_true(known[key], key) end
