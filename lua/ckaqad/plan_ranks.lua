@@ -71,7 +71,7 @@ local function student(out, class, combo, n, share)
 end
 
 -- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
--- copy), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values of the largest block,
+-- copy), stacked (in a block), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values of the largest block,
 -- quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of scratch, what
 -- rounding to BF16 takes).
 function ranks.bytes(model, combo, layout)
@@ -79,7 +79,7 @@ function ranks.bytes(model, combo, layout)
   for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end
   for _, class in ipairs(model.classes) do
     local n, copies = held(class, layout)
-    local teacher = n * (combo.weights ~= "f32" and 2 or class.matrix and 6 or 4)
+    local teacher = n * ((combo.weights ~= "f32" or class.stacked) and 2 or class.matrix and 6 or 4) -- it is BF16 as published
     if combo.cached and class.trained then teacher = 0 end -- frozen ones are the student's
     if offloads(combo, "teacher") and class.block then
       out.host, out.stream = out.host + teacher, out.stream + teacher
@@ -88,8 +88,7 @@ function ranks.bytes(model, combo, layout)
     end
     student(out, class, combo, n, n / copies)
   end
-  local each = combo.weights == "f32" and 6 or 2
-  if offloads(combo, "teacher") then out.teacher = out.teacher + 2 * each * model.block / layout.experts end
+  if offloads(combo, "teacher") then out.teacher = out.teacher + 2 * 2 * model.block / layout.experts end
   local work = model.work[combo.recompute]
   local shrink = combo.activations == "bf16" and 0.5 or 1
   out.activations, out.scratch = work.activations * shrink, (work.scratch - work.operands) * shrink

@@ -72,14 +72,15 @@ if grep -q 'all parameters' nano.txt; then echo "--freeze is not kept"; cat nano
 if [ -e runs ]; then echo "a plan left a run folder"; exit 1; fi
 rm ./*.err
 
-# the run that was measured on an H200: 124.1 GiB in use, 10457 tokens/s (kernels/cuda/README.md)
+# the run that was measured on an H200: 124.1 GiB in use, 10457 tokens/s (kernels/cuda/README.md), when the teacher's 3.6 G parameters in
+# matrices still had an F32 form, 13.5 GiB
 cp -r "$OLDPWD/kernels/bench/qwen3_4b" measured
 plan measured bench --weights=random --seq=2048 --batch=4 --micro=1 --rows=512 --gpus=1 --gpu-memory=150GB
 luajit - <<'LUA'
 local text = io.open("measured.txt"):read "*a"
 local gib, rate = text:match "\n  1 +yes +([%d.]+) +%- +[%d.]+ +(%d+) +%d+ +all parameters +all F32"
 assert(gib, "no row without options:\n" .. text)
-assert(math.abs(gib - 124.1) < 1.5 and math.abs(rate / 10457 - 1) < 0.1, ("%s GiB, %s tokens/s"):format(gib, rate))
+assert(math.abs(gib - (124.1 - 13.5)) < 1.5 and math.abs(rate / 10457 - 1) < 0.1, ("%s GiB, %s tokens/s"):format(gib, rate))
 LUA
 rm ./*.err
 
