@@ -7,6 +7,8 @@
 /// nobody answered ends the process. A hangup comes from the shell and from the kernel both, so
 /// only the first counts; under nohup none does. SIGUSR1 asks for a checkpoint. CKAQAD_LUA=DIR
 /// takes modules from DIR/ckaqad/ instead.
+///
+/// Of many ranks only rank 0 has a standard output, and of the ranks that fail one prints its line.
 #include "core/ckaqad.h"
 #include "lua/edit.h"
 #include "lua/embedded.h"
@@ -22,6 +24,7 @@
 
 /* A signal handler reaches nothing but globals. */
 static volatile int stop_signal, defer_stop, stop_later, save_now;
+static bool many_ranks;
 static volatile sig_atomic_t unanswered, insist, hung_up;
 static volatile time_t last_signal;
 static lua_State *interpreter;
@@ -80,7 +83,8 @@ static void on_signal(int signal) {
         return;
     if (defer_stop && !stop_later) {
         stop_later = signal;
-        tell("ckaqad: stopping after this step; again stops at once\n");
+        if (!many_ranks) /* there mpirun says so */
+            tell("ckaqad: stopping after this step; again stops at once\n");
         return;
     }
     struct timespec now;
@@ -140,11 +144,13 @@ static int open_host(lua_State *L) {
         lua_pushstring(L, exe);
         lua_setfield(L, -2, "exe");
     }
+    lua_pushlightuserdata(L, lua_touserdata(L, lua_upvalueindex(1)));
+    lua_setfield(L, -2, "comm");
     edit_open(L, &stop_signal);
     return 1;
 }
 
-static void preload(lua_State *L) {
+static void preload(lua_State *L, cq_comm *comm) {
     lua_getglobal(L, "package");
     lua_getfield(L, -1, "preload");
     for (const cq_embedded *m = cq_embedded_modules; m->name; m++) {
@@ -152,7 +158,8 @@ static void preload(lua_State *L) {
         lua_pushcclosure(L, load_module, 1);
         lua_setfield(L, -2, m->name);
     }
-    lua_pushcfunction(L, open_host);
+    lua_pushlightuserdata(L, comm);
+    lua_pushcclosure(L, open_host, 1);
     lua_setfield(L, -2, "ckaqad.host");
     lua_pop(L, 2);
 }
@@ -220,16 +227,19 @@ static void tidy(lua_State *L) {
     lua_pop(L, 2);
 }
 
+/* Prints an error and returns its exit code; where there are other ranks, ends them too. */
+static int fail(cq_comm *comm, int code, const char *message) {
+    print_error(cq_comm_failed(comm, code, message));
+    cq_comm_abort(comm, code);
+    return code;
+}
+
 /* The exit code of the error on top of the stack. */
-static int report(lua_State *L, int status) {
-    if (status == LUA_ERRMEM) {
-        print_error("not enough memory");
-        return cq_exit_code(CQ_ENOMEM);
-    }
-    if (!lua_istable(L, -1)) {
-        print_error(lua_tostring(L, -1));
-        return cq_exit_code(CQ_EUSAGE);
-    }
+static int report(lua_State *L, cq_comm *comm, int status) {
+    if (status == LUA_ERRMEM)
+        return fail(comm, cq_exit_code(CQ_ENOMEM), "not enough memory");
+    if (!lua_istable(L, -1))
+        return fail(comm, cq_exit_code(CQ_EUSAGE), lua_tostring(L, -1));
     lua_getfield(L, -1, "quiet");
     bool quiet = lua_toboolean(L, -1);
     lua_pop(L, 1);
@@ -238,12 +248,12 @@ static int report(lua_State *L, int status) {
         code = cq_exit_code(number_field(L, "status", CQ_EUSAGE));
     lua_getfield(L, -1, "message");
     if (!quiet)
-        print_error(lua_tostring(L, -1));
+        fail(comm, code, lua_tostring(L, -1));
     lua_pop(L, 1);
     return code;
 }
 
-static int run(lua_State *L, int argc, char **argv) {
+static int run(lua_State *L, cq_comm *comm, int argc, char **argv) {
     lua_pushcfunction(L, on_error);
     lua_getglobal(L, "require");
     lua_pushliteral(L, "ckaqad.command");
@@ -265,15 +275,38 @@ static int run(lua_State *L, int argc, char **argv) {
     insist = stop_signal = 0;
     lua_sethook(L, NULL, 0, 0);
     tidy(L);
-    return report(L, status);
+    return report(L, comm, status);
+}
+
+/* The ranks of this run; an error has been printed, by one of the processes. */
+static int open_ranks(cq_comm **comm, int argc, char **argv) {
+    enum { PATIENCE = 60 };
+    char command[1024] = "";
+    size_t at = 0;
+    for (int i = 0; i < argc && at < sizeof command; i++)
+        at += (size_t)snprintf(command + at, sizeof command - at, i ? " %s" : "%s", argv[i]);
+    cq_launch launch;
+    int status = cq_launch_find(&launch, command);
+    if (!status)
+        status = cq_comm_open(comm, &launch, PATIENCE);
+    if (status && launch.rank == 0)
+        print_error(cq_error());
+    if (status)
+        return status;
+    many_ranks = cq_comm_size(*comm) > 1;
+    if (cq_comm_rank(*comm) > 0 && !freopen("/dev/null", "w", stdout))
+        return cq_fail(CQ_EIO, "standard output: cannot be silenced");
+    return CQ_OK;
 }
 
 int main(int argc, char **argv) {
+    cq_comm *comm = NULL;
+    int status = open_ranks(&comm, argc, argv);
+    if (status)
+        return cq_exit_code(status);
     lua_State *L = luaL_newstate();
-    if (!L) {
-        print_error("not enough memory");
-        return cq_exit_code(CQ_ENOMEM);
-    }
+    if (!L)
+        return fail(comm, cq_exit_code(CQ_ENOMEM), "not enough memory");
     interpreter = L;
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
@@ -284,14 +317,13 @@ int main(int argc, char **argv) {
     action = (struct sigaction){.sa_handler = on_save, .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &action, NULL);
     luaL_openlibs(L);
-    preload(L);
-    int code = run(L, argc, argv);
+    preload(L, comm);
+    int code = run(L, comm, argc, argv);
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
     lua_close(L);
-    if (fflush(stdout) != 0 && code == 0) {
-        print_error("standard output: cannot be written");
-        return cq_exit_code(CQ_EIO);
-    }
+    if (fflush(stdout) != 0 && code == 0)
+        return fail(comm, cq_exit_code(CQ_EIO), "standard output: cannot be written");
+    cq_comm_close(comm);
     return code;
 }
