@@ -15,12 +15,15 @@ static const char *const names[] = {"barrier",        "broadcast",  "all-reduce"
                                     "reduce-scatter", "all-gather", "all-to-all"};
 
 const char *cq_collective_name(cq_collective kind) { return names[kind]; }
-int cq_comm_rank(const cq_comm *c) { return c->rank; }
-int cq_comm_size(const cq_comm *c) { return c->size; }
+int cq_comm_rank(const cq_comm *c) { return c ? c->rank : 0; }
+int cq_comm_size(const cq_comm *c) { return c ? c->size : 1; }
 int64_t cq_comm_bytes(const cq_comm *c, cq_collective kind) { return c->sent[kind]; }
 int64_t cq_comm_calls(const cq_comm *c, cq_collective kind) { return c->calls[kind]; }
 void cq_comm_set_patience(cq_comm *c, double seconds) { c->patience = seconds; }
-void cq_comm_about(cq_comm *c, const char *what) { c->about = what; }
+void cq_comm_about(cq_comm *c, const char *what) {
+    if (c)
+        c->about = what;
+}
 
 #ifdef CQ_MPI
 static int open_mpi(cq_comm *c, const cq_launch *launch) { return cq_mpi_open(&c->mpi, c, launch); }

@@ -27,6 +27,7 @@ typedef struct cq_comm cq_comm;
 CQ_API int cq_comm_open(cq_comm **out, const cq_launch *launch, double patience);
 /// Waits for the others and ends MPI. Accepts NULL.
 CQ_API void cq_comm_close(cq_comm *c);
+/// 0, and of 1, for NULL.
 CQ_API int cq_comm_rank(const cq_comm *c);
 CQ_API int cq_comm_size(const cq_comm *c);
 /// "self" or "Open MPI 4.1.4 ...".

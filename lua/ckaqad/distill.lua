@@ -98,6 +98,14 @@ local function layer_weights(pass, cka)
   return w
 end
 
+-- One number for a weight of the layerwise term: itself, or the mean of the blocks'.
+local function mean_weight(cka)
+  if type(cka) ~= "table" then return cka end
+  local sum, count = 0, 0
+  for _, value in pairs(cka) do sum, count = sum + value, count + 1 end
+  return count > 0 and sum / count or 0
+end
+
 --- Adds the gradient of kl * KL + cka * mean(1 - cka) to the student's parameters.
 --- `weights` is what a balance returns: `kl` (1), `cka` a number, or { [block] = weight of its 1 - cka }.
 ---
@@ -109,7 +117,7 @@ function Pass:backward(weights)
   if w.kl ~= w.kl or w.cka ~= w.cka then
     errors.raise(errors.NUMERIC, "step %d: a weight of the balance is not a number", self.step)
   end
-  self.weight = w
+  self.weight, self.layer_weight = w, mean_weight(w.cka)
   local layers = next(self.cka) and w.cka ~= 0 and layer_weights(self, w.cka) or nil
   call.cq_distill_backward(self.d.c, self.student:stream(), self.part.c, w.kl, layers)
 end

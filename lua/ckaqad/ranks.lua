@@ -1,0 +1,123 @@
+-- ranks.lua - this process among those that mpirun started: what they agree on, tell each other and do in turn.
+--
+-- Every rank runs the whole recipe. Micro-batch m of a step is computed by rank m mod size; everything else is computed by all, or,
+-- where it is written or printed, done by rank 0 alone. All functions that talk are called by all ranks in the same order.
+local native = require "ckaqad.ffi"
+local errors = require "ckaqad.errors"
+local C, call = native.C, native.call
+
+local ranks = { rank = tonumber(C.cq_comm_rank(native.comm)), size = tonumber(C.cq_comm_size(native.comm)) }
+ranks.first, ranks.many = ranks.rank == 0, ranks.size > 1
+
+-- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had.
+ranks.ordered, ranks.micro = false, nil
+
+-- Ends all ranks with one line unless their `text` is the same.
+function ranks.agree(subject, text)
+  call.cq_comm_agree(native.comm, subject, text)
+end
+
+-- Rank 0's string on all ranks.
+function ranks.share(text)
+  if not ranks.many then return text end
+  local n = native.new("int64_t[1]", #text)
+  C.cq_comm_about(native.comm, "decision")
+  call.cq_comm_broadcast(native.comm, n, 8, 0)
+  local buffer = native.new("char[?]", tonumber(n[0]) + 1)
+  if ranks.first then native.copy(buffer, text, #text) end
+  call.cq_comm_broadcast(native.comm, buffer, n[0], 0)
+  return native.string(buffer, n[0])
+end
+
+-- Rank 0's truth value on all ranks.
+function ranks.decide(value) return ranks.share(value and "yes" or "no") == "yes" end
+
+-- The ranks' lists of `n` numbers each, as one list in rank order.
+function ranks.gather(list, n, about)
+  if not ranks.many then return list end
+  local mine, all = native.new("double[?]", math.max(1, n)), native.new("double[?]", math.max(1, n * ranks.size))
+  local bytes, out = native.new("int64_t[?]", ranks.size), {}
+  for i = 1, n do mine[i - 1] = list[i] end
+  for r = 0, ranks.size - 1 do bytes[r] = 8 * n end
+  C.cq_comm_about(native.comm, about)
+  call.cq_comm_gather(native.comm, all, mine, bytes)
+  for i = 1, n * ranks.size do out[i] = all[i - 1] end
+  return out
+end
+
+-- The sum of the ranks' numbers.
+function ranks.sum(x, about)
+  local sum = 0
+  for _, each in ipairs(ranks.gather({ x }, 1, about)) do sum = sum + each end
+  return sum
+end
+
+-- The largest of the ranks' numbers, place by place.
+function ranks.most(list, about)
+  local all, out = ranks.gather(list, #list, about), {}
+  for i = 1, #list do
+    for r = 0, ranks.size - 1 do out[i] = math.max(out[i] or all[i], all[r * #list + i]) end
+  end
+  return out
+end
+
+-- Runs `f` on rank 0; the others wait for it.
+function ranks.alone(about, f)
+  if ranks.first then f() end
+  if not ranks.many then return end
+  C.cq_comm_about(native.comm, about)
+  call.cq_comm_barrier(native.comm)
+end
+
+-- An error where work is not shared.
+function ranks.refuse(what)
+  if ranks.many then errors.usage("%s: mpirun started %d ranks, wanted one process", what, ranks.size) end
+end
+
+-- Numbers of a pass, in the order of `fields`; NaN where it has none.
+local fields = { "tokens", "kl", "top1", "ce", "policy" }
+local function numbers(pass, n_blocks, out)
+  out[#out + 1] = pass and pass.part.index or 0 / 0
+  for _, name in ipairs(fields) do out[#out + 1] = pass and pass[name] or 0 / 0 end
+  out[#out + 1] = pass and pass.layer_weight or 0 / 0
+  for block = 0, n_blocks - 1 do out[#out + 1] = pass and pass.cka[block] or 0 / 0 end
+end
+
+local function number(x) return x == x and x or nil end
+
+-- What `run:log` looks at of all passes of a step with `count` micro-batches, in their order; `passes` are this rank's.
+function ranks.passes(passes, count, n_blocks)
+  if not ranks.many then return passes end
+  local each, width, mine = math.ceil(count / ranks.size), 2 + #fields + n_blocks, {}
+  for i = 1, each do numbers(passes[i], n_blocks, mine) end
+  local all, list = ranks.gather(mine, each * width, "results"), {}
+  for at = 0, #all - 1, width do
+    if number(all[at + 1]) then
+      local pass = { index = all[at + 1], layer_weight = number(all[at + 2 + #fields]), cka = {} }
+      for k, name in ipairs(fields) do pass[name] = number(all[at + 1 + k]) end
+      for block = 0, n_blocks - 1 do pass.cka[block] = number(all[at + 3 + #fields + block]) end
+      list[#list + 1] = pass
+    end
+  end
+  table.sort(list, function(a, b) return a.index < b.index end)
+  return list
+end
+
+-- Threads of this rank when nobody chose: its share of the processors, where mpirun has not bound it to some.
+function ranks.threads()
+  local here = tonumber(os.getenv "OMPI_COMM_WORLD_LOCAL_SIZE") or 1
+  local processors = tonumber(C.cq_threads_set(0))
+  if not ranks.many or processors < tonumber(C.cq_processors()) then return processors end
+  return math.max(1, math.floor(processors / here))
+end
+
+-- Bytes that this rank has sent, by collective: { ["reduce-scatter"] = n, ... }.
+function ranks.bytes()
+  local out = {}
+  for kind = 0, tonumber(C.CQ_COMM_N) - 1 do
+    out[native.string(C.cq_collective_name(kind))] = tonumber(C.cq_comm_bytes(native.comm, kind))
+  end
+  return out
+end
+
+return ranks
