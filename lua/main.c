@@ -206,13 +206,17 @@ static int number_field(lua_State *L, const char *name, int otherwise) {
     return value;
 }
 
-/* One line on stderr. */
+/* One line on stderr, in one piece: mpirun mixes what ranks write at the same time. */
 static void print_error(const char *message) {
+    char line[4096];
+    int n = snprintf(line, sizeof line - 1, "ckaqad: %s", message ? message : "error");
+    size_t end = n < (int)sizeof line - 2 ? (size_t)n : sizeof line - 2;
+    for (size_t i = 0; i < end; i++)
+        if (line[i] == '\n')
+            line[i] = ' ';
+    line[end] = '\n';
     fflush(stdout);
-    fputs("ckaqad: ", stderr);
-    for (const char *c = message ? message : "error"; *c; c++)
-        fputc(*c == '\n' ? ' ' : *c, stderr);
-    fputc('\n', stderr);
+    fwrite(line, 1, end + 1, stderr);
 }
 
 /* Lets the command tidy up after the error on top of the stack, which stays there. */

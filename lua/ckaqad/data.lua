@@ -85,6 +85,10 @@ function data.open(paths, options)
   if o.batch % o.micro ~= 0 then
     errors.usage("option --micro: %d does not divide --batch %d", o.micro, o.batch)
   end
+  if o.batch / o.micro < ranks.size then
+    errors.usage("option --batch: %d rows in micro-batches of %d are %d a step, wanted one for each of %d ranks at least", o.batch, o.micro,
+      o.batch / o.micro, ranks.size)
+  end
   local held_files = o.holdout
   o.paths, o.holdout = paths, nil
   local self = setmetatable(o, Data)

@@ -31,9 +31,9 @@ local function open(o)
   return stream, kernels
 end
 
---- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, shared by the ranks on this machine) and
---- compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf. A run does this from its
---- options.
+--- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
+--- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf.
+--- A run does this from its options.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
