@@ -49,7 +49,7 @@ end
 -- What the run that this one goes on with had, else the largest divisor of `batch` whose rows hold at most 4096 tokens and give every
 -- rank as many micro-batches, where there is one.
 local function choose_micro(batch, seq)
-  if ranks.micro and batch % ranks.micro == 0 then return ranks.micro end
+  if ranks.micro > 0 and batch % ranks.micro == 0 then return ranks.micro end
   for n = batch, 2, -1 do
     if batch % n == 0 and n * seq <= 4096 and batch / n % ranks.size == 0 then return n end
   end

@@ -48,7 +48,8 @@ else
   if C.cq_comm_open(out, ffi.new("cq_launch", { 0, 1 }), 60) < 0 then errors.raise(errors.NOMEM, "%s", ffi.string(C.cq_error())) end
   native.comm = out[0]
 end
-local many_ranks = C.cq_comm_size(native.comm) > 1
+native.rank, native.ranks = C.cq_comm_rank(native.comm), C.cq_comm_size(native.comm)
+local many_ranks = native.ranks > 1
 
 -- What a message calls a stop signal.
 function native.signal_word(signal) return signal == 15 and "terminated" or signal == 1 and "hangup" or "interrupted" end

@@ -32,12 +32,21 @@ function optim.adamw(student, options)
   }, Adam)
 end
 
--- After a micro-batch on each of the first `n` ranks: adds up their gradients. `batch:split` calls it.
+--- Adds up the gradients of a micro-batch on each of the first `n` ranks, all ranks together; nothing where one rank adds up its own.
+--- `batch:split` calls it; a loop over micro-batches of its own, under mpirun, must.
+---
+--- Example:
+---     pass:backward { kl = 1 }
+---     adam:add(1)
+---     print(adam:step(1e-4) > 0) --> true
 function Adam:add(n)
   call.cq_adamw_add(self.c, self.student:stream(), n)
 end
 
--- Brings the master weights to this rank; an export wants them.
+--- Brings the master weights that other ranks updated to this one, all ranks together; export and save do it.
+---
+--- Example:
+---     adam:masters()
 function Adam:masters()
   call.cq_adamw_masters(self.c)
 end

@@ -2,18 +2,26 @@
 --
 -- Every rank runs the whole recipe. Micro-batch m of a step is computed by rank m mod size; everything else is computed by all, or,
 -- where it is written or printed, done by rank 0 alone. All functions that talk are called by all ranks in the same order.
-local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
-local C, call = native.C, native.call
 
-local ranks = { rank = tonumber(C.cq_comm_rank(native.comm)), size = tonumber(C.cq_comm_size(native.comm)) }
-ranks.first, ranks.many = ranks.rank == 0, ranks.size > 1
+local ranks = {}
+local native, C, call
 
--- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had.
-ranks.ordered, ranks.micro = false, nil
+-- `rank`, `size`, `first` (this is rank 0), `many`: asked of the library when somebody looks; where it is not loaded, one rank.
+setmetatable(ranks, { __index = function(_, key)
+  native = package.loaded["ckaqad.ffi"]
+  local rank, size = tonumber(native and native.rank) or 0, tonumber(native and native.ranks) or 1
+  ranks.rank, ranks.size, ranks.first, ranks.many = rank, size, rank == 0, size > 1
+  if native then C, call = native.C, native.call end
+  return rawget(ranks, key)
+end })
+
+-- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none).
+ranks.ordered, ranks.micro = false, 0
 
 -- Ends all ranks with one line unless their `text` is the same.
 function ranks.agree(subject, text)
+  if not ranks.many then return end
   call.cq_comm_agree(native.comm, subject, text)
 end
 
@@ -103,19 +111,25 @@ function ranks.passes(passes, count, n_blocks)
   return list
 end
 
--- Threads of this rank when nobody chose: its share of the processors, where mpirun has not bound it to some.
+-- Threads of this rank when nobody chose (0: all): its share of the processors, where mpirun has not bound it to some.
 function ranks.threads()
+  if not ranks.many then return 0 end
   local here = tonumber(os.getenv "OMPI_COMM_WORLD_LOCAL_SIZE") or 1
   local processors = tonumber(C.cq_threads_set(0))
-  if not ranks.many or processors < tonumber(C.cq_processors()) then return processors end
+  if processors < tonumber(C.cq_processors()) then return processors end
   return math.max(1, math.floor(processors / here))
 end
 
--- Bytes that this rank has sent, by collective: { ["reduce-scatter"] = n, ... }.
+-- Bytes that all ranks have sent so far, a list of name of collective and number in turn; nil where there is one rank.
 function ranks.bytes()
-  local out = {}
-  for kind = 0, tonumber(C.CQ_COMM_N) - 1 do
-    out[native.string(C.cq_collective_name(kind))] = tonumber(C.cq_comm_bytes(native.comm, kind))
+  if not ranks.many then return nil end
+  local mine, out, n = {}, {}, tonumber(C.CQ_COMM_N)
+  for kind = 0, n - 1 do mine[kind + 1] = tonumber(C.cq_comm_bytes(native.comm, kind)) end
+  local all = ranks.gather(mine, n, "bytes sent")
+  for kind = 0, n - 1 do
+    local sum = 0
+    for r = 0, ranks.size - 1 do sum = sum + all[r * n + kind + 1] end
+    out[#out + 1], out[#out + 2] = native.string(C.cq_collective_name(kind)), sum
   end
   return out
 end

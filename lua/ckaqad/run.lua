@@ -63,7 +63,7 @@ local function goes_on_as(place)
   local state = place.same and place:state()
   if not state then return end
   ranks.ordered = ranks.ordered or state.ordered == true
-  ranks.micro = state.micro
+  ranks.micro = state.micro or 0
 end
 
 --- Starts a run from a recipe's options. Chooses device, model (`auto`: `named` when the Hugging Face cache has it, else the
@@ -586,11 +586,13 @@ function Run:finish(results)
     if #worse > 0 then self:say("warning: %s is worse than PTQ in %s", name, table.concat(worse, " and ")) end
   end
   memory_line(self)
+  local sent = ranks.bytes()
   if not self.made then return end
   self.folder:write_json("summary.json", json.object {
     "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal,
     "export_rules_failed", self.export_failed,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
+    "sent_bytes", sent and json.object(sent),
     "seconds", self.begun and native.clock() - self.begun,
   })
   self.folder:write("report.html", report.run(self.folder.path))
