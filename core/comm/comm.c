@@ -218,8 +218,7 @@ int cq_comm_agree(cq_comm *c, const char *subject, const char *text) {
     for (int r = 1; r < c->size && !status; r++)
         if (memcmp(each, each + r * HEX, HEX))
             status = cq_fail(CQ_EMISMATCH,
-                             "rank %d: its %s differs from that of rank 0, wanted the "
-                             "same on all %d ranks",
+                             "rank %d: %s is not that of rank 0, wanted the same on all %d ranks",
                              r, subject, c->size);
     free(all);
     return status;

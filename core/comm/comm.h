@@ -54,7 +54,7 @@ CQ_API int cq_comm_gather(cq_comm *c, void *all, const void *mine, const int64_t
 CQ_API int cq_comm_exchange(cq_comm *c, void *in, const int64_t *in_bytes, const void *out,
                             const int64_t *out_bytes);
 /// CQ_EMISMATCH on all ranks, naming the first rank whose `text` differs from that of rank 0:
-/// "rank 2: its SUBJECT differs from that of rank 0".
+/// "rank 2: SUBJECT is not that of rank 0".
 CQ_API int cq_comm_agree(cq_comm *c, const char *subject, const char *text);
 
 /// Part of something that all ranks have and one of them owns; memory of any device.

@@ -77,13 +77,27 @@ static bool is_speaker(const cq_mpi *m) {
     return true;
 }
 
-static void note(cq_mpi *m, int status, const char *format, int r, const char *what) {
-    char last[96];
+/* "rank 2: message"; of rank 0, or where a rank is named already, the message itself. */
+static void tag(char *out, size_t size, int rank, const char *message) {
+    if (rank == 0 || !strncmp(message, "rank ", 5))
+        snprintf(out, size, "%s", message);
+    else
+        snprintf(out, size, "rank %d: %s", rank, message);
+}
+
+static void note(cq_mpi *m, int status, int r, const char *message) {
     m->trouble = status;
     m->since = now();
-    snprintf(last, sizeof last, "%s %ld (%s)", cq_collective_name(m->c->kind),
-             (long)m->c->calls[m->c->kind], m->c->about ? m->c->about : "start");
-    snprintf(m->why, sizeof m->why, format, r, what, last);
+    tag(m->why, sizeof m->why, r, message);
+}
+
+/* A rank is gone, or may be. */
+static void miss(cq_mpi *m, int r, const char *what) {
+    char text[TEXT];
+    snprintf(text, sizeof text, "rank %d: %s; last collective: %s %ld (%s)", r, what,
+             cq_collective_name(m->c->kind), (long)m->c->calls[m->c->kind],
+             m->c->about ? m->c->about : "start");
+    note(m, CQ_EPEER, r, text);
 }
 
 /* Looks for a rank that is gone, silent or failed, once. */
@@ -94,17 +108,15 @@ static void look(cq_mpi *m) {
             continue;
         int code = m->got[r].code;
         if (code)
-            note(m, code <= -CQ_EPEER ? -code : CQ_EPEER, "rank %d: %s", r, m->got[r].text);
+            note(m, code <= -CQ_EPEER ? -code : CQ_EPEER, r, m->got[r].text);
         else if (process_gone(m, r)) {
-            snprintf(text, sizeof text, "process %ld", (long)m->got[r].pid);
-            note(m, CQ_EPEER, "rank %d: %s has ended, wanted it to take part; last collective: %s",
-                 r, text);
+            snprintf(text, sizeof text, "process %ld has ended, wanted it to take part",
+                     (long)m->got[r].pid);
+            miss(m, r, text);
         } else if (silent(m, r)) {
-            snprintf(text, sizeof text, "%g s", m->c->patience);
-            note(m, CQ_EPEER,
-                 "rank %d: not heard of for %s (stopped, or its machine is gone); last collective: "
-                 "%s",
-                 r, text);
+            snprintf(text, sizeof text, "not heard of for %g s (stopped, or its machine is gone)",
+                     m->c->patience);
+            miss(m, r, text);
         }
     }
 }
@@ -323,19 +335,16 @@ int cq_mpi_transfer(cq_mpi *m, const cq_message *message, int64_t n) {
 }
 
 const char *cq_mpi_failed(cq_mpi *m, int code, const char *message) {
-    bool own = true, speaker = false;
     double begun = now();
     pthread_mutex_lock(&m->lock);
     m->failing = true;
     look(m);
-    own = !m->trouble;
-    if (own)
-        snprintf(m->why, sizeof m->why, m->c->rank ? "rank %2$d: %1$s" : "%1$s", message,
-                 m->c->rank);
+    if (!m->trouble || strstr(m->why, message)) /* nothing happened before, or the same to all */
+        tag(m->why, sizeof m->why, m->c->rank, message);
     m->mine.code = code > 0 ? code : 1;
     snprintf(m->mine.text, sizeof m->mine.text, "%s", message);
     exchange_beats(m);
-    speaker = is_speaker(m);
+    bool speaker = is_speaker(m);
     pthread_mutex_unlock(&m->lock);
     signal(SIGTERM, SIG_DFL);
     while (!speaker && now() - begun < m->c->patience + 5) {

@@ -136,12 +136,10 @@ end
 -- What must be the same on all ranks: the program, options that make the run what it is, documents.
 local function agree(self)
   if not ranks.many then return end
-  local list, opt = {}, self.opt
-  for _, key in ipairs(opt.order) do
-    if key ~= "threads" then list[#list + 1] = key .. "=" .. tostring(rawget(opt, key)) end
-  end
   ranks.agree("program", native.version .. native.sha256("/proc/self/exe"))
-  ranks.agree("options", table.concat(list, "\n"))
+  for _, key in ipairs(self.opt.order) do
+    if key ~= "threads" then ranks.agree("option --" .. key, tostring(rawget(self.opt, key))) end
+  end
   local model_ = self.facts.model
   ranks.agree("model", model_ and json.encode(folder.hashes(model_.dir)) or "")
   ranks.agree("data", self.facts.data and self.facts.data:facts().train.sha256 or "")
