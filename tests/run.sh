@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . recipes/packages.sh
 # shellcheck disable=SC2086
-need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium || exit 1
+need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium openmpi-bin || exit 1
 
 want=" ${*:-gcc clang sanitize cuda lint lua golden recipes install long} "
 logs=build/logs; mkdir -p "$logs"
@@ -28,7 +28,7 @@ build() { # FOLDER CMAKE-OPTIONS...
 }
 each_test() { ctest --test-dir "$1" --output-on-failure --timeout 300 -j 2; }
 without_onednn() {
-  cmake -S . -B build/plain -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_CUDA=OFF -DCKAQAD_ONEDNN=OFF -DCKAQAD_TESTS=OFF && cmake --build build/plain --target ckaqad &&
+  cmake -S . -B build/plain -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_CUDA=OFF -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_TESTS=OFF && cmake --build build/plain --target ckaqad &&
     build/plain/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
 }
 sanitized() {
@@ -36,14 +36,14 @@ sanitized() {
 }
 
 race_detector() { # the kernels on the CPU under ThreadSanitizer
-  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON &&
+  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON &&
     cmake --build build/races --target test_emulator test_cuda_on_cpu_{dense,losses,cached,past,quant,sequence} &&
     ctest --test-dir build/races --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator'
 }
 with_nvcc() { # code for every target compiles and links, and a machine without a GPU gets one line
   local nvcc; nvcc=$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc) || { echo "CUDA: not built, no nvcc"; return 77; }
   echo "with $nvcc"
-  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
+  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
   [ -e build/cuda/CMakeFiles/ckaqad_cuda.dir ] || { echo "CUDA: not built, nvcc is too old"; return 77; }
   cmake --build build/cuda --target ckaqad ckaqad_bench && bash tests/gpu.sh --build=build/cuda --no-gpu
 }
@@ -51,7 +51,7 @@ with_nvcc() { # code for every target compiles and links, and a machine without 
 part gcc "build with gcc, warnings are errors" build build
 part gcc "unit tests" each_test build
 part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang
-part clang "build without oneDNN" without_onednn
+part clang "build without oneDNN and MPI" without_onednn
 part sanitize "unit tests under address and undefined sanitizers" sanitized
 part cuda "cuda_on_cpu race detector" race_detector
 part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
