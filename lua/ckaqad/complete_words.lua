@@ -17,7 +17,7 @@ complete.values = {
   moments = { "f32", "bf16", "8bit" }, master = { "f32", "split", "bf16" },
   suite = { "aime25", "gpqa", "lcb" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
-  template = { "auto", "nano3", "qwen3-thinking" }, stream = { "auto", "yes", "no" },
+  gram = { "micro", "ranks" }, template = { "auto", "nano3", "qwen3-thinking" }, stream = { "auto", "yes", "no" },
 }
 -- Options that name files, the words that may stand for one, and the file names that fit.
 local paths = {

@@ -89,6 +89,10 @@ function data.open(paths, options)
     errors.usage("option --batch: %d rows in micro-batches of %d are %d a step, wanted one for each of %d ranks at least", o.batch, o.micro,
       o.batch / o.micro, ranks.size)
   end
+  if ranks.gram == "ranks" and o.batch / o.micro % ranks.size ~= 0 then
+    errors.usage("option --gram: %d micro-batches a step on %d ranks, wanted as many on each (--batch, --micro)", o.batch / o.micro,
+      ranks.size)
+  end
   local held_files = o.holdout
   o.paths, o.holdout = paths, nil
   local self = setmetatable(o, Data)

@@ -2,6 +2,7 @@
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local loss = require "ckaqad.loss"
+local ranks = require "ckaqad.ranks"
 local select_ = require "ckaqad.select"
 local C, call = native.C, native.call
 
@@ -37,6 +38,7 @@ function distill.open(teacher, student, terms, seed, many)
   o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE
   o.rows, o.taps, o.seed, o.many = layers and layers.tokens or 0, taps, seed, many
   if logits and logits.logits ~= "kl" and o.layer_loss == C.CQ_LAYER_NONE then teacher = nil end
+  if ranks.gram == "ranks" then o.comm = native.comm end
   if teacher and teacher.cached then o.cached_k = teacher.top_k end
   local c = native.open("cq_distill", "cq_distill_open", teacher and teacher.c, student.c, o)
   student.distillers = student.distillers or {}

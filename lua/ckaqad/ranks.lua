@@ -16,8 +16,8 @@ setmetatable(ranks, { __index = function(_, key)
   return rawget(ranks, key)
 end })
 
--- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none).
-ranks.ordered, ranks.micro = false, 0
+-- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none); whose rows a Gram has.
+ranks.ordered, ranks.micro, ranks.gram = false, 0, "micro"
 
 -- Ends all ranks with one line unless their `text` is the same.
 function ranks.agree(subject, text)

@@ -64,6 +64,9 @@ local function goes_on_as(place)
   if not state then return end
   ranks.ordered = ranks.ordered or state.ordered == true
   ranks.micro = state.micro or 0
+  if state.gram and state.gram ~= ranks.gram then
+    errors.usage("option --gram: %s, the run in %s had %s, wanted that or --fresh", ranks.gram, place.path, state.gram)
+  end
 end
 
 --- Starts a run from a recipe's options. Chooses device, model (`auto`: `named` when the Hugging Face cache has it, else the
@@ -81,7 +84,7 @@ function run.run(opt, given)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
   local imagined = opt.gpus ~= ""
   native.C.cq_comm_set_patience(native.comm, opt.patience)
-  ranks.ordered = opt.ordered
+  ranks.ordered, ranks.gram = opt.ordered, errors.choose("option --gram", opt.gram, { "micro", "ranks" })
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
     compute = opt.compute, check = opt.check }
   if imagined then require "ckaqad.plan_gpus".imagine(opt) end
@@ -271,6 +274,7 @@ local function save(self, step)
   self.folder:save(t.student, t.adam, json.object {
     "step", step, "position", t.data and t.data:position(), "seed", rawget(self.opt, "seed"), "version", native.version,
     "ranks", ranks.size, "ordered", ranks.ordered or ranks.many, "micro", t.data and t.data.micro,
+    "gram", ranks.gram,
   }, { keep = self.opt.keep, keep_every = self.opt.keep_every, best = best(self) })
   self.last_saved = step
 end
