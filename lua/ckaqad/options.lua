@@ -26,7 +26,7 @@ local common = {
   { "tensorboard", true, "event files for TensorBoard in OUT/tensorboard" },
   { "patience", 60, "under mpirun: seconds without a sign of life after which a rank counts as gone" },
   { "ordered", false, "add up the gradients of micro-batches as many ranks do, for the same bits on one (one more buffer of them)" },
-  { "gram", "micro", "under mpirun, rows of a Gram: micro (of one micro-batch, as on one rank), or ranks (of those that ranks have at once)" },
+  { "gram", "micro", "under mpirun, rows of a Gram: micro (of one micro-batch, as on one rank), or ranks (of those they have at once)" },
   { "resume", false, "refuse to start over: the folder must hold a stopped run of these options" },
   { "fresh", false, "overwrite a run folder that holds another run, or run a finished one again" },
   { "dry_run", false, "print options, memory, FLOPs and time, and leave without reading weights" },
