@@ -93,7 +93,6 @@ end
 function command.main(arguments)
   local host = require "ckaqad.host"
   local first = arguments[1]
-  if not first or first == "runs" then require "ckaqad.ranks".refuse(first or "prompt") end
   if not first then return require("ckaqad.prompt").run(host) end
   local rest = {}
   for i = 2, #arguments do rest[#rest + 1] = arguments[i] end

@@ -11,9 +11,11 @@ local native, C, call
 setmetatable(ranks, { __index = function(_, key)
   native = package.loaded["ckaqad.ffi"]
   local rank, size = tonumber(native and native.rank) or 0, tonumber(native and native.ranks) or 1
-  ranks.rank, ranks.size, ranks.first, ranks.many = rank, size, rank == 0, size > 1
-  if native then C, call = native.C, native.call end
-  return rawget(ranks, key)
+  local known = { rank = rank, size = size, first = rank == 0, many = size > 1 }
+  if not native then return known[key] end
+  for name, value in pairs(known) do ranks[name] = value end
+  C, call = native.C, native.call
+  return known[key]
 end })
 
 -- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none); whose rows a Gram has.
