@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +35,7 @@ struct cq_mpi {
     MPI_Comm work, beats;
     pthread_t thread;
     pthread_mutex_t lock;
+    atomic_bool wanted; ///< the watch waits for the lock; a mutex is not fair to who waits
     bool quit, failing; ///< under the lock, as all below
     beat mine;
     beat *sent, *got;      ///< [size]
@@ -167,7 +169,9 @@ static void *watch(void *context) {
     cq_mpi *m = context;
     double last = now();
     for (bool quit = false; !quit;) {
+        atomic_store(&m->wanted, true);
         pthread_mutex_lock(&m->lock);
+        atomic_store(&m->wanted, false);
         double gap = now() - last;
         if (gap > m->c->patience / 2) /* this process itself was stopped */
             for (int r = 0; r < m->c->size; r++)
@@ -300,6 +304,8 @@ static int post(cq_mpi *m, const cq_message *x, MPI_Request *request) {
 static int wait_for(cq_mpi *m, MPI_Request *request, int n) {
     for (int tries = 0;; tries++) {
         int done, status;
+        for (int k = 0; k < 1000 && atomic_load(&m->wanted); k++)
+            rest(2e-5);
         pthread_mutex_lock(&m->lock);
         MPI_Testall(n, request, &done, MPI_STATUSES_IGNORE);
         status = done ? CQ_OK : m->trouble;
