@@ -24,7 +24,7 @@ go() { # RANKS RECIPE OUT OPTIONS...
   local n=$1 recipe=$2 out=$3 start=""; shift 3
   [ "$n" = 1 ] || start="mpirun --oversubscribe -n $n"
   $start $build/ckaqad "recipes/$recipe.lua" --model="tests/golden/$family" --data="$work/train.jsonl" --holdout="$work/few.jsonl" --preset=tiny --seq=64 \
-    --batch=8 --micro=1 --rows=32 --calibrate=4 --no-tensorboard --threads=1 --patience=3 --steps="$steps" --out="$out" "$@" >"$work/log" 2>&1
+    --batch=8 --micro=1 --rows=32 --calibrate=4 --no-tensorboard --threads=1 --steps="$steps" --out="$out" "$@" >"$work/log" 2>&1
 }
 bits() { # RUN: every tensor of the last checkpoint whichever file it is in, metrics without times, evaluations, the export
   cat >"$work/bits.lua" <<'EOT'
@@ -81,7 +81,7 @@ family=nemotron_h_gsm8k; slowest=0
 for i in $(seq 1 "$trials"); do
   n=$((i % 2 ? 4 : 2)); hit=$((i / 2 % n)); signal=$([ $((i % 2)) = 1 ] && echo KILL || echo STOP)
   rm -rf "$work/fault"
-  go $n nemotron_nano "$work/fault" --save=1 --steps=4000 &
+  go $n nemotron_nano "$work/fault" --save=1 --steps=4000 --patience=3 &
   shell=$!
   until [ -e "$work/fault/checkpoints/latest.json" ]; do sleep 0.05; kill -0 $shell 2>/dev/null || fail "trial $i: the run ended before a checkpoint"; done
   sleep "0.$((i * 37 % 100 + 100))"
