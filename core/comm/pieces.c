@@ -1,6 +1,6 @@
 /// pieces.c - reduce-scatter and all-gather of many tensors, each owned by one rank.
 ///
-/// All owners work at once: in each round every rank's next part, of at most 1 MiB, moves. A sum is
+/// All owners work at once: in each round every rank's next parts, together 1 MiB, move. A sum is
 /// made on the host in rank order; what lies on a device is copied there and back.
 #include "core/base/error.h"
 #include "core/comm/comm_impl.h"
@@ -8,30 +8,32 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PART = 1 << 20 };
+enum { ROOM = 1 << 20 };
 
-/* Bytes [begin, begin + bytes) of a piece; `piece` is NULL when its owner has no more. */
+/* Bytes [begin, begin + bytes) of a piece, at `room` of what its owner moves in this round. */
 typedef struct part {
     const cq_piece *piece;
-    int64_t begin, bytes;
+    int64_t begin, bytes, room;
 } part;
 
 typedef struct traffic {
     cq_comm *c;
     const cq_piece *piece;
     int64_t n;
-    int64_t *at;  ///< [size] each owner's next piece
-    part *next;   ///< [size] each owner's part of this round
-    char *staged; ///< [size, PART] what leaves a device, by owner
-    char *got;    ///< [size, PART] what has arrived, by sender
-    char *sum;    ///< [PART]
-    cq_message *message;
+    int64_t *at, *begin; ///< [size] each owner's next piece, and where to go on in it
+    part *part;          ///< [n] of this round, owner by owner
+    int64_t n_parts;
+    char *staged;        ///< [size, ROOM] what leaves a device, by owner
+    char *got;           ///< [size, ROOM] what has arrived, by sender
+    char *sum;           ///< [ROOM]
+    cq_message *message; ///< [n, size]
     int64_t n_messages;
 } traffic;
 
 static void close_traffic(traffic *t) {
     free(t->at);
-    free(t->next);
+    free(t->begin);
+    free(t->part);
     free(t->message);
     free(t->staged);
     free(t->got);
@@ -39,44 +41,49 @@ static void close_traffic(traffic *t) {
 }
 
 static int open_traffic(traffic *t, cq_comm *c, const cq_piece *piece, int64_t n) {
-    size_t size = (size_t)c->size;
+    size_t size = (size_t)c->size, most = (size_t)n + 1;
     *t = (traffic){.c = c, .piece = piece, .n = n};
     t->at = calloc(size, sizeof *t->at);
-    t->next = calloc(size, sizeof *t->next);
-    t->message = calloc(2 * size, sizeof *t->message);
-    t->staged = malloc(size * PART);
-    t->got = malloc(size * PART);
-    t->sum = malloc(PART);
-    if (t->at && t->next && t->message && t->staged && t->got && t->sum)
+    t->begin = calloc(size, sizeof *t->begin);
+    t->part = calloc(most, sizeof *t->part);
+    t->message = calloc(most * size, sizeof *t->message);
+    t->staged = malloc(size * ROOM);
+    t->got = malloc(size * ROOM);
+    t->sum = malloc(ROOM);
+    if (t->at && t->begin && t->part && t->message && t->staged && t->got && t->sum)
         return CQ_OK;
     close_traffic(t);
     return cq_fail(CQ_ENOMEM, "ranks: no memory for parts of %d ranks", c->size);
 }
 
-static char *of(char *rooms, int rank) { return rooms + (size_t)rank * PART; }
+static char *of(char *rooms, int rank, const part *p) {
+    return rooms + (size_t)rank * ROOM + p->room;
+}
 
-/* Moves every owner on to its next part; false when none has one. */
-static bool next_round(traffic *t) {
-    bool any = false;
-    for (int o = 0; o < t->c->size; o++) {
-        part *p = &t->next[o];
-        int64_t end = p->begin + p->bytes;
-        if (p->piece && end == cq_tensor_bytes(p->piece->mine)) {
-            t->at[o]++;
-            end = 0;
+/* An owner's next parts, as many as fit its room. */
+static void take_parts(traffic *t, int owner) {
+    int64_t room = 0, *at = &t->at[owner], *begin = &t->begin[owner];
+    for (; *at < t->n && room < ROOM; room = (room + 7) / 8 * 8) {
+        const cq_piece *p = &t->piece[*at];
+        int64_t left = p->owner == owner ? cq_tensor_bytes(p->mine) - *begin : 0;
+        int64_t bytes = left < ROOM - room ? left : ROOM - room;
+        if (bytes)
+            t->part[t->n_parts++] = (part){p, *begin, bytes, room};
+        *begin += bytes;
+        room += bytes;
+        if (bytes == left) {
+            ++*at;
+            *begin = 0;
         }
-        while (t->at[o] < t->n &&
-               (t->piece[t->at[o]].owner != o || !cq_tensor_bytes(t->piece[t->at[o]].mine)))
-            t->at[o]++;
-        *p = (part){0};
-        if (t->at[o] == t->n)
-            continue;
-        int64_t left = cq_tensor_bytes(t->piece[t->at[o]].mine) - end;
-        *p = (part){&t->piece[t->at[o]], end, left < PART ? left : PART};
-        any = true;
     }
-    t->n_messages = 0;
-    return any;
+}
+
+/* Moves every owner on; false when none has anything left. */
+static bool next_round(traffic *t) {
+    t->n_parts = t->n_messages = 0;
+    for (int o = 0; o < t->c->size; o++)
+        take_parts(t, o);
+    return t->n_parts > 0;
 }
 
 static void post(traffic *t, int peer, bool send, void *data, int64_t bytes) {
@@ -106,59 +113,61 @@ static void add(void *sum, const void *x, int64_t bytes, cq_dtype dtype) {
         s32[i] += ((const float *)x)[i];
 }
 
-/* sum += what the ranks have of this rank's own part, in their order. */
+/* sum += what the ranks have of a part of this rank's, in their order. */
 static int sum_part(traffic *t, const part *p, int ranks) {
     char *sum = (char *)p->piece->sum.data + p->begin, *total = sum, *own;
     if (cq_on_device(sum)) {
         CQ_TRY(cq_copy(t->sum, sum, p->bytes));
         total = t->sum;
     }
-    CQ_TRY(on_host(&own, of(t->staged, t->c->rank), p));
+    CQ_TRY(on_host(&own, of(t->staged, t->c->rank, p), p));
     for (int r = 0; r < ranks; r++)
-        add(total, r == t->c->rank ? own : of(t->got, r), p->bytes, p->piece->mine.dtype);
+        add(total, r == t->c->rank ? own : of(t->got, r, p), p->bytes, p->piece->mine.dtype);
     return total == sum ? CQ_OK : cq_copy(sum, total, p->bytes);
 }
 
 static int scatter_round(traffic *t, int ranks) {
     int me = t->c->rank;
-    for (int o = 0; o < t->c->size; o++) {
-        const part *p = &t->next[o];
+    for (int64_t i = 0; i < t->n_parts; i++) {
+        const part *p = &t->part[i];
+        int owner = p->piece->owner;
         char *data;
-        if (!p->piece || o == me || me >= ranks)
+        for (int r = 0; r < ranks && owner == me; r++)
+            if (r != me)
+                post(t, r, false, of(t->got, r, p), p->bytes);
+        if (owner == me || me >= ranks)
             continue;
-        CQ_TRY(on_host(&data, of(t->staged, o), p));
-        post(t, o, true, data, p->bytes);
+        CQ_TRY(on_host(&data, of(t->staged, owner, p), p));
+        post(t, owner, true, data, p->bytes);
     }
-    const part *own = &t->next[me];
-    for (int r = 0; r < ranks && own->piece; r++)
-        if (r != me)
-            post(t, r, false, of(t->got, r), own->bytes);
     CQ_TRY(run(t, CQ_COMM_SCATTER));
-    return own->piece ? sum_part(t, own, ranks) : CQ_OK;
+    for (int64_t i = 0; i < t->n_parts; i++)
+        if (t->part[i].piece->owner == me)
+            CQ_TRY(sum_part(t, &t->part[i], ranks));
+    return CQ_OK;
 }
 
 static int spread_round(traffic *t) {
     int me = t->c->rank;
-    char *data;
-    for (int o = 0; o < t->c->size; o++) {
-        const part *p = &t->next[o];
-        if (!p->piece || o == me)
+    for (int64_t i = 0; i < t->n_parts; i++) {
+        const part *p = &t->part[i];
+        int owner = p->piece->owner;
+        char *data = (char *)p->piece->mine.data + p->begin;
+        if (owner != me) {
+            post(t, owner, false, cq_on_device(data) ? of(t->got, owner, p) : data, p->bytes);
             continue;
-        data = (char *)p->piece->mine.data + p->begin;
-        post(t, o, false, cq_on_device(data) ? of(t->got, o) : data, p->bytes);
-    }
-    if (t->next[me].piece) {
-        CQ_TRY(on_host(&data, of(t->staged, me), &t->next[me]));
+        }
+        CQ_TRY(on_host(&data, of(t->staged, me, p), p));
         for (int r = 0; r < t->c->size; r++)
             if (r != me)
-                post(t, r, true, data, t->next[me].bytes);
+                post(t, r, true, data, p->bytes);
     }
     CQ_TRY(run(t, CQ_COMM_GATHER));
-    for (int o = 0; o < t->c->size; o++) {
-        const part *p = &t->next[o];
-        data = p->piece ? (char *)p->piece->mine.data + p->begin : NULL;
-        if (data && o != me && cq_on_device(data))
-            CQ_TRY(cq_copy(data, of(t->got, o), p->bytes));
+    for (int64_t i = 0; i < t->n_parts; i++) {
+        const part *p = &t->part[i];
+        char *data = (char *)p->piece->mine.data + p->begin;
+        if (p->piece->owner != me && cq_on_device(data))
+            CQ_TRY(cq_copy(data, of(t->got, p->piece->owner, p), p->bytes));
     }
     return CQ_OK;
 }
