@@ -6,6 +6,8 @@
 #include "core/base/hash.h"
 #include "core/base/process.h"
 #include "core/base/rng.h"
+#include "core/comm/comm.h"
+#include "core/comm/launch.h"
 #include "core/model/config.h"
 #include "core/model/export.h"
 #include "core/model/generate.h"

@@ -665,5 +665,7 @@ CQ_API const cq_kernels *cq_kernels_checked(const cq_kernels *of);
 CQ_API const cq_kernels *cq_kernels_profiled(const cq_kernels *of);
 /// What `cpu` dispatches to on this machine: "avx512", "avx2" or "generic".
 CQ_API const char *cq_cpu_isa(void);
+/// Processors of the machine that are on, whether or not this process may run on all.
+CQ_API int cq_processors(void);
 /// Sets the OpenMP thread count (0: the machine's cores) and passive waiting; returns the count.
 CQ_API int cq_threads_set(int threads);

@@ -7,6 +7,8 @@
 /// nobody answered ends the process. A hangup comes from the shell and from the kernel both, so
 /// only the first counts; under nohup none does. SIGUSR1 asks for a checkpoint. CKAQAD_LUA=DIR
 /// takes modules from DIR/ckaqad/ instead.
+///
+/// Of many ranks only rank 0 has a standard output, and of the ranks that fail one prints its line.
 #include "core/ckaqad.h"
 #include "lua/edit.h"
 #include "lua/embedded.h"
@@ -22,6 +24,7 @@
 
 /* A signal handler reaches nothing but globals. */
 static volatile int stop_signal, defer_stop, stop_later, save_now;
+static bool many_ranks;
 static volatile sig_atomic_t unanswered, insist, hung_up;
 static volatile time_t last_signal;
 static lua_State *interpreter;
@@ -80,7 +83,8 @@ static void on_signal(int signal) {
         return;
     if (defer_stop && !stop_later) {
         stop_later = signal;
-        tell("ckaqad: stopping after this step; again stops at once\n");
+        if (!many_ranks) /* there mpirun says so */
+            tell("ckaqad: stopping after this step; again stops at once\n");
         return;
     }
     struct timespec now;
@@ -140,11 +144,13 @@ static int open_host(lua_State *L) {
         lua_pushstring(L, exe);
         lua_setfield(L, -2, "exe");
     }
+    lua_pushlightuserdata(L, lua_touserdata(L, lua_upvalueindex(1)));
+    lua_setfield(L, -2, "comm");
     edit_open(L, &stop_signal);
     return 1;
 }
 
-static void preload(lua_State *L) {
+static void preload(lua_State *L, cq_comm *comm) {
     lua_getglobal(L, "package");
     lua_getfield(L, -1, "preload");
     for (const cq_embedded *m = cq_embedded_modules; m->name; m++) {
@@ -152,7 +158,8 @@ static void preload(lua_State *L) {
         lua_pushcclosure(L, load_module, 1);
         lua_setfield(L, -2, m->name);
     }
-    lua_pushcfunction(L, open_host);
+    lua_pushlightuserdata(L, comm);
+    lua_pushcclosure(L, open_host, 1);
     lua_setfield(L, -2, "ckaqad.host");
     lua_pop(L, 2);
 }
@@ -199,13 +206,17 @@ static int number_field(lua_State *L, const char *name, int otherwise) {
     return value;
 }
 
-/* One line on stderr. */
+/* One line on stderr, in one piece: mpirun mixes what ranks write at the same time. */
 static void print_error(const char *message) {
+    char line[4096];
+    int n = snprintf(line, sizeof line - 1, "ckaqad: %s", message ? message : "error");
+    size_t end = n < (int)sizeof line - 2 ? (size_t)n : sizeof line - 2;
+    for (size_t i = 0; i < end; i++)
+        if (line[i] == '\n')
+            line[i] = ' ';
+    line[end] = '\n';
     fflush(stdout);
-    fputs("ckaqad: ", stderr);
-    for (const char *c = message ? message : "error"; *c; c++)
-        fputc(*c == '\n' ? ' ' : *c, stderr);
-    fputc('\n', stderr);
+    fwrite(line, 1, end + 1, stderr);
 }
 
 /* Lets the command tidy up after the error on top of the stack, which stays there. */
@@ -220,16 +231,19 @@ static void tidy(lua_State *L) {
     lua_pop(L, 2);
 }
 
+/* Prints an error and returns its exit code; where there are other ranks, ends them too. */
+static int fail(cq_comm *comm, int code, const char *message) {
+    print_error(cq_comm_failed(comm, code, message));
+    cq_comm_abort(comm, code);
+    return code;
+}
+
 /* The exit code of the error on top of the stack. */
-static int report(lua_State *L, int status) {
-    if (status == LUA_ERRMEM) {
-        print_error("not enough memory");
-        return cq_exit_code(CQ_ENOMEM);
-    }
-    if (!lua_istable(L, -1)) {
-        print_error(lua_tostring(L, -1));
-        return cq_exit_code(CQ_EUSAGE);
-    }
+static int report(lua_State *L, cq_comm *comm, int status) {
+    if (status == LUA_ERRMEM)
+        return fail(comm, cq_exit_code(CQ_ENOMEM), "not enough memory");
+    if (!lua_istable(L, -1))
+        return fail(comm, cq_exit_code(CQ_EUSAGE), lua_tostring(L, -1));
     lua_getfield(L, -1, "quiet");
     bool quiet = lua_toboolean(L, -1);
     lua_pop(L, 1);
@@ -238,12 +252,12 @@ static int report(lua_State *L, int status) {
         code = cq_exit_code(number_field(L, "status", CQ_EUSAGE));
     lua_getfield(L, -1, "message");
     if (!quiet)
-        print_error(lua_tostring(L, -1));
+        fail(comm, code, lua_tostring(L, -1));
     lua_pop(L, 1);
     return code;
 }
 
-static int run(lua_State *L, int argc, char **argv) {
+static int run(lua_State *L, cq_comm *comm, int argc, char **argv) {
     lua_pushcfunction(L, on_error);
     lua_getglobal(L, "require");
     lua_pushliteral(L, "ckaqad.command");
@@ -265,33 +279,64 @@ static int run(lua_State *L, int argc, char **argv) {
     insist = stop_signal = 0;
     lua_sethook(L, NULL, 0, 0);
     tidy(L);
-    return report(L, status);
+    return report(L, comm, status);
+}
+
+/* Signals get a stack of their own: oneDNN 2.6's AVX kernels keep values far below the stack
+ * pointer, where the system would put the signal's frame, and the heap was found corrupted. */
+static void use_signal_stack(void) {
+    enum { BYTES = 1 << 17 };
+    static char room[BYTES];
+    sigaltstack(&(stack_t){.ss_sp = room, .ss_size = BYTES}, NULL);
+}
+
+/* The ranks of this run; an error has been printed, by one of the processes. */
+static int open_ranks(cq_comm **comm, int argc, char **argv) {
+    enum { PATIENCE = 60 };
+    char command[1024] = "";
+    size_t at = 0;
+    for (int i = 0; i < argc && at < sizeof command; i++)
+        at += (size_t)snprintf(command + at, sizeof command - at, i ? " %s" : "%s", argv[i]);
+    cq_launch launch;
+    int status = cq_launch_find(&launch, command);
+    if (!status)
+        status = cq_comm_open(comm, &launch, PATIENCE);
+    if (status && launch.rank == 0)
+        print_error(cq_error());
+    if (status)
+        return status;
+    many_ranks = cq_comm_size(*comm) > 1;
+    if (cq_comm_rank(*comm) > 0 && !freopen("/dev/null", "w", stdout))
+        return cq_fail(CQ_EIO, "standard output: cannot be silenced");
+    return CQ_OK;
 }
 
 int main(int argc, char **argv) {
+    cq_comm *comm = NULL;
+    int status = open_ranks(&comm, argc, argv);
+    if (status)
+        return cq_exit_code(status);
     lua_State *L = luaL_newstate();
-    if (!L) {
-        print_error("not enough memory");
-        return cq_exit_code(CQ_ENOMEM);
-    }
+    if (!L)
+        return fail(comm, cq_exit_code(CQ_ENOMEM), "not enough memory");
     interpreter = L;
-    struct sigaction action = {.sa_handler = on_signal};
+    use_signal_stack();
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_ONSTACK};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     struct sigaction before;
     if (sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
         sigaction(SIGHUP, &action, NULL);
-    action = (struct sigaction){.sa_handler = on_save, .sa_flags = SA_RESTART};
+    action = (struct sigaction){.sa_handler = on_save, .sa_flags = SA_RESTART | SA_ONSTACK};
     sigaction(SIGUSR1, &action, NULL);
     luaL_openlibs(L);
-    preload(L);
-    int code = run(L, argc, argv);
+    preload(L, comm);
+    int code = run(L, comm, argc, argv);
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
     lua_close(L);
-    if (fflush(stdout) != 0 && code == 0) {
-        print_error("standard output: cannot be written");
-        return cq_exit_code(CQ_EIO);
-    }
+    if (fflush(stdout) != 0 && code == 0)
+        return fail(comm, cq_exit_code(CQ_EIO), "standard output: cannot be written");
+    cq_comm_close(comm);
     return code;
 }

@@ -2,7 +2,7 @@
 # Sourced by quickstart.sh and tests/run.sh: installs what is missing with apt, and says what it does.
 #   need PACKAGE...     returns 1, naming the command to type, when packages are missing and cannot be installed
 
-build_packages="gcc g++ cmake ninja-build pkg-config luajit libluajit-5.1-dev libdnnl-dev libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev libsqlite3-dev"
+build_packages="gcc g++ cmake ninja-build pkg-config luajit libluajit-5.1-dev libdnnl-dev libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev libsqlite3-dev libopenmpi-dev"
 
 need() {
   local missing="" p

@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . recipes/packages.sh
 # shellcheck disable=SC2086
-need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium || exit 1
+need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium openmpi-bin || exit 1
 
 want=" ${*:-gcc clang sanitize cuda lint lua golden recipes install long} "
 logs=build/logs; mkdir -p "$logs"
@@ -31,8 +31,8 @@ sanitized() {
   build build/asan -DCKAQAD_SANITIZE=address,undefined '-DCKAQAD_ISAS=generic;avx512' && ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=suppressions=tests/lint/lsan.supp each_test build/asan
 }
 
-race_detector() { # the kernels on the CPU under ThreadSanitizer; beside them the program without oneDNN and vectors
-  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON -DCKAQAD_ISAS=generic &&
+race_detector() { # the kernels on the CPU under ThreadSanitizer; beside them the program without oneDNN, MPI and vectors
+  cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON -DCKAQAD_ISAS=generic &&
     cmake --build build/races --target ckaqad test_emulator test_cuda_on_cpu_{dense,losses,cached,past,quant,sequence} &&
     ctest --test-dir build/races --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator' &&
     build/races/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
@@ -40,7 +40,7 @@ race_detector() { # the kernels on the CPU under ThreadSanitizer; beside them th
 with_nvcc() { # code for every target compiles and links (quickly, not well), and a machine without a GPU gets one line
   local nvcc; nvcc=$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc) || { echo "CUDA: not built, no nvcc"; return 77; }
   echo "with $nvcc"
-  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_ISAS=generic \
+  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_ISAS=generic \
     -DCMAKE_CUDA_FLAGS="-Xcicc -O1 -Xptxas -O1" && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
   [ -e build/cuda/CMakeFiles/ckaqad_cuda.dir ] || { echo "CUDA: not built, nvcc is too old"; return 77; }
   cmake --build build/cuda --target ckaqad ckaqad_bench && bash tests/gpu.sh --build=build/cuda --no-gpu
@@ -50,7 +50,7 @@ part gcc "build with gcc, warnings are errors" build build
 part gcc "unit tests" each_test build
 part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_COMPILER=clang -DCMAKE_BUILD_TYPE=Debug
 part sanitize "unit tests under address and undefined sanitizers" sanitized
-part cuda "race detector over the cuda kernels; no oneDNN" race_detector
+part cuda "race detector over the cuda kernels; no oneDNN, no MPI" race_detector
 part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
 for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
 part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua

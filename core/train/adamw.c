@@ -4,6 +4,7 @@
 #include "core/base/rng.h"
 #include "core/tensor/device.h"
 #include "core/train/optimizer.h"
+#include "core/train/shares.h"
 #include <math.h>
 #include <stdlib.h>
 
@@ -17,6 +18,8 @@ struct cq_adamw {
     cq_tensor (*moment)[2]; ///< [n] first and second, no data where not trained
     cq_tensor (*scale)[2];  ///< [n] of 8-bit moments
     cq_tensor sums;         ///< [n] results: squared gradient norms
+    cq_shares shares;
+    bool ordered;
 };
 
 int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
@@ -32,6 +35,8 @@ int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
         return cq_fail(CQ_EUSAGE,
                        "adamw: the model is %s, wanted F32 for narrow moments or weights",
                        cq_dtype_name(cq_model_dtype(m)));
+    if (o->ordered && !o->comm)
+        return cq_fail(CQ_EUSAGE, "adamw: no communicator, wanted one for ordered sums");
     cq_adamw *a = calloc(1, sizeof *a);
     if (a) {
         a->n = cq_model_n_params(m);
@@ -42,8 +47,14 @@ int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
         cq_adamw_close(a);
         return cq_fail(CQ_ENOMEM, "adamw: no memory");
     }
+    int status = cq_shares_open(&a->shares, m, o->comm);
+    if (status) {
+        cq_adamw_close(a);
+        return status;
+    }
     a->model = m;
     a->o = *o;
+    a->ordered = o->ordered || cq_comm_size(o->comm) > 1;
     cq_model_set_master(m, o->master);
     *out = a;
     return CQ_OK;
@@ -53,6 +64,7 @@ void cq_adamw_close(cq_adamw *a) {
     if (a) {
         free(a->moment);
         free(a->scale);
+        cq_shares_close(&a->shares);
     }
     free(a);
 }
@@ -77,9 +89,11 @@ static int plan_moment(cq_adamw *a, cq_plan *p, int64_t i, int k) {
 
 int cq_adamw_plan(cq_adamw *a, cq_plan *p) {
     CQ_TRY(cq_plan_add(p, &a->sums, CQ_FOR_RESULTS, "gradient norms", CQ_F64, CQ_SHAPE1(a->n)));
+    if (a->ordered)
+        CQ_TRY(cq_shares_plan(&a->shares, p));
     for (int64_t i = 0; i < a->n; i++) {
-        bool trained = cq_model_param(a->model, i)->trainable;
-        for (int k = 0; k < 2 && trained; k++)
+        bool here = cq_model_param(a->model, i)->trainable && cq_shares_own(&a->shares, i);
+        for (int k = 0; k < 2 && here; k++)
             CQ_TRY(plan_moment(a, p, i, k));
     }
     return CQ_OK;
@@ -93,16 +107,33 @@ const cq_tensor *cq_adamw_scale(const cq_adamw *a, int64_t param, int which) {
     return &a->scale[param][which];
 }
 
+bool cq_adamw_owns(const cq_adamw *a, int64_t param) { return cq_shares_own(&a->shares, param); }
+cq_comm *cq_adamw_comm(const cq_adamw *a) { return a->shares.comm; }
+int cq_adamw_masters(cq_adamw *a) { return cq_shares_masters(&a->shares); }
+void cq_adamw_fresh(cq_adamw *a) { a->shares.stale = false; }
+
+int cq_adamw_add(cq_adamw *a, cq_stream *s, int ranks) {
+    return a->ordered ? cq_shares_add(&a->shares, s, ranks) : CQ_OK;
+}
+
+/* The step's gradient where it is updated; no data elsewhere. */
+static cq_tensor gradient_of(const cq_adamw *a, int64_t i) {
+    return a->ordered ? a->shares.sum[i] : cq_model_param(a->model, i)->grad;
+}
+
 static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
     double total = 0, *sum = a->sums.data;
     for (int64_t i = 0; i < a->n; i++) {
-        const cq_param *p = cq_model_param(a->model, i);
+        cq_tensor g = gradient_of(a, i);
         sum[i] = 0;
-        if (p->grad.data)
-            CQ_TRY(CQ_RUN(s, sumsq, .dtype = p->grad.dtype, .n = cq_tensor_elems(p->grad),
-                          .x = p->grad.data, .out = &sum[i]));
+        if (g.data)
+            CQ_TRY(CQ_RUN(s, sumsq, .dtype = g.dtype, .n = cq_tensor_elems(g), .x = g.data,
+                          .out = &sum[i]));
     }
     CQ_TRY(cq_stream_wait(s));
+    cq_comm_about(a->shares.comm, "gradient norms");
+    if (cq_comm_size(a->shares.comm) > 1) /* one owner each, all else adds zeros */
+        CQ_TRY(cq_comm_sum(a->shares.comm, sum, a->n));
     for (int64_t i = 0; i < a->n; i++) {
         const cq_param *p = cq_model_param(a->model, i);
         if (!isfinite(sum[i]))
@@ -123,7 +154,7 @@ static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step,
                        .w = p->value.data,
                        .m = a->moment[i][0].data,
                        .v = a->moment[i][1].data,
-                       .g = p->grad.data,
+                       .g = gradient_of(a, i).data,
                        .lr = lr * p->lr_scale,
                        .beta1 = a->o.beta1,
                        .beta2 = a->o.beta2,
@@ -155,7 +186,11 @@ int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *no
     CQ_TRY(gradient_norm(a, s, norm));
     double scale = a->o.clip > 0 && *norm > a->o.clip ? a->o.clip / *norm : 1;
     for (int64_t i = 0; i < a->n; i++)
-        if (a->moment[i][0].data && cq_model_param(a->model, i)->grad.data)
+        if (a->moment[i][0].data && gradient_of(a, i).data)
             CQ_TRY(update(a, s, i, lr, step, scale));
+    CQ_TRY(cq_stream_wait(s));
+    CQ_TRY(cq_shares_spread(&a->shares));
+    if (a->ordered)
+        CQ_TRY(cq_shares_zero(&a->shares));
     return cq_model_round_weights(a->model, s, true);
 }

@@ -5,9 +5,13 @@
 /// v_scale.NAME; all in the form they have in memory. Where quantized amax.NAME, amax_x.NAME and
 /// block_amax.NAME, so that a resumed run quantizes as the stopped one did. `state.json` is the
 /// driver's. The folder is written beside its place and renamed.
+///
+/// R ranks write `state-0000k-of-0000R.safetensors`, each what it owns; any number of ranks reads
+/// them: all of them take every weight, and the moments of what they own.
 #include "core/train/checkpoint.h"
 #include "core/base/error.h"
 #include "core/base/file.h"
+#include "core/base/process.h"
 #include "core/tensor/device.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,12 +46,6 @@ static int visit_param(cq_param *p, cq_adamw *adam, int64_t i, visit_fn visit, v
     return p->block_amax.data ? visit(context, name, p->block_amax) : CQ_OK;
 }
 
-static int visit_all(cq_model *m, cq_adamw *adam, visit_fn visit, void *context) {
-    for (int64_t i = 0; i < cq_model_n_params(m); i++)
-        CQ_TRY(visit_param(cq_model_param(m, i), adam, i, visit, context));
-    return CQ_OK;
-}
-
 /* The writer reads when it writes, so copies of what lies on a device live until then. */
 typedef struct copies {
     cq_st_writer *writer;
@@ -71,25 +69,68 @@ static int add_tensor(void *context, const char *name, cq_tensor t) {
     return cq_st_writer_add(c->writer, name, t);
 }
 
-static int write_files(const char *dir, cq_st_writer *w, const char *json) {
+/* What this rank owns; the first owns what nobody trains. */
+static int add_all(cq_model *m, cq_adamw *adam, copies *c) {
+    for (int64_t i = 0; i < cq_model_n_params(m); i++)
+        if (!adam || cq_adamw_owns(adam, i))
+            CQ_TRY(visit_param(cq_model_param(m, i), adam, i, add_tensor, c));
+    return CQ_OK;
+}
+
+static int file_name(char *out, size_t size, const char *dir, int rank, int ranks) {
+    char name[64] = "state.safetensors";
+    if (ranks > 1)
+        snprintf(name, sizeof name, "state-%05d-of-%05d.safetensors", rank + 1, ranks);
+    return cq_path_join(out, size, dir, name);
+}
+
+static int write_shard(const char *dir, cq_st_writer *w, int rank, int ranks) {
     char path[4096];
-    CQ_TRY(cq_folder_make(dir));
-    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.safetensors"));
-    CQ_TRY(cq_st_writer_file(w, path));
-    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.json"));
-    return cq_file_write(path, json, (int64_t)strlen(json));
+    CQ_TRY(file_name(path, sizeof path, dir, rank, ranks));
+    return cq_st_writer_file(w, path);
+}
+
+static int finish(const char *dir, const char *part, const char *json) {
+    char path[4096];
+    CQ_TRY(cq_path_join(path, sizeof path, part, "state.json"));
+    CQ_TRY(cq_file_write(path, json, (int64_t)strlen(json)));
+    return cq_folder_replace(dir, part);
+}
+
+/* The steps that ranks take together; what one of them cannot do ends all. */
+static int write_together(const char *dir, const char *part, cq_st_writer *w, cq_comm *comm,
+                          const char *json) {
+    int rank = cq_comm_rank(comm), ranks = cq_comm_size(comm);
+    cq_comm_about(comm, "checkpoint");
+    if (rank == 0)
+        CQ_TRY(cq_folder_make(part));
+    if (ranks > 1)
+        CQ_TRY(cq_comm_barrier(comm));
+    CQ_TRY(write_shard(part, w, rank, ranks));
+    if (ranks > 1)
+        CQ_TRY(cq_comm_barrier(comm));
+    if (rank == 0)
+        CQ_TRY(finish(dir, part, json));
+    return ranks > 1 ? cq_comm_barrier(comm) : CQ_OK;
+}
+
+/* The number of the process that names the unfinished folder. */
+static int writer_id(int64_t *pid, cq_comm *comm) {
+    *pid = getpid();
+    return cq_comm_size(comm) > 1 ? cq_comm_broadcast(comm, pid, sizeof *pid, 0) : CQ_OK;
 }
 
 int cq_checkpoint_save(const char *dir, cq_model *student, cq_adamw *adam, const char *json) {
     char part[4200];
     copies c = {0};
-    snprintf(part, sizeof part, "%s.part.%ld", dir, (long)getpid());
+    int64_t pid;
+    cq_comm *comm = adam ? cq_adamw_comm(adam) : NULL;
+    CQ_TRY(writer_id(&pid, comm));
+    snprintf(part, sizeof part, "%s.part.%ld", dir, (long)pid);
     CQ_TRY(cq_st_writer_open(&c.writer));
-    int status = visit_all(student, adam, add_tensor, &c);
+    int status = add_all(student, adam, &c);
     if (!status)
-        status = write_files(part, c.writer, json);
-    if (!status)
-        status = cq_folder_replace(dir, part);
+        status = write_together(dir, part, c.writer, comm, json);
     cq_st_writer_close(c.writer);
     for (int64_t i = 0; i < c.n; i++)
         free(c.owned[i]);
@@ -97,14 +138,17 @@ int cq_checkpoint_save(const char *dir, cq_model *student, cq_adamw *adam, const
     if (status) {
         char message[1024];
         snprintf(message, sizeof message, "%s", cq_error());
-        cq_folder_remove(part);
+        if (cq_comm_rank(comm) == 0)
+            cq_folder_remove(part);
         return cq_fail(status, "%s", message);
     }
     return CQ_OK;
 }
 
+/* The files of a checkpoint: one, or one of each rank that wrote it. */
 typedef struct reader {
-    const cq_safetensors *st;
+    cq_safetensors **st;
+    int n;
     const char *dir;
     int64_t used;
 } reader;
@@ -116,9 +160,16 @@ static bool is_part(const char *name) {
     return !strncmp(name, "low.", 4) || !strncmp(name + 1, "_scale.", 7);
 }
 
+static const cq_entry *find(const reader *r, const char *name) {
+    const cq_entry *e = NULL;
+    for (int k = 0; k < r->n && !e; k++)
+        e = cq_safetensors_find(r->st[k], name);
+    return e;
+}
+
 static int read_tensor(void *context, const char *name, cq_tensor t) {
     reader *r = context;
-    const cq_entry *e = cq_safetensors_find(r->st, name);
+    const cq_entry *e = find(r, name);
     char found[96], wanted[96];
     if (!e)
         return cq_fail(CQ_EDATA, "%s: %s is missing, the run wants it%s", r->dir, name,
@@ -133,21 +184,73 @@ static int read_tensor(void *context, const char *name, cq_tensor t) {
     return cq_copy(t.data, e->tensor.data, cq_tensor_bytes(t));
 }
 
+/* Moments of a parameter that another rank owns: counted, not read. */
+static void pass_over(reader *r, const cq_param *p) {
+    static const char *const kinds[] = {"m", "v", "m_scale", "v_scale"};
+    char name[160];
+    for (int k = 0; k < 4; k++) {
+        snprintf(name, sizeof name, "%s.%s", kinds[k], p->name);
+        r->used += find(r, name) != NULL;
+    }
+}
+
+static int read_all(reader *r, cq_model *m, cq_adamw *adam) {
+    int64_t held = 0;
+    for (int64_t i = 0; i < cq_model_n_params(m); i++) {
+        cq_param *p = cq_model_param(m, i);
+        CQ_TRY(visit_param(p, adam, i, read_tensor, r));
+        if (adam && p->trainable && !cq_adamw_owns(adam, i))
+            pass_over(r, p);
+    }
+    for (int k = 0; k < r->n; k++)
+        held += cq_safetensors_count(r->st[k]);
+    return r->used == held ? CQ_OK
+                           : cq_fail(CQ_EDATA, "%s: holds %ld tensors, the run wants %ld", r->dir,
+                                     (long)held, (long)r->used);
+}
+
+/* How many ranks wrote a checkpoint. */
+static int count_shards(int *n, const char *dir) {
+    char *names;
+    *n = 1;
+    CQ_TRY(cq_folder_list(&names, dir));
+    for (const char *at = names; (at = strstr(at, "state-")) != NULL; at++)
+        if (sscanf(at, "state-%*5d-of-%5d.safetensors", n) == 1)
+            break;
+    free(names);
+    return *n >= 1 ? CQ_OK
+                   : cq_fail(CQ_EDATA, "%s: the files of %d ranks, wanted 1 or more", dir, *n);
+}
+
+static int open_shards(reader *r, const char *dir) {
+    char path[4096];
+    int n;
+    CQ_TRY(count_shards(&n, dir));
+    r->st = calloc((size_t)n, sizeof(cq_safetensors *));
+    if (!r->st)
+        return cq_fail(CQ_ENOMEM, "%s: no memory for %d files", dir, n);
+    for (; r->n < n; r->n++) {
+        CQ_TRY(file_name(path, sizeof path, dir, r->n, n));
+        CQ_TRY(cq_safetensors_open(&r->st[r->n], path));
+    }
+    return CQ_OK;
+}
+
 int cq_checkpoint_load(const char *dir, cq_model *student, cq_adamw *adam, cq_stream *s,
                        char **json) {
     char path[4096];
-    cq_safetensors *st = NULL;
     int64_t bytes;
+    reader r = {.dir = dir};
     *json = NULL;
-    CQ_TRY(cq_path_join(path, sizeof path, dir, "state.safetensors"));
-    CQ_TRY(cq_safetensors_open(&st, path));
-    reader r = {st, dir, 0};
-    int status = visit_all(student, adam, read_tensor, &r);
-    if (!status && r.used != cq_safetensors_count(st))
-        status = cq_fail(CQ_EDATA, "%s: holds %ld tensors, the run wants %ld", dir,
-                         (long)cq_safetensors_count(st), (long)r.used);
-    cq_safetensors_close(st);
+    int status = open_shards(&r, dir);
+    if (!status)
+        status = read_all(&r, student, adam);
+    for (int k = 0; k < r.n; k++)
+        cq_safetensors_close(r.st[k]);
+    free(r.st);
     CQ_TRY(status);
+    if (adam)
+        cq_adamw_fresh(adam);
     CQ_TRY(cq_model_requantize(student, s));
     CQ_TRY(cq_path_join(path, sizeof path, dir, "state.json"));
     return cq_file_read(json, &bytes, path);

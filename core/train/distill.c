@@ -26,8 +26,12 @@ struct cq_distill {
     cq_tensor sums, counts, stats; ///< results: loss [1], right answers [1], [n_blocks, 4]
     double *loss;
     int64_t n_rows, given, valid, valid_total, step;
-    int64_t n_weights; ///< given for the next forward
-    cq_cached file;    ///< of the micro-batch at hand, when a cache stands in for the teacher
+    int64_t n_gram, first; ///< rows in a Gram, and where this rank's begin among them
+    int64_t *of_rank;      ///< [ranks] rows of each, where a Gram is over all; else NULL
+    cq_piece *piece;       ///< [ranks] those rows
+    double *weight;        ///< [n_blocks] of the layer losses, summed over ranks
+    int64_t n_weights;     ///< given for the next forward
+    cq_cached file;        ///< of the micro-batch at hand, when a cache stands in for the teacher
     char *from;
     cq_cached_room room;
 };
@@ -42,6 +46,17 @@ static cq_rowloss_form row_form(const cq_distill *d) {
 
 static cq_gram_loss gram_loss(const cq_distill *d) {
     return d->o.layer_loss == CQ_LAYER_GRAM ? CQ_GRAM_FROBENIUS : CQ_GRAM_CKA;
+}
+
+/* What a Gram over ranks can be made of. */
+static int check_ranks(const cq_distill_options *o) {
+    bool gram = o->layer_loss != CQ_LAYER_COSINE && o->layer_loss != CQ_LAYER_MSE;
+    return gram && !o->cached_k
+               ? CQ_OK
+               : cq_fail(CQ_EUSAGE,
+                         "distill: a Gram over ranks of %s, wanted layer cka or gram and "
+                         "a teacher that runs along",
+                         gram ? "cached ones" : "a row loss");
 }
 
 /* What a cache can stand in for. */
@@ -64,6 +79,8 @@ static int check_cached(const cq_distill_options *o, const cq_config *s) {
 static int check_pair(const cq_model *teacher, const cq_model *student,
                       const cq_distill_options *o) {
     const cq_config *s = cq_model_config(student), *t = teacher ? cq_model_config(teacher) : NULL;
+    if (cq_comm_size(o->comm) > 1)
+        CQ_TRY(check_ranks(o));
     if (o->cached_k)
         return check_cached(o, s);
     if (!t)
@@ -105,7 +122,14 @@ int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
     d->of_teacher = calloc(n, sizeof *d->of_teacher);
     d->of_student = calloc(n, sizeof *d->of_student);
     d->loss = calloc(n, sizeof *d->loss);
-    if (!d->taps || !d->of_teacher || !d->of_student || !d->loss) {
+    d->weight = calloc(n, sizeof *d->weight);
+    bool many = cq_comm_size(o->comm) > 1 && o->layer_loss != CQ_LAYER_NONE;
+    if (many)
+        d->of_rank = calloc((size_t)cq_comm_size(o->comm), sizeof *d->of_rank);
+    if (many)
+        d->piece = calloc((size_t)cq_comm_size(o->comm), sizeof *d->piece);
+    if (!d->taps || !d->of_teacher || !d->of_student || !d->loss || !d->weight ||
+        (many && (!d->of_rank || !d->piece))) {
         cq_distill_close(d);
         return cq_fail(CQ_ENOMEM, "distill: no memory");
     }
@@ -124,6 +148,9 @@ void cq_distill_close(cq_distill *d) {
     free(d->of_student);
     free(d->sampled);
     free(d->loss);
+    free(d->weight);
+    free(d->of_rank);
+    free(d->piece);
     free(d->from);
     cq_cached_room_close(&d->room);
     cq_cached_close(&d->file);
@@ -131,15 +158,17 @@ void cq_distill_close(cq_distill *d) {
 }
 
 static int plan_taps(cq_distill *d, cq_plan *p, int64_t tokens) {
-    int64_t n = d->o.rows < tokens ? d->o.rows : tokens, cols = is_row_loss(d) ? d->dim : n;
+    int64_t own = d->o.rows < tokens ? d->o.rows : tokens;
+    int64_t n = own * (d->of_rank ? cq_comm_size(d->o.comm) : 1);
+    int64_t cols = is_row_loss(d) ? d->dim : n;
     int64_t wide = d->teacher_dim > d->dim ? d->teacher_dim : d->dim;
-    d->o.rows = n;
+    d->o.rows = own;
     free(d->sampled);
     if (!(d->sampled = calloc((size_t)tokens, 2 * sizeof *d->sampled)))
         return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
     CQ_TRY(cq_plan_add(p, &d->stats, CQ_FOR_RESULTS, "inner products", CQ_F64,
                        CQ_SHAPE2(d->n_blocks, 4)));
-    CQ_TRY(cq_plan_add(p, &d->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(n)));
+    CQ_TRY(cq_plan_add(p, &d->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(own)));
     CQ_TRY(cq_plan_add(p, &d->xs, CQ_FOR_CKA, "rows", d->dtype, CQ_SHAPE2(n, wide)));
     CQ_TRY(cq_plan_add(p, &d->centred, CQ_FOR_CKA, "centred rows", d->dtype, CQ_SHAPE2(n, wide)));
     CQ_TRY(cq_plan_add(p, &d->dxs, CQ_FOR_CKA, "rows' gradient", d->dtype, CQ_SHAPE2(n, d->dim)));
@@ -179,15 +208,51 @@ int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     return d->o.layer_loss == CQ_LAYER_NONE ? CQ_OK : plan_taps(d, p, tokens);
 }
 
+/* How many rows the Gram has, and where this rank's are. */
+static int place_rows(cq_distill *d) {
+    d->n_gram = d->n_rows;
+    d->first = 0;
+    if (!d->of_rank)
+        return CQ_OK;
+    int64_t size = cq_comm_size(d->o.comm), *mine = &d->of_rank[cq_comm_rank(d->o.comm)];
+    memset(d->of_rank, 0, (size_t)size * sizeof *d->of_rank);
+    *mine = d->n_rows;
+    cq_comm_about(d->o.comm, "sampled rows");
+    CQ_TRY(cq_comm_sum_int(d->o.comm, d->of_rank, size));
+    d->n_gram = 0;
+    for (int64_t r = 0; r < size; r++) {
+        if (&d->of_rank[r] == mine)
+            d->first = d->n_gram;
+        d->n_gram += d->of_rank[r];
+    }
+    return CQ_OK;
+}
+
 static int sample_rows(cq_distill *d, const cq_batch *b, int64_t step, int64_t micro) {
     int32_t *row = d->sampled;
     if (d->given) {
         d->n_rows = d->given;
         d->given = 0;
-        return CQ_OK;
+        return place_rows(d);
     }
     d->n_rows = cq_tap_sample(row, b, d->o.rows, d->o.seed, step, micro);
-    return cq_copy(d->rows.data, row, d->n_rows * (int64_t)sizeof *row);
+    CQ_TRY(cq_copy(d->rows.data, row, d->n_rows * (int64_t)sizeof *row));
+    return place_rows(d);
+}
+
+/* xs = the sampled rows of h [tokens, dim]: this rank's, or those of all ranks in their order. */
+static int collect_rows(cq_distill *d, cq_stream *s, const void *h, int64_t dim) {
+    int64_t row = dim * cq_dtype_bytes(d->dtype), at = 0;
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = d->n_rows, .dim = dim, .x = h,
+                  .index = d->rows.data, .y = (char *)d->xs.data + d->first * row));
+    if (!d->of_rank)
+        return CQ_OK;
+    for (int r = 0; r < cq_comm_size(d->o.comm); at += d->of_rank[r++])
+        d->piece[r] = (cq_piece){
+            .owner = r,
+            .mine = {(char *)d->xs.data + at * row, CQ_SHAPE2(d->of_rank[r], dim), d->dtype}};
+    cq_comm_about(d->o.comm, "sampled rows");
+    return cq_comm_spread(d->o.comm, d->piece, cq_comm_size(d->o.comm));
 }
 
 int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n) {
@@ -212,12 +277,13 @@ static double *stats_of(const cq_distill *d, int64_t l) { return (double *)d->st
 
 static int tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
     const cq_tensor *h = cq_model_hidden(teacher ? d->teacher : d->student, l);
-    int64_t dim = teacher ? d->teacher_dim : d->dim, n = d->n_rows;
+    int64_t dim = teacher ? d->teacher_dim : d->dim, n = d->n_gram;
     if (!is_row_loss(d)) {
         void *gram = teacher ? d->of_teacher[l].data : d->of_student[l].data;
-        CQ_TRY(cq_tap_gram(s, d->dtype, h->data, dim, d->rows.data, n,
-                           d->o.layer_loss == CQ_LAYER_CKA_UNBIASED, d->xs.data, d->centred.data,
-                           gram));
+        CQ_TRY(collect_rows(d, s, h->data, dim));
+        CQ_TRY(CQ_RUN(s, gram, .dtype = d->dtype, .n = n, .dim = dim, .x = d->xs.data,
+                      .unbiased = d->o.layer_loss == CQ_LAYER_CKA_UNBIASED,
+                      .scratch = d->centred.data, .gram = gram));
         return teacher ? CQ_OK
                        : CQ_RUN(s, cka, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .k = gram,
                                 .l = d->of_teacher[l].data, .out = stats_of(d, l));
@@ -242,7 +308,7 @@ static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher)
     CQ_TRY(cq_model_embed_forward(m, s, b));
     for (int64_t l = 0; l < d->n_blocks; l++) {
         CQ_TRY(cq_model_block_forward(m, s, b, l));
-        if (d->taps[l] && d->n_rows >= 4)
+        if (d->taps[l] && d->n_gram >= 4)
             CQ_TRY(tap(d, s, l, teacher));
     }
     return cq_model_norm_forward(m, s, b);
@@ -329,7 +395,7 @@ static int check_losses(cq_distill *d, const cq_batch *b, int64_t step, double l
         return not_finite(d, b, step, d->o.logit_loss == CQ_LOGIT_KL ? "KL" : "cross-entropy",
                           logit_loss);
     for (int64_t l = 0; l < d->n_blocks; l++)
-        if (d->taps[l] && d->n_rows >= 4 && !isfinite(d->loss[l]))
+        if (d->taps[l] && d->n_gram >= 4 && !isfinite(d->loss[l]))
             return not_finite(d, b, step, "a layer loss", d->loss[l]);
     return CQ_OK;
 }
@@ -382,7 +448,7 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
     d->step = step;
     d->valid = b->valid;
     d->valid_total = valid_total;
-    d->n_rows = 0;
+    d->n_rows = d->n_gram = 0;
     if (d->o.layer_loss != CQ_LAYER_NONE)
         CQ_TRY(sample_rows(d, b, step, micro));
     double *sum = d->sums.data;
@@ -400,21 +466,19 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
         CQ_TRY(head_chunk(d, s, b, at));
     CQ_TRY(cq_stream_wait(s));
     for (int64_t l = 0; l < d->n_blocks; l++)
-        d->loss[l] = d->taps[l] && d->n_rows >= 4 ? stats_of(d, l)[3] : NAN;
+        d->loss[l] = d->taps[l] && d->n_gram >= 4 ? stats_of(d, l)[3] : NAN;
     *out = (cq_distill_result){.logit_loss = *sum / (double)b->valid,
                                .accuracy = (double)*right / (double)b->valid,
                                .valid = b->valid,
-                               .rows = d->n_rows,
+                               .rows = d->n_gram,
                                .layer_loss = d->loss};
     return check_losses(d, b, step, out->logit_loss);
 }
 
 /* dxs = weight * d(layer loss l) / d(sampled rows). */
 static int layer_gradient(cq_distill *d, cq_stream *s, int64_t l, double weight) {
-    int64_t n = d->n_rows;
-    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = n, .dim = d->dim,
-                  .x = cq_model_hidden(d->student, l)->data, .index = d->rows.data,
-                  .y = d->xs.data));
+    int64_t n = d->n_gram;
+    CQ_TRY(collect_rows(d, s, cq_model_hidden(d->student, l)->data, d->dim));
     if (is_row_loss(d))
         return CQ_RUN(s, rowloss_backward, .dtype = d->dtype, .form = row_form(d), .n = n,
                       .dim = d->dim, .x = d->xs.data, .y = d->of_teacher[l].data, .weight = weight,
@@ -438,20 +502,31 @@ static int scale_head(cq_distill *d, cq_stream *s, double w) {
                            .y = grad->data);
 }
 
+/* d->weight = the layer losses' weights, with this micro-batch's share; over ranks their sum. */
+static int sum_weights(cq_distill *d, const double *w_layer) {
+    double share = (double)d->valid / (double)d->valid_total;
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        d->weight[l] = w_layer && d->taps[l] && d->n_gram >= 4 ? w_layer[l] * share : 0;
+    if (!d->of_rank)
+        return CQ_OK;
+    cq_comm_about(d->o.comm, "weights of the layer losses");
+    return cq_comm_sum(d->o.comm, d->weight, d->n_blocks);
+}
+
 int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
                         const double *w_layer) {
-    double share = (double)d->valid / (double)d->valid_total;
+    CQ_TRY(sum_weights(d, w_layer));
     CQ_TRY(scale_head(d, s, w_kl));
     if (w_kl != 1)
         CQ_TRY(CQ_RUN(s, axpy, .dtype = d->dtype, .n = b->tokens * d->dim, .alpha = w_kl,
                       .x = d->dxf.data, .y = d->dxf.data));
     CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
     for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
-        if (w_layer && w_layer[l] != 0 && d->taps[l] && d->n_rows >= 4) {
-            CQ_TRY(layer_gradient(d, s, l, w_layer[l] * share));
+        if (d->weight[l] != 0) {
+            CQ_TRY(layer_gradient(d, s, l, d->weight[l]));
             CQ_TRY(CQ_RUN(s, scatter_rows, .dtype = d->dtype, .rows = d->n_rows, .dim = d->dim,
-                          .y = d->dxs.data, .index = d->rows.data,
-                          .x = cq_model_dhidden(d->student)->data));
+                          .y = (char *)d->dxs.data + d->first * d->dim * cq_dtype_bytes(d->dtype),
+                          .index = d->rows.data, .x = cq_model_dhidden(d->student)->data));
         }
         CQ_TRY(in_step(d, cq_model_block_backward(d->student, s, b, l), "student"));
     }
@@ -469,6 +544,9 @@ static int norm_of(cq_distill *d, cq_stream *s, const void *x, int64_t n, double
 
 static int measure(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl, double *layer) {
     double share = (double)d->valid / (double)d->valid_total;
+    if (d->of_rank)
+        return cq_fail(CQ_EUSAGE, "distill: gradient norms with a Gram over ranks, wanted one of "
+                                  "each micro-batch");
     CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
     for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
         kl[l] = layer[l] = 0;

@@ -6,6 +6,7 @@
 /// The teacher leaves only its final hidden state and one Gram per tapped block. Logits exist for
 /// `chunk` tokens at a time.
 #pragma once
+#include "core/comm/comm.h"
 #include "core/model/model.h"
 
 typedef enum cq_layer_loss {
@@ -38,6 +39,8 @@ typedef struct cq_distill_options {
     bool many; ///< more than one micro-batch per step: the head's gradient gets a buffer of its own
     int64_t cached_k; ///< above 0: the teacher is NULL, its part comes from files with this many
                       ///< entries a token (cache.h); cq_distill_from before each forward
+    cq_comm *comm;    ///< one Gram over the sampled rows of all its ranks, each of which has a
+                      ///< micro-batch at the same time; NULL: over this micro-batch's
 } cq_distill_options;
 
 typedef struct cq_distill cq_distill;
@@ -71,7 +74,8 @@ CQ_API int cq_distill_from(cq_distill *d, const char *path);
 /// Takes these rows for the next forward instead of sampling (golden files).
 CQ_API int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n);
 /// Adds the gradient of (valid / valid_total) (w_kl KL + sum_l w_layer[l] loss_l) to the student's
-/// parameters. w_layer [n_blocks], may be NULL.
+/// parameters. w_layer [n_blocks], may be NULL. With a Gram over ranks, which all call it, the
+/// ranks' weights of a block add up, each with its share of the valid tokens.
 CQ_API int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
                                const double *w_layer);
 /// For gradnorm: |dKL/dh| and |dlayer loss/dh| at tapped block outputs over the whole micro-batch,

@@ -50,6 +50,8 @@ static void make_waiting_short(void) {
     pthread_attr_destroy(&attr);
 }
 
+int cq_processors(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+
 int cq_threads_set(int threads) {
     /* a property of the process, like libgomp's own state */
     static pthread_once_t once = PTHREAD_ONCE_INIT;

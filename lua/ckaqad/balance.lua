@@ -4,6 +4,7 @@
 -- { kl = number, cka = number or { [block] = number } }. A number w means w * mean over the tapped blocks of (1 - cka);
 -- a table weighs each block's 1 - cka itself. The weights are constants: no gradient flows through them.
 local errors = require "ckaqad.errors"
+local ranks = require "ckaqad.ranks"
 local balance = {}
 
 --- The mean of 1 - cka over the tapped blocks of a pass; 0 when nothing is tapped.
@@ -39,8 +40,18 @@ function balance.fixed(options)
   return function() return { kl = o.kl, cka = o.cka } end
 end
 
+-- |dKL/dh| / |dCKA/dh| over the tapped blocks of a pass, at most `max`; for a weight of their mean.
+local function pull(pass, max)
+  local kl, cka, n = 0, 0, 0
+  local norms = pass:norms()
+  for block in pairs(pass.cka) do
+    kl, cka, n = kl + norms.kl[block] ^ 2, cka + norms.cka[block] ^ 2, n + 1
+  end
+  return cka > 0 and math.min(n * math.sqrt(kl / cka), max) or 0
+end
+
 --- Both terms pull equally hard on the hidden states: |dKL/dh| / |dCKA/dh| over all tapped block outputs, measured
---- every `every` steps by an extra backward pass.
+--- every `every` steps by an extra backward pass, on the step's first micro-batch: rank 0's weight is that of all ranks.
 ---
 --- Example:
 ---     local balance = cq.balance.gradnorm { every = 10, max = 100 }
@@ -51,12 +62,7 @@ function balance.gradnorm(options)
   local weight, measured
   return function(pass)
     if not measured or pass.step >= measured + o.every then
-      local kl, cka, n = 0, 0, 0
-      local norms = pass:norms()
-      for block in pairs(pass.cka) do
-        kl, cka, n = kl + norms.kl[block] ^ 2, cka + norms.cka[block] ^ 2, n + 1
-      end
-      weight = cka > 0 and math.min(n * math.sqrt(kl / cka), o.max) or 0
+      weight = ranks.gather({ ranks.first and pull(pass, o.max) or 0 }, 1, "balance")[1]
       measured = pass.step
     end
     return { kl = 1, cka = weight }

@@ -9,6 +9,7 @@ local errors = require "ckaqad.errors"
 local hf = require "ckaqad.hf"
 local json = require "ckaqad.json"
 local loss = require "ckaqad.loss"
+local ranks = require "ckaqad.ranks"
 local select_ = require "ckaqad.select"
 local text = require "ckaqad.text"
 local C, call = native.C, native.call
@@ -107,6 +108,7 @@ local storages = { f16 = "CQ_F16", f32 = "CQ_F32" }
 ---     local cache = cq.cache.create("kept", { teacher = teacher, data = data, steps = 3, top_k = 64, tokens = 32 })
 ---     print(cache.top_k, cache.blocks) --> 64	0,1,2,3,4,5,6,7,8,9,10,11
 function cache.create(dir, options)
+  ranks.refuse("teacher cache")
   local o = errors.fill("cache.create", options, {
     teacher = errors.NONE, data = errors.NONE, steps = 0, top_k = 1024, storage = "f16", blocks = "all", tokens = 512, seed = 1,
     holdout_tokens = 512,

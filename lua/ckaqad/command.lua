@@ -7,6 +7,7 @@ local usage = [[
 ckaqad: wins back what NVFP4 costs a language model, by distilling it into its own 4-bit copy (KL on logits + CKA of hidden states)
 
   ckaqad RECIPE.lua [--option=value ...]    run a recipe; RECIPE.lua --help lists its options
+  mpirun -n N ckaqad RECIPE.lua ...         the same on N ranks that share each step's micro-batches
   ckaqad verify DIR [--against=DIR]         check an exported NVFP4 folder, and its tokenizer against the teacher's
   ckaqad runs [COMMAND]                     list, show, compare, table, query, report or prune run folders; runs --help
   ckaqad                                    prompt with the same API as `cq`
@@ -16,8 +17,8 @@ ckaqad: wins back what NVFP4 costs a language model, by distilling it into its o
 Recipes: recipes/nemotron_nano.lua, qwen3.lua (distil), teacher_cache.lua (the teacher once, for many of these),
   ptq.lua (calibrate and export), compare.lua, generate.lua (text), eval.lua (benchmarks), bench.lua, bench_generate.lua,
   ablate_cka_layers.lua, ablate_balance.lua, ablate_loss.lua, sweep_lr.lua (many runs and one table)
-Exit: 0 success, 1 failure, 2 usage or recipe, 3 invalid data or model, 4 memory, 5 not finite, 6 mismatch, 75 --max_time is up,
-  129 hangup (a closed ssh session), 130 Ctrl-C, 143 SIGTERM
+Exit: 0 success, 1 failure, 2 usage or recipe, 3 invalid data or model, 4 memory, 5 not finite, 6 mismatch, 7 a rank is gone,
+  75 --max_time is up, 129 hangup (a closed ssh session), 130 Ctrl-C, 143 SIGTERM
 Environment: HF_HOME, HF_HUB_CACHE, NO_COLOR, CKAQAD_TRACEBACK=1 (where an error came from), CKAQAD_LUA=DIR (other modules),
   CKAQAD_PROFILE=1 (time the driver takes beside the C library)]]
 

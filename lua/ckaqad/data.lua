@@ -4,6 +4,7 @@
 -- split, the same order and the same sampled rows.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
+local ranks = require "ckaqad.ranks"
 local C, call = native.C, native.call
 
 local data = {}
@@ -45,10 +46,12 @@ local function open_corpus(self, paths)
   return native.open("cq_corpus", "cq_corpus_open", paths, self.tokenizer, o)
 end
 
--- The largest divisor of `batch` whose rows hold at most 4096 tokens.
+-- What the run that this one goes on with had, else the largest divisor of `batch` whose rows hold at most 4096 tokens and give every
+-- rank as many micro-batches, where there is one.
 local function choose_micro(batch, seq)
+  if ranks.micro > 0 and batch % ranks.micro == 0 then return ranks.micro end
   for n = batch, 2, -1 do
-    if batch % n == 0 and n * seq <= 4096 then return n end
+    if batch % n == 0 and n * seq <= 4096 and batch / n % ranks.size == 0 then return n end
   end
   return 1
 end
@@ -61,8 +64,8 @@ end
 
 --- Opens JSONL documents (comma-separated files with text, messages, prompt/completion or input_ids lines).
 --- Options: `model` (its tokenizer and template), `seq` (longest document and tokens per packed row), `batch` (rows per
---- step), `micro` (rows per micro-batch; 0: as many as hold 4096 tokens), `seed`, `mask` ("all" or "assistant"), `holdout`
---- (files; "": a seeded `fraction` of the documents), `template`, `shuffle`.
+--- step), `micro` (rows per micro-batch; 0: as many as hold 4096 tokens, and every rank has as many), `seed`, `mask` ("all" or
+--- "assistant"), `holdout` (files; "": a seeded `fraction` of the documents), `template`, `shuffle`.
 ---
 --- Example:
 ---     local documents = cq.data.open(opt.data, { model = teacher, seq = 128, batch = 4, seed = 3, fraction = 0.1 })
@@ -81,6 +84,14 @@ function data.open(paths, options)
   if o.micro == 0 then o.micro = choose_micro(o.batch, o.seq) end
   if o.batch % o.micro ~= 0 then
     errors.usage("option --micro: %d does not divide --batch %d", o.micro, o.batch)
+  end
+  if o.batch / o.micro < ranks.size then
+    errors.usage("option --batch: %d rows in micro-batches of %d are %d a step, wanted one for each of %d ranks at least", o.batch, o.micro,
+      o.batch / o.micro, ranks.size)
+  end
+  if ranks.gram == "ranks" and o.batch / o.micro % ranks.size ~= 0 then
+    errors.usage("option --gram: %d micro-batches a step on %d ranks, wanted as many on each (--batch, --micro)", o.batch / o.micro,
+      ranks.size)
   end
   local held_files = o.holdout
   o.paths, o.holdout = paths, nil

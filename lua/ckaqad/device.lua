@@ -1,6 +1,7 @@
 -- device.lua - what runs the operations: a kernel table and its device, threads, the precision of matrix products.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
+local ranks = require "ckaqad.ranks"
 local C, call = native.C, native.call
 local device = {}
 local current
@@ -30,9 +31,9 @@ local function open(o)
   return stream, kernels
 end
 
---- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores) and
---- compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf. A run does this from its
---- options.
+--- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
+--- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf.
+--- A run does this from its options.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
@@ -49,7 +50,7 @@ function device.device(given)
   local stream, kernels = open(o)
   if o.check then stream.table = C.cq_kernels_checked(stream.table) end
   if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
-  stream.threads = C.cq_threads_set(o.threads)
+  stream.threads = C.cq_threads_set(o.threads > 0 and o.threads or ranks.threads())
   stream.compute = o.compute == "bf16" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
   local text = native.new "char[128]"
   call.cq_stream_describe(stream, text, 128)

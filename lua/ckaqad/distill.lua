@@ -2,6 +2,7 @@
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local loss = require "ckaqad.loss"
+local ranks = require "ckaqad.ranks"
 local select_ = require "ckaqad.select"
 local C, call = native.C, native.call
 
@@ -37,6 +38,7 @@ function distill.open(teacher, student, terms, seed, many)
   o.layer_loss = #blocks > 0 and C[layer_losses[layers.layers]] or C.CQ_LAYER_NONE
   o.rows, o.taps, o.seed, o.many = layers and layers.tokens or 0, taps, seed, many
   if logits and logits.logits ~= "kl" and o.layer_loss == C.CQ_LAYER_NONE then teacher = nil end
+  if ranks.gram == "ranks" then o.comm = native.comm end
   if teacher and teacher.cached then o.cached_k = teacher.top_k end
   local c = native.open("cq_distill", "cq_distill_open", teacher and teacher.c, student.c, o)
   student.distillers = student.distillers or {}
@@ -98,6 +100,14 @@ local function layer_weights(pass, cka)
   return w
 end
 
+-- One number for a weight of the layerwise term: itself, or the mean of the blocks'.
+local function mean_weight(cka)
+  if type(cka) ~= "table" then return cka end
+  local sum, count = 0, 0
+  for _, value in pairs(cka) do sum, count = sum + value, count + 1 end
+  return count > 0 and sum / count or 0
+end
+
 --- Adds the gradient of kl * KL + cka * mean(1 - cka) to the student's parameters.
 --- `weights` is what a balance returns: `kl` (1), `cka` a number, or { [block] = weight of its 1 - cka }.
 ---
@@ -109,7 +119,7 @@ function Pass:backward(weights)
   if w.kl ~= w.kl or w.cka ~= w.cka then
     errors.raise(errors.NUMERIC, "step %d: a weight of the balance is not a number", self.step)
   end
-  self.weight = w
+  self.weight, self.layer_weight = w, mean_weight(w.cka)
   local layers = next(self.cka) and w.cka ~= 0 and layer_weights(self, w.cka) or nil
   call.cq_distill_backward(self.d.c, self.student:stream(), self.part.c, w.kl, layers)
 end

@@ -40,6 +40,17 @@ local function shared(name) return has_host and ffi.cast("volatile int *", host[
 local stop, defer, later, save = shared "stop", shared "defer", shared "later", shared "save"
 C.cq_stop_watch(stop)
 
+-- The ranks of this run: the program opened them; a plain luajit is the only one.
+if has_host then
+  native.comm = ffi.cast("cq_comm *", host.comm)
+else
+  local out = ffi.new "cq_comm *[1]"
+  if C.cq_comm_open(out, ffi.new("cq_launch", { 0, 1 }), 60) < 0 then errors.raise(errors.NOMEM, "%s", ffi.string(C.cq_error())) end
+  native.comm = out[0]
+end
+native.rank, native.ranks = C.cq_comm_rank(native.comm), C.cq_comm_size(native.comm)
+local many_ranks = native.ranks > 1
+
 -- What a message calls a stop signal.
 function native.signal_word(signal) return signal == 15 and "terminated" or signal == 1 and "hangup" or "interrupted" end
 
@@ -150,13 +161,13 @@ function native.clock()
   return tonumber(now.seconds) + tonumber(now.nanoseconds) * 1e-9
 end
 
-function native.isatty(fd) return C.isatty(fd) == 1 end
+function native.isatty(fd) return not many_ranks and C.isatty(fd) == 1 end -- mpirun's pseudo-terminals are none
 
 -- Columns of the terminal on standard output; nil when it is none.
 function native.columns()
   local size = ffi.new "struct cq_winsize"
   local TIOCGWINSZ = 0x5413
-  if C.ioctl(1, TIOCGWINSZ, size) ~= 0 then return nil end
+  if many_ranks or C.ioctl(1, TIOCGWINSZ, size) ~= 0 then return nil end
   return size.columns > 0 and size.columns or 80
 end
 

@@ -8,6 +8,7 @@ local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local json = require "ckaqad.json"
 local hf = require "ckaqad.hf"
+local ranks = require "ckaqad.ranks"
 local passing = require "ckaqad.options".passing
 local C, call = native.C, native.call
 
@@ -154,7 +155,8 @@ end
 
 function Folder:write_json(name, value) self:write(name, json.encode(value, true) .. "\n") end
 
-local function hashes(dir)
+-- SHA-256 of a model folder's files.
+function folder.hashes(dir)
   local list, room = {}, 2 ^ 30
   for _, name in ipairs { "config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors" } do
     local f = io.open(dir .. "/" .. name, "rb")
@@ -180,8 +182,10 @@ function Folder:record(run)
     "seeds", json.object { "data", rawget(run.opt, "seed"), "rows", rawget(run.opt, "seed") },
     "device", json.object { "kernels", device.kernels, "instructions", device.isa, "threads", device.threads,
       "compute", device.compute },
+    "ranks", json.object { "size", ranks.size, "backend", native.string(C.cq_comm_backend(native.comm)),
+      "ordered", ranks.ordered or ranks.many, "gram", ranks.gram },
     "model", f.model and json.object { "dir", f.model.dir, "family", f.model.family, "pattern", f.model.pattern,
-      "parameters", f.model.n_params, "sha256", hashes(f.model.dir) },
+      "parameters", f.model.n_params, "sha256", folder.hashes(f.model.dir) },
     "data", f.data and f.data:facts(),
     "planned_bytes", p and p.bytes,
   })
@@ -217,11 +221,12 @@ function Folder:saved()
   return steps
 end
 
--- Saves a checkpoint; removes all but the `keep` newest, the best, and those of every `keep_every`-th step.
+-- Saves a checkpoint, all ranks together; removes all but the `keep` newest, the best, and those of every `keep_every`-th step.
 function Folder:save(student, adam, state, options)
   local root = self.path .. "/checkpoints"
-  call.cq_folder_make(root)
+  if ranks.first then call.cq_folder_make(root) end
   call.cq_checkpoint_save(("%s/step-%d"):format(root, state.step), student.c, adam and adam.c, json.encode(state))
+  if not ranks.first then return end
   self:write_json("checkpoints/latest.json", json.object { "step", state.step, "best", options.best })
   local steps = self:saved()
   for i = 1, #steps - math.max(1, options.keep) do
@@ -237,6 +242,12 @@ function Folder:latest()
   return latest and latest.step
 end
 
+-- The driver's state of the newest checkpoint, or nil.
+function Folder:state()
+  local step = self:latest()
+  return step and folder.read_json(("%s/checkpoints/step-%d/state.json"):format(self.path, step))
+end
+
 -- Restores the newest checkpoint and returns its state.
 function Folder:restore(student, adam)
   local step = self:latest()
@@ -247,8 +258,8 @@ function Folder:restore(student, adam)
   return state
 end
 
--- The objects of a file of lines whose step is at most `last`; the file keeps only those.
-function Folder:rewind(name, last)
+-- The objects of a file of lines whose step is at most `last`; the file keeps only those, unless somebody else sees to that.
+function Folder:rewind(name, last, look_only)
   local lines, history = {}, {}
   for line in (read(self.path .. "/" .. name) or ""):gmatch("[^\n]+") do
     local ok, value = pcall(json.decode, line, name)
@@ -257,6 +268,7 @@ function Folder:rewind(name, last)
       history[#history + 1] = value
     end
   end
+  if look_only then return history end
   if #lines > 0 or hf.exists(self.path .. "/" .. name) then
     self:write(name, table.concat(lines, "\n") .. (#lines > 0 and "\n" or ""))
   end

@@ -5,6 +5,7 @@ local native = require "ckaqad.ffi"
 local device = require "ckaqad.device"
 local errors = require "ckaqad.errors"
 local hf = require "ckaqad.hf"
+local ranks = require "ckaqad.ranks"
 local text = require "ckaqad.text"
 local C, call = native.C, native.call
 
@@ -124,7 +125,10 @@ function Model:saturated() return tonumber(C.cq_model_saturated(self.c)) end
 ---       if b.db < worst.db then worst = b end
 ---     end
 ---     print(("block %d loses most: %.1f dB"):format(worst.block, worst.db))
-function Model:quantization_error() return require("ckaqad.eval").quantization_error(self) end
+function Model:quantization_error()
+  if self.adam then self.adam:masters() end
+  return require("ckaqad.eval").quantization_error(self)
+end
 
 --- How the E4M3 block scales of the weights are spread, block by block: { low = -9, width = 0.5, blocks = list of { block, counts } };
 --- counts[i] blocks of 16 have log2(scale) in [low + (i - 1) width, low + i width). 448, the largest scale, is in bin 36.
@@ -174,6 +178,7 @@ function Model:parameter(name)
   if c == nil then
     errors.usage("model: parameter %s is unknown, nearest is %s", tostring(name), errors.nearest(tostring(name), self:parameters()))
   end
+  if self.adam then self.adam:masters() end
   return require "ckaqad.parameter".wrap(c, self)
 end
 
@@ -219,7 +224,8 @@ function Model:__tostring() return require "ckaqad.show".model(self) end
 ---     print(student:differing "served") --> 0
 function Model:export(dir, options)
   local o = errors.fill("export", options, { shard = 4.5 * 2 ^ 30 })
-  call.cq_export_nvfp4(self.c, dir, o.shard)
+  if self.adam then self.adam:masters() end
+  ranks.alone("export", function() call.cq_export_nvfp4(self.c, dir, o.shard) end)
   return dir
 end
 
@@ -237,7 +243,8 @@ end
 ---     print(cq.model.open("bf16").n_params == student.n_params) --> true
 function Model:save(dir, options)
   local o = errors.fill("save", options, { shard = 4.5 * 2 ^ 30 })
-  call.cq_export_weights(self.c, dir, o.shard)
+  if self.adam then self.adam:masters() end
+  ranks.alone("export", function() call.cq_export_weights(self.c, dir, o.shard) end)
   return dir
 end
 

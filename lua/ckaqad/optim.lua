@@ -1,6 +1,7 @@
 -- optim.lua - AdamW over a student's trainable parameters; the fake-quantized weights are written in the same pass.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
+local ranks = require "ckaqad.ranks"
 local C, call = native.C, native.call
 
 local optim = {}
@@ -25,9 +26,29 @@ function optim.adamw(student, options)
   local c = native.new "cq_adamw_options"
   c.beta1, c.beta2, c.eps, c.weight_decay, c.clip = o.betas[1], o.betas[2], o.eps, o.weight_decay, o.clip
   c.moments, c.master, c.seed = C[moments[o.moments]], C[masters[o.master]], o.seed
+  c.comm, c.ordered = native.comm, ranks.ordered
   return setmetatable({
     c = native.open("cq_adamw", "cq_adamw_open", student.c, c), student = student, count = 0, norm = native.new "double[1]", options = o,
   }, Adam)
+end
+
+--- Adds up the gradients of a micro-batch on each of the first `n` ranks, all ranks together; nothing where one rank adds up its own.
+--- `batch:split` calls it; a loop over micro-batches of its own, under mpirun, must.
+---
+--- Example:
+---     pass:backward { kl = 1 }
+---     adam:add(1)
+---     print(adam:step(1e-4) > 0) --> true
+function Adam:add(n)
+  call.cq_adamw_add(self.c, self.student:stream(), n)
+end
+
+--- Brings the master weights that other ranks updated to this one, all ranks together; export and save do it.
+---
+--- Example:
+---     adam:masters()
+function Adam:masters()
+  call.cq_adamw_masters(self.c)
 end
 
 --- One step at this learning rate. Returns the global gradient norm before clipping; the gradients are zero afterwards.

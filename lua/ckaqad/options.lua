@@ -24,6 +24,9 @@ local common = {
   { "max_time", 0, "stop after this long, for example 10m, save and leave with exit code 75 (0: no limit)" },
   { "stop_at", 0, "stop after this step, save and leave; the same command without it goes on (0: run to the end)" },
   { "tensorboard", true, "event files for TensorBoard in OUT/tensorboard" },
+  { "patience", 60, "under mpirun: seconds without a sign of life after which a rank counts as gone" },
+  { "ordered", false, "add up the gradients of micro-batches as many ranks do, for the same bits on one (one more buffer of them)" },
+  { "gram", "micro", "under mpirun, rows of a Gram: micro (of one micro-batch, as on one rank), or ranks (of those they have at once)" },
   { "resume", false, "refuse to start over: the folder must hold a stopped run of these options" },
   { "fresh", false, "overwrite a run folder that holds another run, or run a finished one again" },
   { "dry_run", false, "print options, memory, FLOPs and time, and leave without reading weights" },
@@ -49,7 +52,7 @@ for _, item in ipairs(special) do is_special[item[1]] = true end
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
   eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true,
-  gpus = true, gpu_memory = true, host_memory = true, rates = true,
+  patience = true, ordered = true, gram = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
 }
 
 local units = {

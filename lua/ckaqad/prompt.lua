@@ -3,6 +3,7 @@ local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local complete = require "ckaqad.complete"
 local help = require "ckaqad.help"
+local ranks = require "ckaqad.ranks"
 local repl = require "ckaqad.repl"
 
 local prompt = {}
@@ -55,6 +56,7 @@ end
 
 -- Runs the prompt until its input ends. `host`: what only the program knows.
 function prompt.run(host)
+  ranks.refuse("prompt")
   native.interactive = true
   rawset(_G, "cq", require "ckaqad")
   local terminal = native.isatty(0)

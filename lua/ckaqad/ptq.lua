@@ -7,6 +7,7 @@ local dry = require "ckaqad.dry"
 local errors = require "ckaqad.errors"
 local hf = require "ckaqad.hf"
 local json = require "ckaqad.json"
+local ranks = require "ckaqad.ranks"
 local text = require "ckaqad.text"
 local verify = require "ckaqad.verify"
 local C, call = native.C, native.call
@@ -156,6 +157,7 @@ end
 ---     cq.ptq.stream(cq.run(cq.options { stream = "yes", out = "blocks" }), student, { teacher = teacher })
 ---     print(cq.verify "blocks")
 function ptq.stream(run, student, options)
+  ranks.refuse("PTQ block by block")
   local o = errors.fill("ptq.stream", options, { teacher = errors.NONE, data = errors.NONE, calibrate = 32, shard_bytes = 4.5 * 2 ^ 30,
     why = "as asked" })
   local dir = run.folder.path .. "/nvfp4"

@@ -12,6 +12,7 @@ local json = require "ckaqad.json"
 local model = require "ckaqad.model"
 local plan = require "ckaqad.plan"
 local preset = require "ckaqad.preset"
+local ranks = require "ckaqad.ranks"
 local report = require "ckaqad.report"
 local screen = require "ckaqad.screen"
 local tensorboard = require "ckaqad.tensorboard"
@@ -57,6 +58,17 @@ local function choose_data(opt)
   return opt.data .. " (auto: the embedded text)"
 end
 
+-- A run that goes on adds up its micro-batches as it did before, on however many ranks.
+local function goes_on_as(place)
+  local state = place.same and place:state()
+  if not state then return end
+  ranks.ordered = ranks.ordered or state.ordered == true
+  ranks.micro = state.micro or 0
+  if state.gram and state.gram ~= ranks.gram then
+    errors.usage("option --gram: %s, the run in %s had %s, wanted that or --fresh", ranks.gram, place.path, state.gram)
+  end
+end
+
 --- Starts a run from a recipe's options. Chooses device, model (`auto`: `named` when the Hugging Face cache has it, else the
 --- embedded teacher), preset and documents, puts the choices into `opt`, prints them, and checks the output folder.
 --- `quiet`: what the run says is kept for log.txt and not printed.
@@ -71,6 +83,8 @@ function run.run(opt, given)
     quiet = o.quiet }, Run)
   self.screen = screen.open(function(line) self:note(line) end, native.columns)
   local imagined = opt.gpus ~= ""
+  native.C.cq_comm_set_patience(native.comm, opt.patience)
+  ranks.ordered, ranks.gram = opt.ordered, errors.choose("option --gram", opt.gram, { "micro", "ranks" })
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
     compute = opt.compute, check = opt.check }
   if imagined then require "ckaqad.plan_gpus".imagine(opt) end
@@ -90,6 +104,7 @@ function run.run(opt, given)
   if rawget(opt, "out") then
     local out = opt.out:gsub("(.)/+$", "%1")
     self.folder = folder.open(out, opt)
+    goes_on_as(self.folder)
     local done = self.folder.same and folder.read_json(out .. "/summary.json")
     local ended = done and (done.after or not done.before and (done.steps or 0) > 0) -- trained, with or without a comparison
     if ended and not opt.dry_run and not opt.validate_only then
@@ -102,6 +117,7 @@ function run.run(opt, given)
   if imagined then return self end
   self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
     self.device.compute == "bf16" and ", bf16 matrix products" or "")
+  if ranks.many then self:say("%d ranks, %s", ranks.size, native.string(native.C.cq_comm_backend(native.comm))) end
   return self
 end
 
@@ -117,19 +133,35 @@ end
 
 --- Puts a line into log.txt without printing it; lines wait until the folder exists.
 function Run:note(line)
+  if not ranks.first then return end
   if self.made then return self.folder:append("log.txt", line) end
   self.early[#self.early + 1] = line
 end
 
+-- What must be the same on all ranks: the program, options that make the run what it is, documents.
+local function agree(self)
+  if not ranks.many then return end
+  ranks.agree("program", native.version .. native.sha256("/proc/self/exe"))
+  for _, key in ipairs(self.opt.order) do
+    if key ~= "threads" then ranks.agree("option --" .. key, tostring(rawget(self.opt, key))) end
+  end
+  local model_ = self.facts.model
+  ranks.agree("model", model_ and json.encode(folder.hashes(model_.dir)) or "")
+  ranks.agree("data", self.facts.data and self.facts.data:facts().train.sha256 or "")
+end
+
 --- Makes the folder, writes run.json and the lines said so far. `unfinished`: work that goes on lies there, besides checkpoints.
 function Run:begin(unfinished)
-  if not self.folder or self.made then return end
+  if not self.folder or self.made or self.joined then return end
+  agree(self)
   local stopped = self.folder.same and not hf.exists(self.folder.path .. "/summary.json")
-  self.resumable = stopped and self.folder:latest() and self.facts.adam ~= nil
+  self.resumable = ranks.decide(stopped and self.folder:latest() and self.facts.adam ~= nil)
   local goes_on = self.resumable or (stopped and unfinished)
   if self.opt.resume and not goes_on then
     errors.usage("option --resume: %s holds no stopped run of these options, wanted one (or leave --resume out)", self.folder.path)
   end
+  self.joined = not ranks.first -- the folder is rank 0's
+  if self.joined then return end
   self.folder:make(goes_on)
   self.made = true
   self.folder:record(self)
@@ -210,7 +242,7 @@ end
 function Run:result(name, r)
   self:say("%s: KL %.4f, perplexity %.4f (BF16 %.4f), top-1 %.4f, CKA %.4f, lowest %.4f at block %d, %d held-out tokens", name,
     r.kl, r.perplexity, r.perplexity_teacher, r.top1, r.cka, r.cka_min, r.cka_min_block, r.tokens)
-  if self.resumable and #self.evals == 0 then self.evals = self.folder:rewind("evals.jsonl", math.huge) end
+  if self.resumable and #self.evals == 0 then self.evals = self.folder:rewind("evals.jsonl", math.huge, self.joined) end
   keep(self, self.total or 0, r)
   self.first_result = self.first_result or r
   return r
@@ -233,16 +265,18 @@ function Run:track(what)
   local state = self.folder:restore(self.tracked.student, self.tracked.adam)
   self.tracked.adam.count = state.step
   if self.tracked.data then self.tracked.data:seek(state.position) end
-  self.history, self.at = self.folder:rewind("metrics.jsonl", state.step), state.step
-  self.evals = self.folder:rewind("evals.jsonl", state.step)
+  self.history, self.at = self.folder:rewind("metrics.jsonl", state.step, self.joined), state.step
+  self.evals = self.folder:rewind("evals.jsonl", state.step, self.joined)
   self:say("resumed after step %d", state.step)
 end
 
 local function save(self, step)
   local t = self.tracked
-  if not t or not self.made or self.last_saved == step then return end
+  if not t or not (self.made or self.joined) or self.last_saved == step then return end
   self.folder:save(t.student, t.adam, json.object {
     "step", step, "position", t.data and t.data:position(), "seed", rawget(self.opt, "seed"), "version", native.version,
+    "ranks", ranks.size, "ordered", ranks.ordered or ranks.many, "micro", t.data and t.data.micro,
+    "gram", ranks.gram,
   }, { keep = self.opt.keep, keep_every = self.opt.keep_every, best = best(self) })
   self.last_saved = step
 end
@@ -270,17 +304,26 @@ local function between(self, step)
     keep(self, step, r)
     due = due or best(self) == step
   end
-  if due or native.save_wanted() then save(self, step) end
-  local signal = native.stop_wanted()
+  local late = opt.max_time > 0 and native.clock() - self.started_at >= opt.max_time
+  local asked = ranks.most({ native.save_wanted() and 1 or 0, native.stop_wanted() or 0, late and 1 or 0 }, "decision")
+  if due or asked[1] > 0 then save(self, step) end
+  local signal = asked[2] > 0 and asked[2]
   if signal then leave(self, step, 128 + signal, native.signal_word(signal)) end
   if step >= self.total then return end
   if opt.stop_at > 0 and step >= opt.stop_at then leave(self, step, 0, "stopped by --stop_at") end
-  if opt.max_time > 0 and native.clock() - self.started_at >= opt.max_time then leave(self, step, 75, "time is up") end
+  if asked[3] > 0 then leave(self, step, 75, "time is up") end
 end
 
 local Batch = errors.class("batch", {})
 
---- The micro-batches of a step, one after another.
+-- After each round of micro-batches, one on every rank that has one, their gradients are added up.
+local function add_up(self, round)
+  local pass = self.passes[#self.passes]
+  local adam = self.adam or (pass and pass.student.adam)
+  if adam then adam:add(math.min(ranks.size, self.count - round * ranks.size)) end
+end
+
+--- The micro-batches of a step, one after another; under mpirun those of this rank.
 ---
 --- Example:
 ---     for part in batch:split() do
@@ -289,9 +332,12 @@ local Batch = errors.class("batch", {})
 ---     end
 ---     print(adam:step(1e-4) > 0) --> true
 function Batch:split()
-  local i = -1
+  local round = -1
   return function()
-    i = i + 1
+    if round >= 0 and round * ranks.size < self.count then add_up(self, round) end
+    round = round + 1
+    local i = round * ranks.size + ranks.rank
+    if i >= self.count and round * ranks.size < self.count then add_up(self, round) end
     if i < self.count then
       local own = self.own and self.own[i + 1]
       return { c = own and own.c or self.list + i, weights = own and own.weights, index = i, step = self.step, valid = self.valid,
@@ -399,6 +445,7 @@ function Run:steps(n, data)
     step = step + 1
     self.started = native.clock()
     self.batch = data and run.batch(data, step) or run.batch_of({}, { step = step })
+    self.batch.adam = self.facts.adam
     return step, self.batch
   end
 end
@@ -413,13 +460,7 @@ local function measure(passes, n_blocks)
     m.kl, m.top1, valid = m.kl + pass.kl * pass.tokens, m.top1 + pass.top1 * pass.tokens, valid + pass.tokens
     add("ce", pass)
     add("policy", pass)
-    local w = pass.weight and pass.weight.cka
-    if type(w) == "table" then
-      local sum, count = 0, 0
-      for _, value in pairs(w) do sum, count = sum + value, count + 1 end
-      w = count > 0 and sum / count or 0
-    end
-    weights = weights + (w or 0) * pass.tokens
+    weights = weights + (pass.layer_weight or 0) * pass.tokens
     for block, value in pairs(pass.cka) do
       local b = per_block[block] or { 0, 0 }
       b[1], b[2] = b[1] + value * pass.tokens, b[2] + pass.tokens
@@ -448,11 +489,12 @@ end
 function Run:log(step, values)
   local batch = values.batch or self.batch
   local student = self.tracked and self.tracked.student or (batch.passes[1] and batch.passes[1].student)
-  local m = measure(batch.passes, student.n_blocks)
+  local passes = ranks.passes(batch.passes, batch.count, student.n_blocks)
+  local m = measure(passes, student.n_blocks)
   m.step, m.lr, m.grad_norm, m.tokens = step, values.lr, values.norm, batch.tokens
   m.seconds = native.clock() - self.started
-  m.saturated, m.reward = student:saturated(), values.reward
-  if m.ce or m.policy or #batch.passes == 0 then m.kl = nil end
+  m.saturated, m.reward = ranks.sum(student:saturated(), "results"), values.reward
+  if m.ce or m.policy or #passes == 0 then m.kl = nil end
   local list = {
     "step", step, "ce", m.ce, "policy", m.policy, "kl", m.kl, "top1", m.top1, "cka", m.cka or json.null, "cka_blocks", m.cka_blocks,
     "weight", m.weight, "lr", m.lr, "grad_norm", m.grad_norm, "tokens", m.tokens, "seconds", m.seconds,
@@ -549,11 +591,13 @@ function Run:finish(results)
     if #worse > 0 then self:say("warning: %s is worse than PTQ in %s", name, table.concat(worse, " and ")) end
   end
   memory_line(self)
+  local sent = ranks.bytes()
   if not self.made then return end
   self.folder:write_json("summary.json", json.object {
     "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal,
     "export_rules_failed", self.export_failed, "more", o.more,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
+    "sent_bytes", sent and json.object(sent),
     "seconds", self.begun and native.clock() - self.begun,
   })
   self.folder:write("report.html", report.run(self.folder.path))

@@ -336,6 +336,7 @@ end
 -- Removes what belongs to a run unless a process holds the run or its sweep; true when it is gone.
 local function remove(self, r, path)
   local native = require "ckaqad.ffi"
+  require "ckaqad.ranks".refuse "runs prune"
   local driver = r.sweep and self.files.holder(("%s/%s/lock"):format(self.root, r.sweep)) or 0
   local release = driver == 0 and self.files.lock(r.path .. "/lock")
   if not release then

@@ -12,6 +12,7 @@ local hf = require "ckaqad.hf"
 local json = require "ckaqad.json"
 local options = require "ckaqad.options"
 local points = require "ckaqad.sweep_points"
+local ranks = require "ckaqad.ranks"
 local text = require "ckaqad.text"
 local sweep_screen = require "ckaqad.sweep_screen"
 local call, show_time = native.call, sweep_screen.time
@@ -338,6 +339,7 @@ end
 
 -- Runs a plan: { recipe, base, settings, axes, seeds, path, jobs, retry, halving, threads, argv, where, fresh, dry, max_time }.
 local function execute(plan)
+  ranks.refuse("sweep")
   local dropped
   plan.points, dropped = at(plan.where, resolve_all, plan)
   for i, rung in ipairs(plan.halving and plan.halving.rungs or {}) do

@@ -1,0 +1,225 @@
+/// comm.c - collectives as lists of messages between pairs of ranks.
+///
+/// Every rank sends to every other directly: with the few ranks that share a step that moves no
+/// more bytes than a ring, and each sum can run in rank order. Bytes are counted where they are
+/// sent.
+#include "core/base/error.h"
+#include "core/base/hash.h"
+#include "core/comm/comm_impl.h"
+#include "core/tensor/device.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const names[] = {"barrier",        "broadcast",  "all-reduce",
+                                    "reduce-scatter", "all-gather", "all-to-all"};
+
+const char *cq_collective_name(cq_collective kind) { return names[kind]; }
+int cq_comm_rank(const cq_comm *c) { return c ? c->rank : 0; }
+int cq_comm_size(const cq_comm *c) { return c ? c->size : 1; }
+int64_t cq_comm_bytes(const cq_comm *c, cq_collective kind) { return c->sent[kind]; }
+int64_t cq_comm_calls(const cq_comm *c, cq_collective kind) { return c->calls[kind]; }
+void cq_comm_set_patience(cq_comm *c, double seconds) { c->patience = seconds; }
+void cq_comm_about(cq_comm *c, const char *what) {
+    if (c)
+        c->about = what;
+}
+
+#ifdef CQ_MPI
+static int open_mpi(cq_comm *c, const cq_launch *launch) { return cq_mpi_open(&c->mpi, c, launch); }
+const char *cq_comm_backend(const cq_comm *c) { return c->mpi ? cq_mpi_name(c->mpi) : "self"; }
+static void close_mpi(cq_comm *c) { cq_mpi_close(c->mpi); }
+static int transfer(cq_comm *c, const cq_message *message, int64_t n) {
+    return c->mpi ? cq_mpi_transfer(c->mpi, message, n) : CQ_OK;
+}
+const char *cq_comm_failed(cq_comm *c, int code, const char *message) {
+    return c && c->mpi ? cq_mpi_failed(c->mpi, code, message) : message;
+}
+void cq_comm_abort(cq_comm *c, int code) {
+    if (c && c->mpi)
+        cq_mpi_abort(c->mpi, code);
+}
+#else
+static int open_mpi(cq_comm *c, const cq_launch *launch) {
+    (void)c;
+    return cq_fail(
+        CQ_EUSAGE,
+        "launcher: mpirun started %d ranks, this build has no MPI; wanted one process, or "
+        "a build where libopenmpi-dev is installed",
+        launch->size);
+}
+const char *cq_comm_backend(const cq_comm *c) {
+    (void)c;
+    return "self";
+}
+static void close_mpi(cq_comm *c) { (void)c; }
+static int transfer(cq_comm *c, const cq_message *message, int64_t n) {
+    (void)c, (void)message, (void)n;
+    return CQ_OK;
+}
+const char *cq_comm_failed(cq_comm *c, int code, const char *message) {
+    (void)c, (void)code;
+    return message;
+}
+void cq_comm_abort(cq_comm *c, int code) { (void)c, (void)code; }
+#endif
+
+int cq_comm_open(cq_comm **out, const cq_launch *launch, double patience) {
+    *out = NULL;
+    cq_comm *c = calloc(1, sizeof *c);
+    if (!c)
+        return cq_fail(CQ_ENOMEM, "ranks: no memory");
+    *c = (cq_comm){.rank = launch->rank, .size = launch->size, .patience = patience};
+    int status = c->size > 1 ? open_mpi(c, launch) : CQ_OK;
+    if (status)
+        free(c);
+    else
+        *out = c;
+    return status;
+}
+
+void cq_comm_close(cq_comm *c) {
+    if (c && c->mpi)
+        close_mpi(c);
+    free(c);
+}
+
+int cq_comm_run(cq_comm *c, cq_collective kind, const cq_message *message, int64_t n) {
+    c->kind = kind;
+    c->calls[kind]++;
+    for (int64_t i = 0; i < n; i++)
+        if (message[i].send)
+            c->sent[kind] += message[i].bytes;
+    return transfer(c, message, n);
+}
+
+/* Room for a message to and one from each rank. */
+static int messages(cq_message **out, const cq_comm *c) {
+    *out = calloc(2 * (size_t)c->size, sizeof **out);
+    return *out ? CQ_OK : cq_fail(CQ_ENOMEM, "ranks: no memory for %d messages", 2 * c->size);
+}
+
+static int gather(cq_comm *c, cq_collective kind, void *all, const void *mine,
+                  const int64_t *bytes) {
+    cq_message *list;
+    CQ_TRY(messages(&list, c));
+    int64_t n = 0;
+    char *at = all;
+    for (int r = 0; r < c->size; at += bytes[r++]) {
+        if (r == c->rank) {
+            memmove(at, mine, (size_t)bytes[r]);
+            continue;
+        }
+        list[n++] = (cq_message){r, false, at, bytes[r]};
+        list[n++] = (cq_message){r, true, (void *)(size_t)mine, bytes[c->rank]};
+    }
+    int status = cq_comm_run(c, kind, list, n);
+    free(list);
+    return status;
+}
+
+int cq_comm_gather(cq_comm *c, void *all, const void *mine, const int64_t *bytes) {
+    return gather(c, CQ_COMM_GATHER, all, mine, bytes);
+}
+
+/* The ranks' `bytes` bytes each, one after another, in new memory. */
+static int gather_equal(cq_comm *c, cq_collective kind, void **all, const void *mine,
+                        int64_t bytes) {
+    int64_t *each = calloc((size_t)c->size, sizeof *each);
+    *all = calloc((size_t)c->size, (size_t)bytes + 1);
+    int status = each && *all ? CQ_OK : cq_fail(CQ_ENOMEM, "ranks: no memory to gather");
+    for (int r = 0; r < c->size && !status; r++)
+        each[r] = bytes;
+    if (!status)
+        status = gather(c, kind, *all, mine, each);
+    free(each);
+    return status;
+}
+
+int cq_comm_barrier(cq_comm *c) {
+    void *all;
+    char here = 1;
+    int status = gather_equal(c, CQ_COMM_BARRIER, &all, &here, 1);
+    free(all);
+    return status;
+}
+
+int cq_comm_broadcast(cq_comm *c, void *data, int64_t bytes, int root) {
+    cq_message *list;
+    CQ_TRY(messages(&list, c));
+    int64_t n = 0;
+    for (int r = 0; r < c->size; r++)
+        if (r != c->rank && (r == root || c->rank == root))
+            list[n++] = (cq_message){r, c->rank == root, data, bytes};
+    int status = cq_comm_run(c, CQ_COMM_BROADCAST, list, n);
+    free(list);
+    return status;
+}
+
+int cq_comm_sum(cq_comm *c, double *x, int64_t n) {
+    void *all;
+    int status = gather_equal(c, CQ_COMM_SUM, &all, x, n * (int64_t)sizeof *x);
+    const double *each = all;
+    for (int64_t i = 0; i < n && !status; i++) {
+        x[i] = each[i];
+        for (int r = 1; r < c->size; r++)
+            x[i] += each[r * n + i];
+    }
+    free(all);
+    return status;
+}
+
+int cq_comm_sum_int(cq_comm *c, int64_t *x, int64_t n) {
+    void *all;
+    int status = gather_equal(c, CQ_COMM_SUM, &all, x, n * (int64_t)sizeof *x);
+    const int64_t *each = all;
+    for (int64_t i = 0; i < n && !status; i++) {
+        x[i] = each[i];
+        for (int r = 1; r < c->size; r++)
+            x[i] += each[r * n + i];
+    }
+    free(all);
+    return status;
+}
+
+int cq_comm_exchange(cq_comm *c, void *in, const int64_t *in_bytes, const void *out,
+                     const int64_t *out_bytes) {
+    cq_message *list;
+    CQ_TRY(messages(&list, c));
+    int64_t n = 0;
+    char *to = in;
+    const char *from = out;
+    for (int r = 0; r < c->size; r++) {
+        if (r == c->rank)
+            memmove(to, from, (size_t)in_bytes[r]);
+        else {
+            list[n++] = (cq_message){r, false, to, in_bytes[r]};
+            list[n++] = (cq_message){r, true, (void *)(size_t)from, out_bytes[r]};
+        }
+        to += in_bytes[r];
+        from += out_bytes[r];
+    }
+    int status = cq_comm_run(c, CQ_COMM_EXCHANGE, list, n);
+    free(list);
+    return status;
+}
+
+int cq_comm_agree(cq_comm *c, const char *subject, const char *text) {
+    enum { HEX = 65 };
+    cq_sha256 sha;
+    char hex[HEX];
+    void *all;
+    cq_sha256_init(&sha);
+    cq_sha256_add(&sha, text, strlen(text));
+    cq_sha256_hex(&sha, hex);
+    c->about = subject;
+    int status = gather_equal(c, CQ_COMM_GATHER, &all, hex, HEX);
+    const char *each = all;
+    for (int r = 1; r < c->size && !status; r++)
+        if (memcmp(each, each + r * HEX, HEX))
+            status = cq_fail(CQ_EMISMATCH,
+                             "rank %d: %s is not that of rank 0, wanted the same on all %d ranks",
+                             r, subject, c->size);
+    free(all);
+    return status;
+}

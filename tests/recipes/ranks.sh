@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Many ranks: the same bits as one rank that adds up its micro-batches in the same order, checkpoints that go on with any number of
+# ranks, a killed and a stopped rank named within seconds, launchers and differences refused in one line.
+#   bash tests/recipes/ranks.sh [--steps=2] [--trials=2] [--build=build]     trials: ranks killed or stopped
+set -eu
+cd "$(dirname "$0")/../.."
+steps=2; trials=2; build=build
+for a in "$@"; do
+  case $a in
+    --steps=*) steps=${a#*=} ;;
+    --trials=*) trials=${a#*=} ;;
+    --build=*) build=${a#*=} ;;
+    *) echo "ranks.sh: unknown option $a, wanted --steps=N, --trials=N or --build=DIR" >&2; exit 2 ;;
+  esac
+done
+command -v mpirun >/dev/null || { echo "skipped: no mpirun here"; exit 77; }
+$build/ckaqad --help >/dev/null
+work=$(mktemp -d /tmp/ckaqad-ranks-XXXXXX); trap 'rm -rf "$work"' EXIT
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+head -n 60 tests/data/gsm8k_train.jsonl >"$work/train.jsonl"
+head -n 6 tests/data/gsm8k_test.jsonl >"$work/few.jsonl"
+fail() { echo "ranks.sh: $1" >&2; tail -n 12 "$work/log" >&2; exit 1; }
+go() { # RANKS RECIPE OUT OPTIONS...
+  local n=$1 recipe=$2 out=$3 start=""; shift 3
+  [ "$n" = 1 ] || start="mpirun --oversubscribe -n $n"
+  $start $build/ckaqad "recipes/$recipe.lua" --model="tests/golden/$family" --data="$work/train.jsonl" --holdout="$work/few.jsonl" --preset=tiny --seq=64 \
+    --batch=8 --micro=1 --rows=32 --calibrate=4 --no-tensorboard --threads=1 --steps="$steps" --out="$out" "$@" >"$work/log" 2>&1
+}
+bits() { # RUN: every tensor of the last checkpoint whichever file it is in, metrics without times, evaluations, the export
+  cat >"$work/bits.lua" <<'EOT'
+local run, hashes = arg[1], {}
+local json = require "cjson"
+local function read(path) local f = assert(io.open(path, "rb")); local s = f:read "*a"; f:close(); return s end
+local last = json.decode(read(run .. "/checkpoints/latest.json")).step
+for path in io.popen(("ls %s/checkpoints/step-%d/state*.safetensors"):format(run, last)):lines() do
+  local s, n = read(path), 0
+  for i = 8, 1, -1 do n = n * 256 + s:byte(i) end
+  for name, t in pairs(json.decode(s:sub(9, 8 + n))) do
+    if name ~= "__metadata__" then hashes[#hashes + 1] = name .. " " .. s:sub(9 + n + t.data_offsets[1], 8 + n + t.data_offsets[2]) end
+  end
+end
+table.sort(hashes)
+print(last, #hashes)
+io.write(table.concat(hashes), (read(run .. "/metrics.jsonl"):gsub('"seconds":[^,}]*,?', "")), read(run .. "/evals.jsonl"), read(run .. "/nvfp4/model.safetensors"))
+EOT
+  luajit "$work/bits.lua" "$1" | sha256sum | cut -d' ' -f1
+}
+
+equal=0
+for family in nemotron_h_gsm8k qwen3_gsm8k; do
+  rm -rf "$work/one"; recipe=nemotron_nano; [ $family = nemotron_h_gsm8k ] || recipe=qwen3
+  go 1 $recipe "$work/one" --ordered || fail "one rank failed"
+  want=$(bits "$work/one")
+  for n in 2 4; do
+    go $n $recipe "$work/many" || fail "$n ranks failed"
+    [ "$(bits "$work/many")" = "$want" ] || fail "$n ranks on $family: other bits than one rank"
+    equal=$((equal + 1)); rm -rf "$work/many"
+  done
+  [ $recipe = nemotron_nano ] || break
+  # 3 ranks, so that a round has a rank without a micro-batch; another form of masters and moments
+  go 1 $recipe "$work/narrow" --ordered --master=split --moments=8bit --scales=mse || fail "one rank failed with narrow moments"
+  go 3 $recipe "$work/many" --master=split --moments=8bit --scales=mse || fail "3 ranks failed"
+  [ "$(bits "$work/many")" = "$(bits "$work/narrow")" ] || fail "3 ranks with narrow moments: other bits than one rank"
+  rm -rf "$work/many"
+  # a checkpoint of 4 ranks, continued on 1 and on 2
+  go 4 $recipe "$work/four" --stop_at=1 || fail "4 ranks failed to stop"
+  [ "$(find "$work/four/checkpoints/step-1" -name 'state-*-of-00004.safetensors' | wc -l)" = 4 ] || fail "4 ranks did not write 4 files"
+  for n in 1 2; do
+    cp -r "$work/four" "$work/goes-on"
+    go $n $recipe "$work/goes-on" --resume || fail "a checkpoint of 4 ranks did not go on with $n"
+    [ "$(bits "$work/goes-on")" = "$want" ] || fail "a checkpoint of 4 ranks continued on $n: other bits"
+    rm -rf "$work/goes-on"
+  done
+  go 1 $recipe "$work/goes-on" --ordered --stop_at=1 || fail "one rank failed to stop"
+  go 2 $recipe "$work/goes-on" --resume || fail "a checkpoint of 1 rank did not go on with 2"
+  [ "$(bits "$work/goes-on")" = "$want" ] || fail "a checkpoint of 1 rank continued on 2: other bits"
+done
+
+# one rank killed, one stopped: the others end within patience and a second, one line names it, the last checkpoint goes on
+family=nemotron_h_gsm8k; slowest=0
+for i in $(seq 1 "$trials"); do
+  n=$((i % 2 ? 4 : 2)); hit=$((i / 2 % n)); signal=$([ $((i % 2)) = 1 ] && echo KILL || echo STOP)
+  rm -rf "$work/fault"
+  go $n nemotron_nano "$work/fault" --save=1 --steps=4000 --patience=3 &
+  shell=$!
+  until [ -e "$work/fault/checkpoints/latest.json" ]; do sleep 0.05; kill -0 $shell 2>/dev/null || fail "trial $i: the run ended before a checkpoint"; done
+  sleep "0.$((i * 37 % 100 + 100))"
+  mpirun_=$(pgrep -P $shell mpirun || echo $shell)
+  mapfile -t pids < <(pgrep -P "$mpirun_")
+  begun=$(date +%s%N)
+  kill -$signal "${pids[$hit]}"
+  rc=0; wait $shell || rc=$?
+  took=$((($(date +%s%N) - begun) / 1000000)); [ $took -le $slowest ] || slowest=$took
+  [ $rc != 0 ] || fail "trial $i: SIG$signal to rank $hit of $n: exit 0"
+  [ $took -lt 8000 ] || fail "trial $i: SIG$signal to rank $hit of $n: the others took $took ms to end"
+  [ "$(grep -c "^ckaqad: " "$work/log")" = 1 ] && grep -q "^ckaqad: rank $hit: .*last collective: " "$work/log" || fail "trial $i: SIG$signal to rank $hit of $n: no single line that names it"
+  for pid in "${pids[@]}"; do
+    for _ in $(seq 1 40); do kill -0 "$pid" 2>/dev/null || continue 2; sleep 0.05; done
+    fail "trial $i: process $pid still runs"
+  done
+  at=$(tr -dc 0-9 <"$work/fault/checkpoints/latest.json")
+  go $((i % 3 + 1)) nemotron_nano "$work/fault" --save=1 --steps=4000 --stop_at=$((at + 1)) --resume || fail "trial $i: the last checkpoint does not go on"
+  grep -q "resumed after step $at" "$work/log" || fail "trial $i: went on from another step than $at"
+done
+
+# refusals: one line and the exit code of its kind
+refused() { # EXIT TEXT COMMAND...
+  local want=$1 text=$2 rc=0; shift 2
+  "$@" >"$work/log" 2>&1 || rc=$?
+  { [ $rc = "$want" ] && [ "$(grep -c "^ckaqad: " "$work/log")" = 1 ] && grep -q "^ckaqad: $text" "$work/log"; } || fail "exit $rc, wanted $want and one line: $text"
+}
+two="mpirun --oversubscribe -n 2"
+refused 2 "launcher: torchrun started 4 processes, wanted: mpirun -n 4 $build/ckaqad recipes/qwen3.lua --steps=3" \
+  env TORCHELASTIC_RUN_ID=1 RANK=0 WORLD_SIZE=4 $build/ckaqad recipes/qwen3.lua --steps=3
+refused 2 "launcher: srun without --mpi=pmix started 2 processes, wanted: mpirun -n 2" env SLURM_PROCID=0 SLURM_NTASKS=2 $build/ckaqad recipes/qwen3.lua
+refused 2 "recipe none.lua: no such file" $two $build/ckaqad none.lua
+refused 2 "option --batch: 8 rows in micro-batches of 8 are 1 a step, wanted one for each of 2 ranks" \
+  $two $build/ckaqad recipes/nemotron_nano.lua --batch=8 --micro=8 --out="$work/no"
+refused 2 "sweep: mpirun started 2 ranks, wanted one process" $two $build/ckaqad recipes/nemotron_nano.lua --sweep lr=1e-4,2e-4 --out="$work/no"
+cat >"$work/differ.sh" <<'EOT'
+#!/bin/sh
+[ "$OMPI_COMM_WORLD_RANK" = 1 ] && exec "$OTHER" "$@" $EXTRA
+exec "$PROGRAM" "$@"
+EOT
+chmod +x "$work/differ.sh"; cp $build/ckaqad "$work/other"; printf x >>"$work/other"; export PROGRAM=$build/ckaqad
+tail -n 50 "$work/train.jsonl" >"$work/others.jsonl"; cp -r tests/golden/qwen3_gsm8k "$work/model"; sed -i 's/{/{ /' "$work/model/config.json"
+common="recipes/qwen3.lua --model=tests/golden/qwen3_gsm8k --data=$work/train.jsonl --preset=tiny --seq=64 --micro=1 --threads=1 --steps=1 --out=$work/no"
+for case in "program:$work/other:" "option --lr:$PROGRAM:--lr=1" "option --model:$PROGRAM:--model=$work/model"; do
+  subject=${case%%:*}; rest=${case#*:}; export OTHER=${rest%%:*} EXTRA=${rest#*:}
+  # shellcheck disable=SC2086
+  refused 6 "rank 1: $subject is not that of rank 0, wanted the same on all 2 ranks" $two "$work/differ.sh" $common
+done
+cp "$work/train.jsonl" "$work/here.jsonl"; cp "$work/others.jsonl" "$work/there.jsonl"
+cat >"$work/differ.sh" <<'EOT'
+#!/bin/sh
+cd "$DIR$OMPI_COMM_WORLD_RANK" && exec "$PROGRAM" "$@"
+EOT
+PROGRAM=$PWD/$build/ckaqad; [ -x "$PROGRAM" ] || PROGRAM=$build/ckaqad
+export PROGRAM DIR=$work/rank
+mkdir "$work/rank0" "$work/rank1"; cp "$work/here.jsonl" "$work/rank0/d.jsonl"; cp "$work/there.jsonl" "$work/rank1/d.jsonl"
+refused 6 "rank 1: data is not that of rank 0" $two "$work/differ.sh" "$PWD/recipes/qwen3.lua" --model="$PWD/tests/golden/qwen3_gsm8k" --data=d.jsonl --preset=tiny --seq=64 \
+  --micro=1 --threads=1 --steps=1 --out="$work/no"
+[ ! -e "$work/no" ] || fail "a refused run left a folder"
+# what goes wrong on one rank alone is said by rank 0, with its number
+printf '%s\n' 'local cq = require "ckaqad"' 'cq.clock()' 'if os.getenv "OMPI_COMM_WORLD_RANK" == "1" then cq.refuse "no room" end' \
+  'while true do cq.clock() os.execute "sleep 0.1" end' >"$work/one.lua"
+refused 3 "rank 1: no room" $two $build/ckaqad "$work/one.lua"
+echo "$equal layouts equal one rank over $steps steps bit for bit, checkpoints of 4 go on with 1 and 2, $trials ranks killed or stopped: the others ended within $slowest ms"
