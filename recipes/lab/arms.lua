@@ -34,6 +34,24 @@ arms.list = {
 local short = { BF16 = true, ["PTQ max"] = true, QAD = true, ["CKA-QAD"] = true }
 local kinds = { attention = "*", mamba = "M", moe = "E" }
 
+--- Configuration and pattern of a teacher's folder.
+function arms.teacher(dir)
+  local f = io.open(dir .. "/config.json", "rb")
+  cq.refuse(not f and ("model: %s/config.json is missing, wanted a folder with a teacher"):format(dir) or nil)
+  local config = cq.json.decode(f:read "*a", dir .. "/config.json")
+  f:close()
+  return config, config.hybrid_override_pattern or ("Q"):rep(config.num_hidden_layers)
+end
+
+--- The rates but one.
+function arms.others(rates, but)
+  local out = {}
+  for _, rate in ipairs(rates) do
+    if rate ~= but then out[#out + 1] = rate end
+  end
+  return out
+end
+
 --- The arms that `which` names (all, main, short) for a model of `pattern`: blocks that it does not have are left out.
 function arms.choose(which, pattern)
   if which ~= "all" and which ~= "main" and which ~= "short" then
@@ -169,8 +187,23 @@ local function measured(run)
     "cka_min_block", after.cka_min_block, "geometry", after.geometry, "seconds", run.summary.seconds }
 end
 
+-- The test runs of the arms in `both` at each rate: those at other rates than the chosen one, and the arm's own.
+local function every_rate(list, runs, both)
+  local out = cq.json.array {}
+  for _, arm in ipairs(list) do
+    if both[arm.name] then
+      local own = cq.json.array {}
+      for _, from in ipairs { both, runs } do
+        for _, run in ipairs(from[arm.name]) do own[#own + 1] = cq.json.object { "lr", run.lr, "run", measured(run) } end
+      end
+      out[#out + 1] = cq.json.object { "name", arm.name, "runs", own }
+    end
+  end
+  return out
+end
+
 --- The whole study of one teacher as a JSON object: what study.json holds.
-function arms.record(list, runs, chosen, opt, config, pattern)
+function arms.record(list, runs, chosen, both, opt, config, pattern)
   local records = cq.json.array {}
   for i, arm in ipairs(list) do
     local own = cq.json.array {}
@@ -181,7 +214,7 @@ function arms.record(list, runs, chosen, opt, config, pattern)
   local first = runs[list[1].name][1].options
   return cq.json.object { "family", config.model_type, "pattern", pattern, "hidden", config.hidden_size, "steps", opt.updates, "tokens",
     opt.updates * opt.batch * first.seq, "items", opt.items, "samples", opt.samples, "mask", opt.mask,
-    "rates", opt.rates, "tries", opt.tries, "arms", records }
+    "rates", opt.rates, "tries", opt.tries, "arms", records, "every_rate", every_rate(list, runs, both) }
 end
 
 return arms

@@ -166,6 +166,41 @@ function pages.rates(s)
     notes = { "> chosen. Nothing else was chosen." } }:markdown()
 end
 
+--- Two arms on test at every rate, paired by seed: no choice of a rate stands between them.
+function pages.every_rate(s)
+  local a, b = unpack(s.every_rate or {})
+  if not b then return "" end
+  local by, rates, rows = {}, {}, {}
+  for _, arm in ipairs { a, b } do
+    for _, item in ipairs(arm.runs) do
+      local key = ("%g"):format(item.lr)
+      if not by[key] then by[key], rates[#rates + 1] = { { runs = {} }, { runs = {} } }, item.lr end
+      table.insert(by[key][arm == a and 1 or 2].runs, item.run)
+    end
+  end
+  table.sort(rates)
+  for i, rate in ipairs(rates) do
+    local first, second = unpack(by[("%g"):format(rate)])
+    local pair = { by_name = { first = first } }
+    second.from = "first"
+    local row = { lr = ("%g"):format(rate), n = #second.runs, pass = difference(pair, second, "pass", 100, ".1f"),
+      kl = difference(pair, second, "kl", 1, ".4f"), cka = difference(pair, second, "cka", 1, ".4f") }
+    for k, arm in ipairs { first, second } do
+      row["pass" .. k], row["kl" .. k] = cell(values(arm, "pass", 100)), cell(values(arm, "kl"))
+      row["cka" .. k], row["lowest" .. k] = cell(values(arm, "cka")), cell(values(arm, "cka_min"))
+    end
+    rows[i] = row
+  end
+  local list = { { key = "lr", title = "rate" }, { key = "n" } }
+  for _, c in ipairs { { "pass", "pass@1, %", "%.1f" }, { "kl", "KL", "%.4f" }, { "cka", "CKA", "%.4f" } } do
+    list[#list + 1] = { key = c[1] .. 1, title = ("%s, %s"):format(c[2], a.name), format = c[3] }
+    list[#list + 1] = { key = c[1] .. 2, title = b.name, format = c[3] }
+    list[#list + 1] = { key = c[1], title = "difference" }
+  end
+  return ("**%s against %s at every rate, on test**\n\n"):format(b.name, a.name) .. cq.table { rows = rows, columns = list,
+    notes = { "Whatever validation chose: differences are those of the term, not of a rate." } }:markdown()
+end
+
 -- Every run of a quantized arm as { x = 1 - CKA, y = points of accuracy lost to BF16 with the same seed }.
 local function losses(s, arm, pick)
   local bf16, points = values(s.by_name.BF16, "pass", 100), {}
@@ -188,12 +223,14 @@ end
 local function all_losses(s, pick, trained)
   local points = {}
   for _, arm in ipairs(s.arms) do
-    for _, p in ipairs(arm.from and (not trained or arm.lr) and losses(s, arm, pick) or {}) do points[#points + 1] = p end
+    local wanted = arm.from and (not trained or arm.lr and arm.name ~= "QAT")
+    for _, p in ipairs(wanted and losses(s, arm, pick) or {}) do points[#points + 1] = p end
   end
   return points
 end
 
---- The correlation of what CKA and what accuracy lost, over all quantized runs and over the trained ones.
+--- The correlation of what CKA and what accuracy lost, over all quantized runs and over the distilled ones (QAT's lie far from
+--- all others: with them it would be 1).
 function pages.correlation(s)
   local rows = {}
   for _, item in ipairs { { "CKA", way "raw_unbiased" }, { "standardized CKA", way "standard_unbiased" },
@@ -203,10 +240,10 @@ function pages.correlation(s)
   end
   return "**Correlation with the accuracy lost (Pearson), over runs**\n\n" .. cq.table { rows = rows, columns = { { key = "what",
     title = "loss in" }, { key = "all", title = "all quantized runs", format = "%.2f" }, { key = "n" },
-    { key = "trained", title = "trained runs", format = "%.2f" }, { key = "n_trained", title = "n" } } }:markdown()
+    { key = "trained", title = "distilled runs", format = "%.2f" }, { key = "n_trained", title = "n" } } }:markdown()
 end
 
---- The three pictures: { file, svg, words }.
+--- The three pictures: { file, svg, words }. QAT lies so far from the others that it would hide what they differ in: it is left out.
 function pages.pictures(s)
   local kl, cka, blocks, names = {}, {}, {}, {}
   for i = 1, #s.pattern do names[i] = ("%d %s"):format(i - 1, s.pattern:sub(i, i)) end
@@ -214,17 +251,17 @@ function pages.pictures(s)
     local dots, curve = {}, {}
     for j, run in ipairs(arm.runs) do dots[j] = { run.kl, 100 * run.pass } end
     for b = 1, #s.pattern do curve[b] = { b, cq.stats.summary(values(arm, function(run) return run.geometry.raw_unbiased[b] end)).mean } end
-    kl[#kl + 1] = { name = arm.name, points = dots }
-    if arm.from then
+    if arm.name ~= "QAT" then kl[#kl + 1] = { name = arm.name, points = dots } end
+    if arm.from and arm.name ~= "QAT" then
       cka[#cka + 1] = { name = arm.name, points = losses(s, arm, way "raw_unbiased") }
       blocks[#blocks + 1] = arm.full and { name = arm.name, points = curve } or nil
     end
   end
   local list = {
-    { "accuracy_kl", { title = "Accuracy against KL to the teacher, a dot a run", x = "KL, nats a token", y = "pass@1, %", series = kl } },
-    { "cka_blocks", { title = "CKA of every block, mean over seeds", x = "block", y = "CKA, unbiased", series = blocks, names = names,
+    { "accuracy_kl", { title = "Accuracy against KL to the teacher, a dot a run (QAT: off the scale)", x = "KL, nats a token", y = "pass@1, %", series = kl } },
+    { "cka_blocks", { title = "CKA of every block, mean over seeds (without QAT)", x = "block", y = "CKA, unbiased", series = blocks, names = names,
       lines = true } },
-    { "cka_accuracy", { title = "What CKA lost against what accuracy lost, a dot a run", x = "1 - mean CKA",
+    { "cka_accuracy", { title = "What CKA lost against what accuracy lost, a dot a run (without QAT)", x = "1 - mean CKA",
       y = "points of pass@1 below BF16", series = cka } },
   }
   for i, item in ipairs(list) do list[i] = { file = item[1], svg = pictures.svg(item[2]), words = item[2].title } end

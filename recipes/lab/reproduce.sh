@@ -66,7 +66,7 @@ estimate() {
     $pretrain_options --out="$probe" >"$probe.log" 2>&1 || { tail -n 2 "$probe.log" >&2; exit 1; }
   rate=$(sed -nE 's/.*"step":([0-9]+),.*"tokens":([0-9]+),"seconds":([0-9.e-]+).*/\1 \2 \3/p' "$probe/metrics.jsonl" |
     awk '$1 > 8 { t += $2; s += $3 } END { print t / s }')
-  trained_runs=$((18 * rates * tries + 9 * seeds + 9 * few + 3 * (2 * rates * tries + 2 * seeds)))
+  trained_runs=$((18 * rates * tries + 9 * seeds + 9 * few + 3 * (2 * rates * tries + 2 * seeds) + 4 * 2 * (rates - 1) * seeds))
   other_runs=$((2 * tries + 4 * seeds + 3 * (2 * tries + 2 * seeds)))
   awk -v rate="$rate" -v jobs="$jobs" -v tiny="${tiny:-0}" -v own=$((2 * pretrain + sft + qwen_sft)) -v rl=$((3 * rl)) -v up=$updates \
     -v trained=$trained_runs -v other=$other_runs 'BEGIN {

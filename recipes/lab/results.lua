@@ -31,6 +31,7 @@ for i, study in ipairs(studies) do
   out[#out + 1] = pages.tasks(s)
   out[#out + 1] = pages.geometry(s)
   out[#out + 1] = pages.rates(s)
+  out[#out + 1] = pages.every_rate(s)
   out[#out + 1] = pages.correlation(s)
   if i == 1 then
     os.execute(("mkdir -p '%s'"):format(opt.pictures))

@@ -8,12 +8,13 @@ local arms = dofile(here .. "arms.lua")
 local opt = cq.options {
   model = "runs/rl/model",    -- the BF16 teacher
   data = "runs/mix",          -- what lab/mix.lua made of it
-  out = "runs/study",         -- three sweeps (rates, main, more) and study.json land here
+  out = "runs/study",         -- the sweeps and study.json land here
   arms = "all",               -- all of lab/arms.lua, main (those of the full protocol), short (BF16, PTQ, QAD, CKA-QAD)
   rates = "1e-4,2e-4,5e-4",   -- peak learning rates that each trained arm tries
   tries = 2,                  -- validation runs of each rate
   seeds = 6,                  -- test runs of an arm of the full protocol; their seeds are no validation run's
   few = 3,                    -- test runs of the others
+  both = "QAD,CKA-QAD",       -- arms that run on test at every rate, whatever validation chose
   updates = 200,              -- optimizer steps of each trained run
   batch = 32,                 -- packed rows per step
   mask = "all",               -- tokens trained on and compared on: all, or assistant (the answers)
@@ -27,11 +28,7 @@ local opt = cq.options {
 local out, rates = opt.out, {}
 for rate in opt.rates:gmatch "[^,]+" do rates[#rates + 1] = tonumber(rate) end
 if #rates == 0 then error(("option --rates: got %s, wanted numbers like 1e-4,2e-4"):format(opt.rates), 0) end
-local f = io.open(opt.model .. "/config.json", "rb")
-cq.refuse(not f and ("model: %s/config.json is missing, wanted a folder with a teacher"):format(opt.model) or nil)
-local config = cq.json.decode(f:read "*a", opt.model .. "/config.json")
-f:close()
-local pattern = config.hybrid_override_pattern or ("Q"):rep(config.num_hidden_layers)
+local config, pattern = arms.teacher(opt.model)
 local list = arms.choose(opt.arms, pattern)
 
 -- A sweep in a folder of its own. A point's process does not come back from the first.
@@ -55,11 +52,15 @@ local tried = sweep("rates", "validation", seeds(100, opt.tries), arms.settings(
   function() return rates end, opt.updates))
 local chosen = arms.rates(list, tried)
 local function best(arm) return { chosen[arm.name].lr } end
+local function others(arm) return arms.others(rates, chosen[arm.name].lr) end
 local runs = sweep("main", "test", seeds(0, opt.seeds), arms.settings(list, function(arm) return arm.full end, best, opt.updates))
 local rest = arms.settings(list, function(arm) return not arm.full end, best, opt.updates)
 for name, more in pairs(sweep("more", "test", seeds(0, opt.few), rest)) do
   runs[name] = more
 end
 cq.refuse(arms.confounded(list, runs))
-cq.benchmark.write(out .. "/study.json", cq.json.encode(arms.record(list, runs, chosen, opt, config, pattern)) .. "\n")
+local named = (",%s,"):format(opt.both)
+local both = sweep("both", "test", seeds(0, opt.seeds), arms.settings(list, function(arm)
+  return arm.trained and named:find("," .. arm.name .. ",", 1, true) end, others, opt.updates))
+cq.benchmark.write(out .. "/study.json", cq.json.encode(arms.record(list, runs, chosen, both, opt, config, pattern)) .. "\n")
 print(("study: %d arms, results in %s/study.json"):format(#list, out))
