@@ -22,13 +22,13 @@ typedef struct cq_linear {
     cq_param **part; ///< in stacking order
     cq_tensor value; ///< [groups * n, k] master weights
     cq_tensor low;   ///< their low halves where the master is split, else no data
-    cq_tensor fq;    ///< what forward multiplies with; BF16, the same as fq16: only products read it
-    cq_tensor grad;  ///< no data when none is trainable
-    cq_tensor fq16;  ///< fq in BF16 where products on a device are BF16, else no data
-    bool quantized;  ///< all parts are
-    bool act_quant;  ///< inputs are fake-quantized too
-    float *amax_x;   ///< [groups] frozen input maxima
-    cq_tensor amax;  ///< [groups] the same where the kernels run
+    cq_tensor fq;   ///< what forward multiplies with; BF16, the same as fq16: only products read it
+    cq_tensor grad; ///< no data when none is trainable
+    cq_tensor fq16; ///< fq in BF16 where products on a device are BF16, else no data
+    bool quantized; ///< all parts are
+    bool act_quant; ///< inputs are fake-quantized too
+    float *amax_x;  ///< [groups] frozen input maxima
+    cq_tensor amax; ///< [groups] the same where the kernels run
 } cq_linear;
 
 /// What the documents of a pass of generation go on from. Each layer keeps keys and values, or its

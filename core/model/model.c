@@ -287,8 +287,8 @@ static bool wants_16(const cq_model *m, const cq_plan *p) {
     return m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p);
 }
 
-/* A model that only runs forward keeps linears of a BF16 checkpoint as such where products read BF16:
- * nothing else reads them. Products on a device want rows on 16 bytes for that. */
+/* A model that only runs forward keeps linears of a BF16 checkpoint as such where products read
+ * BF16: nothing else reads them. Products on a device want rows on 16 bytes for that. */
 static bool stack_only_16(const cq_model *m, const cq_plan *p, const cq_linear *w) {
     bool only = wants_16(m, p) && !m->teacher && !m->trained && !m->nvfp4;
     for (int64_t i = 0; i < w->n_parts; i++)
