@@ -258,9 +258,10 @@ function pages.pictures(s)
     end
   end
   local list = {
-    { "accuracy_kl", { title = "Accuracy against KL to the teacher, a dot a run (QAT: off the scale)", x = "KL, nats a token", y = "pass@1, %", series = kl } },
-    { "cka_blocks", { title = "CKA of every block, mean over seeds (without QAT)", x = "block", y = "CKA, unbiased", series = blocks, names = names,
-      lines = true } },
+    { "accuracy_kl", { title = "Accuracy against KL to the teacher, a dot a run (QAT: off the scale)", x = "KL, nats a token",
+      y = "pass@1, %", series = kl } },
+    { "cka_blocks", { title = "CKA of every block, mean over seeds (without QAT)", x = "block", y = "CKA, unbiased", series = blocks,
+      names = names, lines = true } },
     { "cka_accuracy", { title = "What CKA lost against what accuracy lost, a dot a run (without QAT)", x = "1 - mean CKA",
       y = "points of pass@1 below BF16", series = cka } },
   }
