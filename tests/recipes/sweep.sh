@@ -17,7 +17,7 @@ work=$(mktemp -d /tmp/ckaqad-sweep-XXXXXX); trap 'rm -rf "$work"' EXIT
 head -n 40 recipes/lab/teacher/train.jsonl >"$work/train.jsonl"
 head -n 10 recipes/lab/teacher/holdout.jsonl >"$work/holdout.jsonl"
 tiny="--data=$work/train.jsonl --holdout=$work/holdout.jsonl --steps=3 --seq=64 --batch=4 --micro=2 --rows=32 --calibrate=4 --threads=2"
-fail() { echo "FAILED: $1"; tail -n 12 "$work/log"; exit 1; }
+fail() { tail -n 12 "$work/log"; echo "FAILED: $1, --seed=$seed"; exit 1; } # the reason last: long.sh shows one line
 go() { # EXIT ARGUMENTS...: the program with them, all it says in $work/log
   local want=$1 rc=0; shift
   "$run" "$@" >"$work/log" 2>&1 </dev/null || rc=$?
@@ -191,7 +191,7 @@ while [ "$kills" -lt "$trials" ]; do
     [ "$lives" -lt $((20 + 10 * trials)) ] || fail "the sweep does not end"
   done
   facts "$out" >"$work/got"
-  cmp -s "$work/want" "$work/got" || { diff "$work/want" "$work/got" | head -n 6; fail "sweep $sweeps differs from the undisturbed one"; }
+  cmp -s "$work/want" "$work/got" || fail "sweep $sweeps differs from the undisturbed one: $(diff "$work/want" "$work/got" | head -n 4 | tr "\n" " ")"
   sed -n 's/.*"hash":"\([0-9a-f]*\)".*"exit":0.*/\1/p' "$out/attempts.jsonl" | sort >"$work/ended"
   [ "$(uniq "$work/ended" | wc -l)" = 12 ] && [ "$(wc -l <"$work/ended")" = 12 ] || fail "a point did not end exactly once"
 done
