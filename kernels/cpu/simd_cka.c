@@ -13,6 +13,9 @@
 
 enum { PARTS = 64, PANEL = 16, WIDE = 32 };
 
+/// Threads for so many elements: waking one costs as much as a pass over tens of thousands.
+static int threads_for(int64_t n, int threads) { return n < 1 << 16 ? 1 : threads; }
+
 /// First item of part `part` of n.
 static int64_t part_start(int64_t n, int64_t part) { return n * part / PARTS; }
 
@@ -89,7 +92,7 @@ int CQ_OP(gram)(cq_stream *s, const cq_gram_args *a) {
             gram_panel(gram, centred, n, dim, j);
     }
     if (a->unbiased)
-        u_centre(gram, n, s->threads);
+        u_centre(gram, n, threads_for(n * n, s->threads));
     return CQ_OK;
 }
 
@@ -125,7 +128,7 @@ static double squared_distance(const float *x, double of_x, const float *y, doub
 static void all_inner_products(const float *x, const float *y, int64_t n, int threads,
                                double out[3]) {
     double part[PARTS][3];
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads_for(n, threads))
     for (int64_t p = 0; p < PARTS; p++) {
         int64_t i = part_start(n, p);
         inner_products(x + i, y + i, part_start(n, p + 1) - i, &part[p][0], &part[p][1],
@@ -139,7 +142,7 @@ static void all_inner_products(const float *x, const float *y, int64_t n, int th
 static double whole_distance(const float *x, double of_x, const float *y, double of_y, int64_t n,
                              int threads) {
     double part[PARTS], sum = 0.0;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads_for(n, threads))
     for (int64_t p = 0; p < PARTS; p++) {
         int64_t i = part_start(n, p);
         part[p] = squared_distance(x + i, of_x, y + i, of_y, part_start(n, p + 1) - i);
