@@ -18,7 +18,6 @@ const char *cq_collective_name(cq_collective kind) { return names[kind]; }
 int cq_comm_rank(const cq_comm *c) { return c ? c->rank : 0; }
 int cq_comm_size(const cq_comm *c) { return c ? c->size : 1; }
 int64_t cq_comm_bytes(const cq_comm *c, cq_collective kind) { return c->sent[kind]; }
-int64_t cq_comm_calls(const cq_comm *c, cq_collective kind) { return c->calls[kind]; }
 void cq_comm_set_patience(cq_comm *c, double seconds) { c->patience = seconds; }
 void cq_comm_about(cq_comm *c, const char *what) {
     if (c)
@@ -156,31 +155,29 @@ int cq_comm_broadcast(cq_comm *c, void *data, int64_t bytes, int root) {
     return status;
 }
 
-int cq_comm_sum(cq_comm *c, double *x, int64_t n) {
-    void *all;
-    int status = gather_equal(c, CQ_COMM_SUM, &all, x, n * (int64_t)sizeof *x);
-    const double *each = all;
-    for (int64_t i = 0; i < n && !status; i++) {
-        x[i] = each[i];
-        for (int r = 1; r < c->size; r++)
-            x[i] += each[r * n + i];
-    }
-    free(all);
-    return status;
+static void add_double(void *x, const void *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        ((double *)x)[i] += ((const double *)y)[i];
+}
+static void add_int(void *x, const void *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        ((int64_t *)x)[i] += ((const int64_t *)y)[i];
 }
 
-int cq_comm_sum_int(cq_comm *c, int64_t *x, int64_t n) {
+/* x, n numbers of 8 bytes, becomes the sum of the ranks'. */
+static int sum(cq_comm *c, void *x, int64_t n, void (*add)(void *, const void *, int64_t)) {
     void *all;
-    int status = gather_equal(c, CQ_COMM_SUM, &all, x, n * (int64_t)sizeof *x);
-    const int64_t *each = all;
-    for (int64_t i = 0; i < n && !status; i++) {
-        x[i] = each[i];
-        for (int r = 1; r < c->size; r++)
-            x[i] += each[r * n + i];
-    }
+    int64_t bytes = 8 * n;
+    int status = gather_equal(c, CQ_COMM_SUM, &all, x, bytes);
+    if (!status)
+        memcpy(x, all, (size_t)bytes);
+    for (int r = 1; r < c->size && !status; r++)
+        add(x, (const char *)all + r * bytes, n);
     free(all);
     return status;
 }
+int cq_comm_sum(cq_comm *c, double *x, int64_t n) { return sum(c, x, n, add_double); }
+int cq_comm_sum_int(cq_comm *c, int64_t *x, int64_t n) { return sum(c, x, n, add_int); }
 
 int cq_comm_exchange(cq_comm *c, void *in, const int64_t *in_bytes, const void *out,
                      const int64_t *out_bytes) {

@@ -70,7 +70,6 @@ CQ_API int cq_comm_scatter(cq_comm *c, const cq_piece *piece, int64_t n, int ran
 /// All-gather: `mine` becomes that of the piece's owner.
 CQ_API int cq_comm_spread(cq_comm *c, const cq_piece *piece, int64_t n);
 
-/// Bytes this rank has sent to others, and how often it took part.
+/// Bytes this rank has sent to others.
 CQ_API int64_t cq_comm_bytes(const cq_comm *c, cq_collective kind);
-CQ_API int64_t cq_comm_calls(const cq_comm *c, cq_collective kind);
 CQ_API const char *cq_collective_name(cq_collective kind);

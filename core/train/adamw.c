@@ -188,8 +188,7 @@ int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *no
     for (int64_t i = 0; i < a->n; i++)
         if (a->moment[i][0].data && gradient_of(a, i).data)
             CQ_TRY(update(a, s, i, lr, step, scale));
-    CQ_TRY(cq_stream_wait(s));
-    CQ_TRY(cq_shares_spread(&a->shares));
+    CQ_TRY(cq_shares_spread(&a->shares, s));
     if (a->ordered)
         CQ_TRY(cq_shares_zero(&a->shares));
     return cq_model_round_weights(a->model, s, true);

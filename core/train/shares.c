@@ -211,9 +211,10 @@ static cq_tensor low_half(const cq_shares *x, const cq_param *p) {
     return p->quantized ? p->low : (cq_tensor){0};
 }
 
-int cq_shares_spread(cq_shares *x) {
+int cq_shares_spread(cq_shares *x, cq_stream *s) {
     if (cq_comm_size(x->comm) == 1)
         return CQ_OK;
+    CQ_TRY(cq_stream_wait(s)); /* the updates; one rank need not wait */
     cq_comm_about(x->comm, "weights");
     x->stale = true;
     CQ_TRY(spread_raw(x, forward_copy));

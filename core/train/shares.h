@@ -29,6 +29,6 @@ int cq_shares_plan(cq_shares *x, cq_plan *p);
 int cq_shares_add(cq_shares *x, cq_stream *s, int ranks);
 int cq_shares_zero(cq_shares *x);
 /// Sends the owners' new weights to all: quantized ones as NVFP4 codes and scales.
-int cq_shares_spread(cq_shares *x);
+int cq_shares_spread(cq_shares *x, cq_stream *s);
 /// Brings the masters of quantized parameters to all ranks; nothing to do when they are there.
 int cq_shares_masters(cq_shares *x);
