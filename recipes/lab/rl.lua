@@ -44,7 +44,8 @@ end
 for step in run:steps(opt.steps) do
   local items = setting.practice(problems, mix, opt.prompts, opt.seed, step)
   cq.refuse(problems.overlap(items, held))
-  local list, sampling, scoring = setting.answers(problems, model, items, { samples = opt.samples, tokens = opt.tokens, seed = step })
+  local draw = opt.seed * 1000003 + step
+  local list, sampling, scoring = setting.answers(problems, model, items, { samples = opt.samples, tokens = opt.tokens, seed = draw })
   local begun, log = cq.clock(), setting.rewards(list, opt.samples)
   local batch, anchored = cq.batch_of(log.kept, { step = step }), sft and cq.batch_of(log.kept, { step = step })
   for part in batch:split() do cq.distill(nil, model, part, policy):backward { kl = 1 } end
