@@ -6,11 +6,11 @@ local opt = cq.options {
   model = "auto",               -- BF16 checkpoint: folder, org/name, or auto (Nemotron 3 Nano if cached, else the embedded one)
   data = "auto",                -- documents to distil on: JSONL files, or auto (the embedded text)
   holdout = "",                 -- JSONL files to report on; none: a seeded 5 % of the documents
-  preset = "auto",              -- full, tiny (under 100 M parameters: seq 256, batch 8, lr 1e-4, 60 steps), paper, or auto
+  preset = "auto",              -- full, tiny (under 100 M parameters: seq 256, batch 8, lr 1e-4, 60 steps, mse), paper, or auto
   out = "runs/nemotron-nano",   -- options, log, report, checkpoints and the NVFP4 folder land here
   teacher_cache = "",           -- folder of recipes/teacher_cache.lua in the teacher's place; none: the teacher runs along
   quant = "nemotron_nano",      -- linears in NVFP4: nemotron_nano (as published), all, experts, mlp, weights_only
-  scales = "max",               -- weight scales: max, or searched: mse, four_over_six
+  scales = "max",               -- weight scales: max, or searched before training: mse, four_over_six
   calibrate = 32,               -- documents the activation scales come from
   steps = 400,                  -- optimizer steps
   batch = 16,                   -- packed rows per step
@@ -51,7 +51,7 @@ local rate = cq.schedule[opt.schedule] { peak = opt.lr, warmup = opt.warmup, ste
 
 run:plan { teacher = teacher, student = student, adam = adam, terms = terms, data = data, eval = true }
 run:calibrate(student, data, opt.calibrate)
-local before = run:result("PTQ", cq.eval.compare(teacher, student, data:holdout()))
+local before = run:ptq(teacher, student, data)
 run:track { teacher = teacher, student = student, adam = adam, data = data } -- saved together, restored together
 for step, batch in run:steps(opt.steps, data) do
   for part in batch:split() do

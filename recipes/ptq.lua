@@ -21,6 +21,7 @@ local opt = cq.options {
   micro = 0,             -- rows per micro-batch (0: as many as hold 4096 tokens)
   seed = 1,              -- of the held-out split
 }
+opt.given.scales = true -- a preset has no say in it
 if opt.data == "auto" and opt.model ~= "auto" then opt.data = "none" end
 
 local run = cq.run(opt)

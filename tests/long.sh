@@ -22,8 +22,8 @@ failed=0
 
 echo "$(date -u +%Y-%m-%d), $(awk -F': ' '/model name/ {print $2; exit}' /proc/cpuinfo), $(nproc) cores, share 1/$share"
 echo
-echo "| recipe, model | seed | steps | KL PTQ | KL after | ratio | CKA PTQ | CKA after | export |"
-echo "|---|---|---|---|---|---|---|---|---|"
+echo "| recipe, model | seed | steps | KL PTQ | KL PTQ, mse | KL after | ratio | CKA PTQ | CKA after | export |"
+echo "|---|---|---|---|---|---|---|---|---|---|"
 seeds=$(part 3 1); steps=$(part 60 8)
 [ "$share" = 1 ] || head -n 60 "$test" >"$work/short.jsonl"
 [ "$share" = 1 ] || test=$work/short.jsonl
@@ -35,8 +35,8 @@ for pair in nemotron_nano:nemotron_h_gsm8k qwen3:qwen3_gsm8k; do
     luajit - "$out/summary.json" "$recipe, $model" "$seed" "$steps" "$share" <<'EOT' || failed=1
 local f = assert(io.open(arg[1])); local s = require("cjson").decode(f:read("*a")); f:close()
 local ratio = s.after.kl / s.before.kl
-print(("| %s | %s | %s | %.4f | %.4f | %.3f | %.5f | %.5f | %s |"):format(arg[2], arg[3], arg[4], s.before.kl, s.after.kl, ratio,
-  s.before.cka, s.after.cka, s.export_bit_equal and "equal, every bit" or "DIFFERS"))
+print(("| %s | %s | %s | %.4f | %.4f | %.4f | %.3f | %.5f | %.5f | %s |"):format(arg[2], arg[3], arg[4], s.before.kl, s.searched.kl, s.after.kl,
+  ratio, s.before.cka, s.after.cka, s.export_bit_equal and "equal, every bit" or "DIFFERS"))
 local whole = arg[5] == "1" -- a few steps of warm-up say nothing about CKA yet
 os.exit(ratio <= (whole and 0.8 or 1) and (not whole or s.after.cka > s.before.cka) and s.export_bit_equal and 0 or 1)
 EOT

@@ -109,6 +109,29 @@ Test(export, dequantizes_to_the_trained_bits_and_passes_verify) {
         }
 }
 
+Test(export, searched_scales_come_back_after_a_look_without_them) {
+    for (int k = 0; k < 2; k++)
+        for (int i = 3; i < 5; i++) {
+            folder searched, plain;
+            int64_t differing[3] = {-1, -1, -1};
+            cq_quant_options o = {.preset = options[i].preset};
+            open_export(&searched, models[k], options[i]);
+            open_export(&plain, models[k], o);
+            cq_model *m = searched.h.student;
+            OK(cq_export_compare(m, plain.dir, &differing[0]));
+            OK(cq_model_searched_scales(m, &searched.h.stream, false));
+            OK(cq_model_searched_scales(m, &searched.h.stream, false));
+            OK(cq_export_compare(m, plain.dir, &differing[1]));
+            OK(cq_model_searched_scales(m, &searched.h.stream, true));
+            OK(cq_export_compare(m, searched.dir, &differing[2]));
+            cr_expect_gt(differing[0], 0);
+            cr_expect_eq(differing[1], 0, "%ld elements differ", (long)differing[1]);
+            cr_expect_eq(differing[2], 0, "%ld elements differ", (long)differing[2]);
+            close_export(&plain);
+            close_export(&searched);
+        }
+}
+
 Test(export, of_a_double_model_packs_its_narrowed_weights) {
     harness h;
     harness_options o = {.dir = models[0],

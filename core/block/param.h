@@ -24,6 +24,7 @@ typedef struct cq_param {
     float *amax_x;     ///< frozen input maximum; points into the model; NULL when the linear is not
                        ///< quantized
     cq_tensor block_amax; ///< static scales [rows, cols / 16] F32, else no data
+    cq_tensor aside;      ///< block_amax while the model goes without (cq_model_searched_scales)
     float top;            ///< 448, or 256 for four-over-six
     int64_t fuse;    ///< parameters with the same non-zero number share scales (q/k/v, gate/up)
     double lr_scale; ///< learning-rate factor, 1 unless a pattern says otherwise

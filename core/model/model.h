@@ -72,6 +72,10 @@ CQ_API int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached)
 /// Takes given maxima instead (golden files, checkpoints): set amax and *amax_x first. Writes the
 /// fake-quantized weights.
 CQ_API int cq_model_requantize(cq_model *m, cq_stream *s);
+/// Whether weights take their searched block scales, as they do after calibration, or each block's
+/// maximum, to measure what searching wins. Writes the fake-quantized weights; nothing to do where
+/// nothing was searched.
+CQ_API int cq_model_searched_scales(cq_model *m, cq_stream *s, bool on);
 /// Writes the BF16 copies that products on a device read (nothing elsewhere): after loading, and
 /// after each change of the weights. Requantizing and the optimizer do it.
 CQ_API int cq_model_round_weights(cq_model *m, cq_stream *s, bool trained_only);

@@ -179,9 +179,23 @@ int cq_model_requantize(cq_model *m, cq_stream *s) {
             s, fake_quant, .dtype = m->env.dtype, .rows = p->shape.dim[0], .cols = p->shape.dim[1],
             .x = x, .y = p->fq.data,
             .fq = {.amax = p->amax_at.data, .n_groups = 1, .saturated = m->env.saturated.data},
-            .block_amax = p->block_amax.data, .top = p->top));
+            .block_amax = p->block_amax.data, .top = p->block_amax.data ? p->top : 448.0f));
     }
     return cq_model_round_weights(m, s, false);
+}
+
+int cq_model_searched_scales(cq_model *m, cq_stream *s, bool on) {
+    if (m->scales == CQ_SCALE_MAX)
+        return CQ_OK;
+    for (int64_t i = 0; i < m->n_params; i++) {
+        cq_param *p = m->param[i];
+        cq_tensor *from = on ? &p->aside : &p->block_amax, *to = on ? &p->block_amax : &p->aside;
+        if (from->data) {
+            *to = *from;
+            *from = (cq_tensor){0};
+        }
+    }
+    return cq_model_requantize(m, s);
 }
 
 static int round_tensor(cq_stream *s, cq_tensor from, cq_tensor to) {

@@ -112,6 +112,20 @@ function Model:calibrate(batches)
   return tonumber(unreached[0])
 end
 
+--- What `f` returns when the weights take each block's maximum as their scale in the place of the searched ones, which come back
+--- after it: what searching wins.
+---
+--- Example:
+---     local plain = student:with_max_scales(function() return cq.eval.compare(teacher, student, data:holdout()) end)
+---     print(plain.kl > cq.eval.compare(teacher, student, data:holdout()).kl)
+function Model:with_max_scales(f)
+  call.cq_model_searched_scales(self.c, self:stream(), false)
+  local ok, result = pcall(f)
+  call.cq_model_searched_scales(self.c, self:stream(), true)
+  if not ok then error(result, 0) end
+  return result
+end
+
 --- Blocks of 16 whose scale was clamped since the last call.
 function Model:saturated() return tonumber(C.cq_model_saturated(self.c)) end
 

@@ -81,6 +81,8 @@ function report.results(r)
   end
   local list = {}
   if before then list[1] = { "PTQ", before } end
+  local searched = before and result(r.summary and r.summary.searched)
+  if searched then list[2] = { "PTQ, " .. tostring(r.options.scales), searched } end
   if after then list[#list + 1] = { r.summary and r.form.name or ("step %d"):format(after.step), after } end
   return list, before, after
 end
@@ -123,11 +125,11 @@ local function results_table(p, list, before)
     class "mean CKA", class "lowest CKA" }
   local rows = { { "BF16", n(0), any and class "", n(teacher), any and class "", n(1), n(1), n(1) } }
   for _, item in ipairs(list) do
-    local r, trained = item[2], before and item[2] ~= before
+    local r, trained = item[2], before and item[2] ~= before -- or searched
     rows[#rows + 1] = {
       item[1], n(r.kl), any and class(trained and percent(stats.recovery(before.kl, r.kl, 0)) or ""), n(r.perplexity),
       any and class(trained and percent(stats.recovery(before.perplexity, r.perplexity, teacher)) or ""), n(r.top1), n(r.cka),
-      class(("%.4f (block %d)"):format(r.cka_min, r.cka_min_block)), main = trained,
+      class(("%.4f (block %d)"):format(r.cka_min, r.cka_min_block)), main = trained and item == list[#list],
     }
   end
   if not any then
@@ -140,7 +142,7 @@ local function results_table(p, list, before)
   p:add("%s", page.table(head, rows, { all = true }))
   local tokens = list[1][2].tokens
   p:paragraph((tokens and text.count(tokens) .. " tokens. " or "") .. "KL to BF16 in nats a token" ..
-    (any and "; recovered: what training won back of PTQ's loss" or "") .. "; top-1: agreement with BF16.", "dim")
+    (any and "; recovered: what was won back of PTQ's loss" or "") .. "; top-1: agreement with BF16.", "dim")
 end
 
 local letters = { { "M", "Mamba" }, { "*", "attention" }, { "E", "experts" }, { "-", "MLP" }, { "Q", "attention and MLP" } }

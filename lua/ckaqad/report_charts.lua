@@ -240,8 +240,8 @@ local function compared(p, o)
   })
 end
 
--- The colors of PTQ and of what was trained, the same in every chart.
-local function tone(item) return item[1] == "PTQ" and 1 or 0 end
+-- The colors of PTQ, of PTQ with searched scales and of what was trained, the same in every chart.
+local function tone(item) return item[1] == "PTQ" and 1 or item[1]:find "^PTQ" and 2 or 0 end
 
 local function extreme(cats, y, better)
   local at

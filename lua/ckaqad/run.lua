@@ -238,14 +238,33 @@ local function best(self)
   return found and found.step
 end
 
---- Says how a compared pair stands, in one line, and keeps it in evals.jsonl: as step 0 before the loop, as the last step after.
-function Run:result(name, r)
+local function say_result(self, name, r)
   self:say("%s: KL %.4f, perplexity %.4f (BF16 %.4f), top-1 %.4f, CKA %.4f, lowest %.4f at block %d, %d held-out tokens", name,
     r.kl, r.perplexity, r.perplexity_teacher, r.top1, r.cka, r.cka_min, r.cka_min_block, r.tokens)
+end
+
+--- Says how a compared pair stands, in one line, and keeps it in evals.jsonl: as step 0 before the loop, as the last step after.
+function Run:result(name, r)
+  say_result(self, name, r)
   if self.resumable and #self.evals == 0 then self.evals = self.folder:rewind("evals.jsonl", math.huge, self.joined) end
   keep(self, self.total or 0, r)
   self.first_result = self.first_result or r
   return r
+end
+
+--- Compares a calibrated student with its teacher on held-out documents and returns that. PTQ has each block's maximum as its scale;
+--- where the student searches its scales, so that training starts from better ones, that stands beside it, in a row of its own.
+---
+--- Example:
+---     local before = run:ptq(teacher, student, data)
+function Run:ptq(teacher, student, data)
+  local function compared(extras) return eval.compare(teacher, student, data:holdout(), { extras = extras }) end
+  local scales = student.quant.scales
+  if scales == "max" then return self:result("PTQ", compared(true)) end
+  local before = self:result("PTQ", student:with_max_scales(function() return compared(true) end))
+  self.searched = { "PTQ, " .. scales, compared(false) }
+  say_result(self, unpack(self.searched))
+  return before
 end
 
 --- What is saved and restored together: `student`, `adam`, `data`; with `teacher` too, --eval_every can compare. A run that was
@@ -572,30 +591,31 @@ function Run:close()
 end
 
 --- Ends a run: the table BF16 / PTQ / CKA-QAD, a warning when QAD is worse than PTQ, summary.json and report.html.
---- `before` and `after` come from `cq.eval.compare`; a recipe without training gives only `before`. `more`: a table of other results,
---- kept in summary.json.
+--- `before` comes from `run:ptq` or `cq.eval.compare`, `after` from the latter; a recipe without training gives only `before`.
+--- `more`: a table of other results, kept in summary.json.
 function Run:finish(results)
   local o = errors.fill("finish", results, { before = errors.NONE, after = errors.NONE, more = errors.NONE })
   local rows = {}
   if o.before then rows[#rows + 1] = { "PTQ", o.before } end
+  if o.before and self.searched then rows[#rows + 1] = self.searched end
   local name = report.form(self.folder and self.folder.options or {}).name
   if o.after then rows[#rows + 1] = { name, o.after } end
   if #rows > 0 then
     self:say("")
     for _, line in ipairs(text.table(screen.rows(rows))) do self:say(line) end
   end
-  if o.before and o.after then
-    local worse = {}
-    if o.after.kl > o.before.kl then worse[#worse + 1] = "KL" end
-    if o.after.cka < o.before.cka then worse[#worse + 1] = "mean CKA" end
-    if #worse > 0 then self:say("warning: %s is worse than PTQ in %s", name, table.concat(worse, " and ")) end
+  for i = 1, o.after and #rows - 1 or 0 do
+    local untrained, worse = rows[i], {}
+    if o.after.kl > untrained[2].kl then worse[#worse + 1] = "KL" end
+    if o.after.cka < untrained[2].cka then worse[#worse + 1] = "mean CKA" end
+    if #worse > 0 then self:say("warning: %s is worse than %s in %s", name, untrained[1], table.concat(worse, " and ")) end
   end
   memory_line(self)
   local sent = ranks.bytes()
   if not self.made then return end
   self.folder:write_json("summary.json", json.object {
-    "before", eval.record(o.before), "after", eval.record(o.after), "export_bit_equal", self.export_equal,
-    "export_rules_failed", self.export_failed, "more", o.more,
+    "before", eval.record(o.before), "searched", self.searched and eval.record(self.searched[2]), "after", eval.record(o.after),
+    "export_bit_equal", self.export_equal, "export_rules_failed", self.export_failed, "more", o.more,
     "peak_bytes", self.peak, "planned_bytes", self.plan_made.bytes, "steps", #self.history,
     "sent_bytes", sent and json.object(sent),
     "seconds", self.begun and native.clock() - self.begun,
