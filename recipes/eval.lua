@@ -2,6 +2,7 @@
 --   ckaqad recipes/eval.lua --model=DIR --suite=aime25 --file=aime25.jsonl --samples=32 --answers=student.jsonl
 --   ckaqad recipes/eval.lua --model=DIR --suite=gpqa --file=gpqa_diamond.csv --samples=8 --against=teacher.jsonl
 --   ckaqad recipes/eval.lua --model=DIR --suite=lcb --file=test6.jsonl --samples=4 --answers=for_the_official_scorer.json
+--   ckaqad recipes/eval.lua --server=http://127.0.0.1:8000 --suite=aime25 --file=aime25.jsonl --samples=32      (vLLM, SGLang, ...)
 -- The last line is one JSON object: n, samples, pass, low, high, recovery.
 local cq = require "ckaqad"
 
@@ -15,6 +16,9 @@ local opt = cq.options {
   tokens = 1024,       -- most tokens of an answer
   seed = 1,            -- of the draws and of the order of options
   pass = 512,          -- tokens of one forward
+  server = "",         -- ask this OpenAI-compatible server (http://HOST:PORT, key in OPENAI_API_KEY) and run no model here
+  served = "",         -- name of the model there; none: the first one it lists
+  parallel = 16,       -- requests at a time
   answers = "",        -- write the answers here: JSONL (id, sample, right, text), or what the scorer of LiveCodeBench reads
   against = "",        -- --answers of the BF16 model on the same questions: recovery and the paired difference
 }
@@ -24,16 +28,8 @@ if opt.file == "" then error("eval: no questions, wanted --file=FILE", 0) end
 if opt.suite == "lcb" and opt.answers == "" then error("eval: code is scored elsewhere, wanted --answers=FILE", 0) end
 if opt.answers ~= "" then cq.benchmark.write(opt.answers) end
 local bf16 = opt.against ~= "" and cq.benchmark.shares(opt.against)
-local items, model = cq.benchmark.open(opt.suite, opt.file, opt.seed), cq.model.open(opt.model)
-local prompts, longest = {}, 0
-for i, item in ipairs(items) do
-  prompts[i] = model:encode(model:chat({ { role = "user", content = item.question } }, { template = opt.template }))
-  longest = math.max(longest, #prompts[i])
-end
-local slots = math.min(#prompts * opt.samples, 64, math.max(1, math.floor(opt.pass / 2)))
-run:plan { student = model, tokens = opt.pass, generate = { slots = slots, room = longest + opt.tokens } }
-local out, work = model:generate { prompts = prompts, max_tokens = opt.tokens, temperature = opt.temperature, top_p = opt.top_p,
-  samples = opt.samples, seed = opt.seed }
+local items = cq.benchmark.open(opt.suite, opt.file, opt.seed)
+local out, work = cq.benchmark.ask(run, opt, items)
 
 local shares, lines, codes, cut = {}, {}, {}, 0
 for _, one in ipairs(out) do

@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . recipes/packages.sh
 # shellcheck disable=SC2086
-need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium openmpi-bin || exit 1
+need $build_packages libcriterion-dev lua-busted lua-check lua-cjson clang libomp-dev clang-format shellcheck libclang-rt-14-dev groff-base chromium openmpi-bin curl || exit 1
 
 want=" ${*:-gcc clang sanitize cuda lint lua golden recipes install long} "
 logs=build/logs; mkdir -p "$logs"

@@ -143,6 +143,31 @@ function benchmark.open(suite, path, seed)
   return items
 end
 
+--- Answers to the questions of `cq.benchmark.open`: from the model of `opt.model`, run here, or from that of a server when `opt.server`
+--- is not empty. `run` and `opt`: a run and its options as `recipes/eval.lua` has them. Returns what `model:generate` does: the list of
+--- { prompt, sample, text, stopped }, and { tokens, seconds }.
+function benchmark.ask(run, opt, items)
+  local questions, prompts, longest = {}, {}, 0
+  for i, item in ipairs(items) do questions[i] = item.question end
+  if opt.server ~= "" then
+    ranks.refuse "eval --server"
+    local answers, work = require("ckaqad.server").chat(opt.server, questions, { samples = opt.samples, max_tokens = opt.tokens,
+      temperature = opt.temperature, top_p = opt.top_p, seed = opt.seed, parallel = opt.parallel,
+      model = opt.served ~= "" and opt.served or nil })
+    run:say("answers of %s at %s", work.model, opt.server)
+    return answers, work
+  end
+  local model = require("ckaqad.model").open(opt.model)
+  for i, question in ipairs(questions) do
+    prompts[i] = model:encode(model:chat({ { role = "user", content = question } }, { template = opt.template }))
+    longest = math.max(longest, #prompts[i])
+  end
+  local slots = math.min(#prompts * opt.samples, 64, math.max(1, math.floor(opt.pass / 2)))
+  run:plan { student = model, tokens = opt.pass, generate = { slots = slots, room = longest + opt.tokens } }
+  return model:generate { prompts = prompts, max_tokens = opt.tokens, temperature = opt.temperature, top_p = opt.top_p,
+    samples = opt.samples, seed = opt.seed }
+end
+
 --- The share of right samples of each question, { [id] = share }, of a file of answers: JSONL with id and right.
 ---
 --- Example:

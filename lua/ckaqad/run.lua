@@ -88,9 +88,10 @@ function run.run(opt, given)
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
     compute = opt.compute, check = opt.check }
   if imagined then require "ckaqad.plan_gpus".imagine(opt) end
-  local has_model = rawget(opt, "model") or rawget(opt, "teacher")
+  local elsewhere = (rawget(opt, "server") or "") ~= "" -- the model is a server's
+  local has_model = not elsewhere and (rawget(opt, "model") or rawget(opt, "teacher"))
   local said
-  if rawget(opt, "model") then
+  if has_model and rawget(opt, "model") then
     opt.model, said = choose_model(opt, o.named)
   elseif has_model then
     opt.teacher = hf.resolve(opt.teacher)

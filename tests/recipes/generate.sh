@@ -49,4 +49,29 @@ eval_ --suite=gpqa --file="$work/gpqa.csv"
 grep -q '^gpqa: pass@1 .* k = 2 samples, n = 5 questions' "$work/eval" || fail "gpqa: $(cat "$work/eval")"
 eval_ --suite=lcb --file="$work/lcb.jsonl" --answers="$work/lcb.json"
 [ "$(grep -o '"code_list":\["' "$work/lcb.json" | wc -l)" = 5 ] || fail "lcb: $(cat "$work/lcb.json")"
+
+# the same questions to a server: three in a row, a key, refusals
+build/fake_server >"$work/port" & server=$!
+build/fake_server secret >"$work/port2" & other=$!
+trap 'kill $server $other; rm -rf "$work"' EXIT
+for _ in $(seq 100); do [ -s "$work/port" ] && [ -s "$work/port2" ] && break; sleep 0.05; done
+at=http://127.0.0.1:$(cat "$work/port"); with_key=http://127.0.0.1:$(cat "$work/port2")/v1/
+asked() { build/ckaqad recipes/eval.lua --suite=aime25 --file="$work/aime.jsonl" "$@" >"$work/eval" 2>&1; }
+asked --server="$at" --samples=3 --parallel=4 --answers="$work/served.jsonl" || fail "server: $(cat "$work/eval")"
+grep -q "^answers of fake at $at" "$work/eval" && grep -q '^aime25: pass@1 100.0 %.*k = 3 samples, n = 5' "$work/eval" ||
+  fail "server: $(cat "$work/eval")"
+[ "$(grep -c '"text":"It is \\\\boxed{' "$work/served.jsonl")" = 15 ] || fail "server: $(cat "$work/served.jsonl")"
+OPENAI_API_KEY=secret asked --server="$with_key" --served=fake || fail "key: $(cat "$work/eval")"
+no() { # PATTERN OPTIONS...
+  local pattern=$1; shift
+  if asked "$@"; then fail "$*: not refused"; fi
+  grep -q "$pattern" "$work/eval" || fail "$*: wanted $pattern, got $(cat "$work/eval")"
+}
+no 'HTTP 401 to the question for its models: who are you' --server="$with_key"
+no 'HTTP 404 to question 1: no such model' --server="$at" --served=other
+no 'names no model, wanted --served=NAME' --server="$at/empty"
+no 'the answer to question 1 holds no choices' --server="$at/odd"
+no 'no answer to the question for its models (curl: (7).*wanted an OpenAI-compatible server' --server=http://127.0.0.1:9
+no 'option --server: got "localhost", wanted http://HOST:PORT' --server=localhost
+ls -d /tmp/ckaqad-ask-* 2>/dev/null && fail "a folder of requests stays"
 echo "eval: all hold"
