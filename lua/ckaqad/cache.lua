@@ -106,7 +106,7 @@ local storages = { f16 = "CQ_F16", f32 = "CQ_F32" }
 ---
 --- Example:
 ---     local cache = cq.cache.create("kept", { teacher = teacher, data = data, steps = 3, top_k = 64, tokens = 32 })
----     print(cache.top_k, cache.blocks) --> 64	0,1,2,3,4,5,6,7,8,9,10,11
+---     print(cache.top_k, cache.blocks) --> 64	0,1,2,3,4,5,6,7
 function cache.create(dir, options)
   ranks.refuse("teacher cache")
   local o = errors.fill("cache.create", options, {

@@ -69,7 +69,7 @@ end
 ---
 --- Example:
 ---     local documents = cq.data.open(opt.data, { model = teacher, seq = 128, batch = 4, seed = 3, fraction = 0.1 })
----     print(documents:facts().train.documents) --> 1800
+---     print(documents:facts().train.documents) --> 3870
 function data.open(paths, options)
   local o = errors.fill("data.open", options, {
     model = errors.NONE, seq = 256, batch = 8, micro = 0, seed = 1, mask = "all", holdout = "", fraction = 0.05,

@@ -113,7 +113,7 @@ end
 ---
 --- Example:
 ---     pass:backward { kl = 1, cka = pass.kl }                   -- one weight for the mean over the tapped blocks
----     pass:backward { kl = 1, cka = { [0] = 0.1, [11] = 0.3 } } -- or one for each block
+---     pass:backward { kl = 1, cka = { [0] = 0.1, [7] = 0.3 } }  -- or one for each block
 function Pass:backward(weights)
   local w = errors.fill("backward", weights, { kl = 1, cka = 0 })
   if w.kl ~= w.kl or w.cka ~= w.cka then

@@ -195,7 +195,7 @@ end
 --- The objects of a JSONL file, in a list. `fields` names what each must have; an error names file and line.
 ---
 --- Example:
----     print(#cq.json.lines("holdout.jsonl", { "text" })) --> 6
+---     print(#cq.json.lines("holdout.jsonl", { "prompt" })) --> 6
 function json.lines(path, fields)
   local f, why = io.open(path, "rb")
   if not f then errors.raise(errors.IO, "%s", why) end

@@ -35,7 +35,7 @@ local dtypes = { f32 = "CQ_F32", f64 = "CQ_F64" }
 ---
 --- Example:
 ---     local model = cq.model.open(opt.model)
----     print(model.family, model.n_blocks, model.pattern) --> nemotron_h	12	MEM*EMEM*EME
+---     print(model.family, model.n_blocks, model.pattern) --> nemotron_h	8	ME*ME*ME
 function model.open(name, options)
   local o = errors.fill("model.open", options, { dtype = "f32" })
   errors.choose("model.open: dtype", o.dtype, { "f32", "f64" })
@@ -167,7 +167,7 @@ end
 ---     for p in student:params() do
 ---       if p.quantized then quantized = quantized + 1 end
 ---     end
----     print(quantized) --> 108
+---     print(quantized) --> 116
 function Model:params()
   local i, n = -1, tonumber(C.cq_model_n_params(self.c))
   return function()

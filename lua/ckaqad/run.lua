@@ -55,7 +55,8 @@ local function choose_data(opt)
   local dir = embedded(opt.recipe)
   opt.data = dir .. "/train.jsonl"
   if rawget(opt, "holdout") == "" then opt.holdout = dir .. "/holdout.jsonl" end
-  return opt.data .. " (auto: the embedded text)"
+  if rawget(opt, "mask") and not opt.given.mask then opt.mask = "assistant" end -- its prompts are random, only answers can be learnt
+  return ("%s (auto: the embedded text%s)"):format(opt.data, rawget(opt, "mask") == "assistant" and ", targets in its answers" or "")
 end
 
 -- A run that goes on adds up its micro-batches as it did before, on however many ranks.

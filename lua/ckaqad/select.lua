@@ -54,7 +54,7 @@ end
 ---
 --- Example:
 ---     print(table.concat(cq.blocks("last:2", "MEM*"), " "))               --> 2 3
----     print(table.concat(cq.blocks("attention,0", teacher.pattern), " ")) --> 0 3 8
+---     print(table.concat(cq.blocks("attention,0", teacher.pattern), " ")) --> 0 2 5
 function select_.blocks(selector, pattern)
   local picked, list = {}, {}
   local empty = true

@@ -1,4 +1,4 @@
--- Small problems whose answers a program can check: the text the embedded teacher is trained on.
+-- Small problems whose answers a program can check: the text that models of the study are pretrained on.
 --
 -- A task makes { prompt = string, answer = string }; `check(prompt, answer)` accepts exactly the right worked answers.
 -- Randomness is LuaJIT's own generator, so one seed gives one text on every machine.
@@ -129,26 +129,5 @@ tasks.story = {
 }
 
 tasks.names = { "sum", "register", "list", "story" }
-
---- One document of chat text.
-function tasks.render(item)
-  return "<|im_start|>user\n" .. item.prompt .. "<|im_end|>\n<|im_start|>assistant\n" .. item.answer .. "<|im_end|>\n"
-end
-
---- `n` documents that are not in `seen` (a set of prompts, filled on the way), with a fixed seed.
-function tasks.documents(n, seed, seen)
-  local out = {}
-  math.randomseed(seed)
-  while #out < n do
-    local name = tasks.names[math.random(#tasks.names)]
-    local item = tasks[name].make(math.random(1, 3))
-    if not seen[item.prompt] then
-      seen[item.prompt] = true
-      assert(tasks[name].check(item.prompt, item.answer), "a task rejects its own answer: " .. item.prompt)
-      out[#out + 1] = tasks.render(item)
-    end
-  end
-  return out
-end
 
 return tasks

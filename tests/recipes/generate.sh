@@ -8,7 +8,7 @@ g=tests/golden
 fail() { echo "generate.sh: $*"; exit 1; }
 write() { build/ckaqad recipes/generate.lua --threads=2 "$@"; }
 
-write --prompt=$'<|im_start|>user\n47+85<|im_end|>\n<|im_start|>assistant\n' >"$work/out"
+write --prompt='A47+85:' >"$work/out"
 grep -qx '7+5+0=12,4+8+1=13;132' "$work/out" || fail "the embedded model does not add: $(cat "$work/out")"
 grep -q '^  generation ' "$work/out" || fail "the plan says nothing of generation"
 

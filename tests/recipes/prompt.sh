@@ -30,7 +30,7 @@ cq.save_session "$work/session.lua"
 EOT
 grep -qx 20 "$work/out" || fail "_ is not the last value"
 grep -qx 42 "$work/out" || fail "a local function is lost"
-grep -q "bf16 320x64" "$work/out" || fail "a parameter does not show its dtype and shape"
+grep -q "bf16 264x64" "$work/out" || fail "a parameter does not show its dtype and shape"
 [ "$(grep -c '{ 1, 2 }' "$work/out")" = 1 ] || fail "a ; does not silence"
 { grep -q "prompt:2: on line two" "$work/err" && grep -q '2 |   error("on line two")' "$work/err"; } || fail "an error does not show the line"
 grep -q "nearest is loss" "$work/err" || fail "no nearest name"
