@@ -123,7 +123,9 @@ function charts.curves(p, history, evals, form)
     lines(p, form.measured .. " between blocks", { mean_, lowest })
     lines(p, "CKA", { held_out })
   end
-  if form.layer then
+  local weighed = false
+  for _, m in ipairs(history) do weighed = weighed or known(m.weight) and m.weight ~= 0 end
+  if form.layer and weighed then
     lines(p, ("Weight of %s beside %s"):format(form.layer:match "^1 %- (.*)" or form.layer, form.logits),
       { { "weight", of(field "weight"), 0 } }, true)
   end
