@@ -20,7 +20,7 @@ done
 [ -x "$program" ] || { echo "reproduce.sh: $program is missing, wanted a build: bash recipes/quickstart.sh" >&2; exit 2; }
 out=${out:-runs/lab${tiny:+-tiny}}
 file=recipes/lab/RESULTS.md; pictures=recipes/lab/pictures
-first="ME*ME*ME"; pretrain=300; sft=4000; rl=500; updates=200; rates=3; tries=2; seeds=5; few=3; pretrain_options=""
+first="ME*ME*ME"; pretrain=300; sft=4000; rl=500; updates=200; rates=3; tries=1; seeds=5; few=3; pretrain_options=""
 sft_options=""; rl_options=""; mix_options=""; score_options=""; study_options=""; qwen_sft=2000
 if [ -n "$tiny" ]; then
   file=$out/RESULTS.md; pictures=$out/pictures
