@@ -48,11 +48,11 @@ score() { # NAME
     "$program" recipes/lab/score.lua --model="$out/$1/model" --scores="$out/$1.json" $score_options >"$out/$1.score.log" 2>&1 || {
       tail -n 2 "$out/$1.score.log" >&2; exit 1; }; }
 }
-study() { # NAME TEACHER ARMS
+study() { # NAME TEACHER ARMS RATES
   [ ! -e "$out/$1/study.json" ] || return 0
   go "$1-mix" mix --model="$out/$2/model" $mix_options
   echo "$(date +%H:%M:%S) $1: arms $3"
-  "$program" recipes/lab/study.lua --model="$out/$2/model" --data="$out/$1-mix" --out="$out/$1" --arms="$3" --updates=$updates \
+  "$program" recipes/lab/study.lua --model="$out/$2/model" --data="$out/$1-mix" --out="$out/$1" --arms="$3" --rates="$4" --updates=$updates \
     --tries=$tries --seeds=$seeds --few=$few --jobs="$jobs" $study_options >>"$out/$1.log" 2>&1 || {
     rc=$?; tail -n 3 "$out/$1.log" >&2; echo "reproduce.sh: $1 ended with $rc; the same command goes on" >&2; exit "$rc"; }
 }
@@ -66,7 +66,7 @@ estimate() {
     $pretrain_options --out="$probe" >"$probe.log" 2>&1 || { tail -n 2 "$probe.log" >&2; exit 1; }
   rate=$(sed -nE 's/.*"step":([0-9]+),.*"tokens":([0-9]+),"seconds":([0-9.e-]+).*/\1 \2 \3/p' "$probe/metrics.jsonl" |
     awk '$1 > 8 { t += $2; s += $3 } END { print t / s }')
-  trained_runs=$((18 * rates * tries + 9 * seeds + 9 * few + 3 * (2 * rates * tries + 2 * seeds) + 4 * 2 * (rates - 1) * seeds))
+  trained_runs=$((18 * rates * tries + 9 * seeds + 9 * few + 2 * (rates - 1) * seeds + 3 * (4 * tries + 4 * seeds)))
   other_runs=$((2 * tries + 4 * seeds + 3 * (2 * tries + 2 * seeds)))
   awk -v rate="$rate" -v jobs="$jobs" -v tiny="${tiny:-0}" -v own=$((2 * pretrain + sft + qwen_sft)) -v rl=$((3 * rl)) -v up=$updates \
     -v trained=$trained_runs -v other=$other_runs 'BEGIN {
@@ -89,10 +89,10 @@ estimate
   go qwen-sft sft --model="$out/qwen-pretrain/model" --steps=$qwen_sft --save=200 $sft_options
   go qwen-rl rl --model="$out/qwen-sft/model" --steps=$rl --save=50 $rl_options
   for name in sft rl-1 rl-2 qwen-sft qwen-rl; do score $name; done
-  study study-rl-1 rl-1 all
-  study study-rl-2 rl-2 short
-  study study-sft sft short
-  study study-qwen qwen-rl short
+  study study-rl-1 rl-1 all 1e-4,2e-4,5e-4
+  study study-rl-2 rl-2 short 1e-4,5e-4
+  study study-sft sft short 1e-4,5e-4
+  study study-qwen qwen-rl short 1e-4,5e-4
 }
 "$program" recipes/lab/results.lua --file="$file" --pictures="$pictures" \
   --stages="SFT=$out/sft.json;RL, seed 1=$out/rl-1.json;RL, seed 2=$out/rl-2.json;Qwen3 shape, SFT=$out/qwen-sft.json;Qwen3 shape, RL=$out/qwen-rl.json" \
