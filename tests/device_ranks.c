@@ -186,6 +186,7 @@ int main(int argc, char **argv) {
         printf("%d ranks, %s\n", size, cq_comm_backend(c));
     if (argc > 1 && size > 1)
         CHECK((strstr(cq_comm_backend(c), "NCCL") != NULL) == !strcmp(argv[1], "nccl"));
+    cq_comm_about(c, "pieces");
     set a, b;
     make(&a, c, &host);
     make(&b, c, &s);

@@ -3,8 +3,9 @@
 /// The sends and receives of one transfer are one group on the rank's stream. Sums are not NCCL's,
 /// whose order depends on the number of ranks and on how they are connected: pieces.c adds up in
 /// rank order. The communicator is non-blocking: calls return at once and are polled, with the same
-/// eye on the other ranks as in mpi.c. When one of them is gone the communicator is aborted, which
-/// ends kernels that wait for it. The id goes from rank 0 to all over MPI. One thread calls.
+/// eye on the other ranks as in mpi.c. When one of them is gone, or NCCL hangs, the communicator is
+/// aborted, which ends kernels that wait. The id goes from rank 0 to all over MPI. One thread
+/// calls.
 #include "core/base/error.h"
 #include "core/comm/comm_impl.h"
 #include <nccl.h>
@@ -49,12 +50,27 @@ static int failed(joined *x, const char *call, ncclResult_t e) {
     return broken(x, call, (int)e, ncclGetErrorString(e), x->comm ? ncclGetLastError(x->comm) : "");
 }
 
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* All ranks have come here, so NCCL itself hangs: a connection that is lost in silence, no
+ * resources for many ranks on one GPU. */
+static int hangs(joined *x, const char *call, double seconds) {
+    char detail[64];
+    snprintf(detail, sizeof detail, "not done after %.0f s", seconds);
+    return broken(x, call, ncclInProgress, ncclGetErrorString(ncclInProgress), detail);
+}
+
 static bool accepted(ncclResult_t e) { return e == ncclSuccess || e == ncclInProgress; }
 
 /* Until the communicator has done what `call` began and, where asked, the stream all that it was
  * given; or something has happened to another rank. */
 static int settle(joined *x, const char *call, ncclResult_t e, bool stream) {
-    enum { SPINS = 100, SHORT_PAUSES = 1000 };
+    enum { SPINS = 100, SHORT_PAUSES = 1000, LONGER = 10 };
+    double begun = now(), limit = x->c->patience + LONGER; /* who is silent is missed before */
     if (!accepted(e))
         return failed(x, call, e);
     for (int tries = 0;; tries++) {
@@ -77,6 +93,8 @@ static int settle(joined *x, const char *call, ncclResult_t e, bool stream) {
             abort_joined(x);
             return cq_comm_give_up(x->c);
         }
+        if (now() - begun > limit)
+            return hangs(x, call, limit);
         rest(tries < SHORT_PAUSES ? 20000 : 200000);
     }
 }

@@ -210,8 +210,11 @@ static int spread_round(traffic *t, int ranks) {
 /* All rounds of what goes from device to device, or of the rest. */
 static int move(traffic t, int (*one_round)(traffic *, int), int ranks) {
     CQ_TRY(open_traffic(&t));
+    bool more = next_round(&t);
     int status = CQ_OK;
-    while (!status && next_round(&t))
+    if (more && t.device && t.c->size > 1)
+        status = cq_comm_barrier(t.c); /* a transfer that is late now is the transport's fault */
+    for (; more && !status; more = next_round(&t))
         status = one_round(&t, ranks);
     close_traffic(&t);
     return !status && t.device ? cq_stream_wait(&t.c->stream) : status;

@@ -5,10 +5,14 @@
    a call while another one is in progress, a message outside a group, host memory, sizes that
    differ between sender and receiver, two ranks on one device without NCCL_MULTI_RANK_GPU_ENABLE=1.
 
-   CKAQAD_NCCL_FAULT=RANK:GROUP:KIND makes one rank fail in its GROUP-th transfer (0: in
-   connecting): system  an asynchronous ncclSystemError     call  ncclSend or ncclRecv returns an
-   error die     the process is killed with half of its bytes moved      hang  nothing moves any
-   more */
+   CKAQAD_NCCL_FAULT=RANK:GROUP:KIND makes one rank fail in its GROUP-th transfer, or, 0, while it
+   connects.
+
+     system   an asynchronous ncclSystemError
+     call     ncclSend returns an error
+     die      the process is killed with half of its bytes moved
+     stop     it is stopped there
+     hang     nothing moves any more */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -348,8 +352,8 @@ static bool move_on(ncclComm_t c, message *m) {
     c->moved += front ? 0 : (size_t)n;
     if (!m->send && m->at == FRONT && m->front != m->bytes)
         note(c, ncclInvalidUsage, "rank %d sends another size than is received", m->peer);
-    if (fault(c, "die") && 2 * c->moved >= c->total)
-        raise(SIGKILL);
+    if (2 * c->moved >= c->total && (fault(c, "die") || fault(c, "stop")))
+        raise(fault(c, "die") ? SIGKILL : SIGSTOP);
     return true;
 }
 
