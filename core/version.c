@@ -29,6 +29,7 @@
 #define UTF8PROC DOTTED(UTF8PROC_VERSION_MAJOR, UTF8PROC_VERSION_MINOR, UTF8PROC_VERSION_PATCH)
 
 #define PCRE2 TEXT(PCRE2_MAJOR) "." TEXT(PCRE2_MINOR)
-#define LIBRARIES MATMUL ", jansson " JANSSON_VERSION ", PCRE2 " PCRE2 ", utf8proc " UTF8PROC DEVICES
+#define LIBRARIES                                                                                  \
+    MATMUL ", jansson " JANSSON_VERSION ", PCRE2 " PCRE2 ", utf8proc " UTF8PROC DEVICES
 
 const char *cq_version(void) { return CQ_VERSION " (" LIBRARIES ", " COMPILER ")"; }

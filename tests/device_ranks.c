@@ -140,6 +140,25 @@ static void mixed(cq_comm *c, set *host, set *device) {
         CHECK(same(c, p[2 * i].sum, p[2 * i + 1].sum));
 }
 
+/* What the emulation notices, and the line that tells it. */
+static void mistakes(cq_comm *c, const cq_stream *s, const cq_piece *p) {
+    char host[8];
+    const cq_message list[3][2] = {{{0, true, host, 8}, {0, false, p->sum.data, 8}},
+                                   {{0, true, p->mine.data, 8}, {0, false, p->sum.data, 4}},
+                                   {{1, true, p->mine.data, 8}, {0, false, p->sum.data, 8}}};
+    static const char *const line[] = {
+        "rank 0: ncclSend returned 4 (invalid argument: not device memory; peer 0)",
+        "rank 0: ncclGroupEnd returned 5 (invalid usage: sent to rank 0 itself and not received)",
+        "rank 0: ncclSend returned 4 (invalid argument: rank 1 does not exist)"};
+    for (int i = 0; i < 3; i++) {
+        void *link = NULL;
+        TRY(cq_nccl.open(&link, c, s));
+        CHECK(cq_nccl.transfer(link, list[i], 2) == CQ_EIO);
+        CHECK(!strncmp(cq_error(), line[i], strlen(line[i])));
+        cq_nccl.close(link);
+    }
+}
+
 /* One rank: the transport by itself, a message to this rank. */
 static void alone(cq_comm *c, cq_stream *s) {
     enum { COUNT = 1 << 20 };
@@ -157,6 +176,8 @@ static void alone(cq_comm *c, cq_stream *s) {
         CHECK(same(c, p.mine, p.sum));
     }
     cq_nccl.close(link);
+    if (!strcmp(WAYS_TABLE, "cuda_on_cpu"))
+        mistakes(c, s, &p);
     give(s, p.mine.data, 4 * COUNT);
     give(s, p.sum.data, 4 * COUNT);
 }

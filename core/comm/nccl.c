@@ -36,7 +36,7 @@ static int broken(joined *x, const char *call, int code, const char *meaning, co
     char last[160];
     snprintf(last, sizeof last, "%s%s", detail && *detail ? ": " : "", detail ? detail : "");
     last[strcspn(last, "\n")] = 0;
-    for (int i = 0; i < TRIES && !cq_comm_look(c); i++)
+    for (int i = 0; c->size > 1 && i < TRIES && !cq_comm_look(c); i++)
         rest(PAUSE);
     abort_joined(x);
     if (cq_comm_look(c))

@@ -25,8 +25,8 @@ local function of_rank(wanted, kernels)
   if here == 1 or kernels ~= "cuda" or wanted:find ":" or C.cq_device_count(n, kernels) < 0 then return nil end
   if n[0] >= here then return rank end
   if os.getenv "NCCL_MULTI_RANK_GPU_ENABLE" == "1" then return rank % n[0] end
-  errors.usage("option --device: %s for each of %d ranks on this machine, which has %d GPU%s, wanted as many; cuda:0 where each rank sees " ..
-    "a GPU of its own, or NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment to share them", wanted, here, n[0], n[0] == 1 and "" or "s")
+  errors.usage("option --device: %s for each of %d ranks on this machine, which has %d GPU%s, wanted as many; cuda:0 where each rank " ..
+    "sees a GPU of its own, or NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment to share them", wanted, here, n[0], n[0] == 1 and "" or "s")
 end
 
 -- Opens the stream; with "auto" a machine without a usable GPU is no error.
@@ -44,7 +44,7 @@ end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
 --- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf.
---- A run does this from its options.
+--- A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }

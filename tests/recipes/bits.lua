@@ -13,4 +13,5 @@ for path in io.popen(("ls %s/checkpoints/step-%d/state*.safetensors"):format(run
 end
 table.sort(hashes)
 print(last, #hashes)
-io.write(table.concat(hashes), (read(run .. "/metrics.jsonl"):gsub('"seconds":[^,}]*,?', "")), read(run .. "/evals.jsonl"), read(run .. "/nvfp4/model.safetensors"))
+io.write(table.concat(hashes), (read(run .. "/metrics.jsonl"):gsub('"seconds":[^,}]*,?', "")), read(run .. "/evals.jsonl"),
+  read(run .. "/nvfp4/model.safetensors"))
