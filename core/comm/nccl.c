@@ -85,6 +85,7 @@ static int settle(joined *x, const char *call, ncclResult_t e, bool stream) {
                 return CQ_OK;
             if (done != cudaErrorNotReady)
                 return broken(x, "cudaStreamQuery", (int)done, cudaGetErrorString(done), call);
+            cudaGetLastError(); /* not ready counts as one, and the next kernel would report it */
         }
         if (tries < SPINS)
             continue;

@@ -3,7 +3,8 @@
    Everything happens while the caller polls, as core/comm/nccl.c does: connecting in
    ncclCommGetAsyncError, moving bytes in cudaStreamQuery. What NCCL asks of its callers is checked:
    a call while another one is in progress, a message outside a group, host memory, sizes that
-   differ between sender and receiver, two ranks on one device without NCCL_MULTI_RANK_GPU_ENABLE=1.
+   differ between sender and receiver, cudaErrorNotReady left for the next kernel to report, two
+   ranks on one device without NCCL_MULTI_RANK_GPU_ENABLE=1.
 
    CKAQAD_NCCL_FAULT=RANK:GROUP:KIND makes one rank fail in its GROUP-th transfer, or, 0, while it
    connects.
@@ -61,6 +62,7 @@ struct ncclComm {
 
 static ncclComm_t current; ///< the one that the stream works for
 static int depth;          ///< of groups
+static cudaError_t last_error;
 
 static ncclResult_t note(ncclComm_t c, ncclResult_t e, const char *what, int peer) {
     snprintf(c->last, sizeof c->last, what, peer);
@@ -391,9 +393,13 @@ static bool any_ready(const ncclComm_t c) {
     return !waits || poll(fds, (nfds_t)c->size, 0) > 0;
 }
 
-cudaError_t cudaStreamQuery(cudaStream_t queue) {
-    ncclComm_t c = current;
-    (void)queue;
+cudaError_t cudaGetLastError(void) {
+    cudaError_t e = last_error;
+    last_error = cudaSuccess;
+    return e;
+}
+
+static cudaError_t query(ncclComm_t c) {
     if (!c || c->phase == READY)
         return cudaSuccess;
     if (c->phase != MOVING || c->error || fault(c, "hang") || !any_ready(c))
@@ -406,4 +412,11 @@ cudaError_t cudaStreamQuery(cudaStream_t queue) {
     c->phase = READY;
     c->n = c->total = 0;
     return cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t queue) {
+    (void)queue;
+    if (last_error)
+        cq_emu_note("the device was not ready, and that error is still there");
+    return last_error = query(current);
 }

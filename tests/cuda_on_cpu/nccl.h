@@ -10,6 +10,7 @@ typedef struct CUstream_st *cudaStream_t;
 typedef enum cudaError { cudaSuccess = 0, cudaErrorNotReady = 600 } cudaError_t;
 /// Moves the messages of the transfer that is under way on, as far as that goes now.
 cudaError_t cudaStreamQuery(cudaStream_t queue);
+cudaError_t cudaGetLastError(void);
 const char *cudaGetErrorString(cudaError_t e);
 
 #define NCCL_VERSION_CODE 22809
