@@ -89,9 +89,8 @@ static int settle(joined *x, const char *call, ncclResult_t e, bool stream) {
         }
         if (tries < SPINS)
             continue;
-        if (cq_comm_look(
-                x->c)) { /* aborted first: until this rank gives up, the watch can end it */
-            abort_joined(x);
+        if (cq_comm_look(x->c)) {
+            abort_joined(x); /* before giving up: until then the watch can end this rank */
             return cq_comm_give_up(x->c);
         }
         if (now() - begun > limit)
