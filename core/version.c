@@ -16,6 +16,11 @@
 #else
 #define MATMUL "no oneDNN"
 #endif
+#ifdef CQ_NCCL
+#define DEVICES ", NCCL " CQ_NCCL
+#else
+#define DEVICES ""
+#endif
 #ifdef __clang__
 #define COMPILER "clang " __clang_version__
 #else
@@ -24,6 +29,7 @@
 #define UTF8PROC DOTTED(UTF8PROC_VERSION_MAJOR, UTF8PROC_VERSION_MINOR, UTF8PROC_VERSION_PATCH)
 
 #define PCRE2 TEXT(PCRE2_MAJOR) "." TEXT(PCRE2_MINOR)
-#define LIBRARIES MATMUL ", jansson " JANSSON_VERSION ", PCRE2 " PCRE2 ", utf8proc " UTF8PROC
+#define LIBRARIES                                                                                  \
+    MATMUL ", jansson " JANSSON_VERSION ", PCRE2 " PCRE2 ", utf8proc " UTF8PROC DEVICES
 
 const char *cq_version(void) { return CQ_VERSION " (" LIBRARIES ", " COMPILER ")"; }

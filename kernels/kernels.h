@@ -48,6 +48,8 @@ typedef struct cq_memory {
     int (*available)(int64_t *bytes);
     /// "NVIDIA H200, compute capability 9.0" into text[size].
     int (*describe)(char *text, int64_t size);
+    /// Devices of this machine; an error where none can be used.
+    int (*count)(int *n);
 } cq_memory;
 
 /// Fake quantization of rows: groups of consecutive rows each with their own frozen maximum.

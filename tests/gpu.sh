@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: builds, tests the kernels against ref, the golden models and the recipe on the device, looks for
 # memory errors and races, and measures. One line per part; no network; ends within 9 minutes. Without a GPU it exits with 77.
-#   bash tests/gpu.sh [--build=DIR] [--out=DIR] [--no-gpu] [PART...]    parts: build kernels golden recipe repeat bench step sanitizer
+#   bash tests/gpu.sh [OPTION...] [PART...]    parts: build kernels golden recipe repeat nccl bench step sanitizer
 #   --build=DIR   programs that were built before (with DIR/lib for libraries that this machine lacks); else builds into build/gpu
 #   --out=DIR     results: table.md, kernels_*.csv, step_*.json, logs [build/gpu-results]
 #   --no-gpu      only checks that a machine without a GPU gets one clear line
+#   --ranks-on-one-gpu   part nccl with two ranks on a machine with one GPU, too: NCCL does not support that before 2.30
 set -u
 cd "$(dirname "$0")/.." || exit 1
-dir=""; out=build/gpu-results; no_gpu=""; want=""
+dir=""; out=build/gpu-results; no_gpu=""; want=""; shared=""
 for a; do
   case $a in
     --build=*) dir=${a#*=} ;;
     --out=*) out=${a#*=} ;;
     --no-gpu) no_gpu=1 ;;
-    -*) echo "gpu.sh: unknown option $a, wanted --build=DIR, --out=DIR, --no-gpu or parts" >&2; exit 2 ;;
+    --ranks-on-one-gpu) shared=1 ;;
+    -*) echo "gpu.sh: unknown option $a, wanted --build=DIR, --out=DIR, --no-gpu, --ranks-on-one-gpu or parts" >&2; exit 2 ;;
     *) want="$want $a" ;;
   esac
 done
-want=" ${want:-build kernels golden recipe repeat bench step sanitizer} "
+want=" ${want:-build kernels golden recipe repeat nccl bench step sanitizer} "
 [ -n "$dir" ] || { dir=build/gpu; built_here=1; }
 [ ! -d "$dir/lib" ] || export LD_LIBRARY_PATH="$PWD/$dir/lib:${LD_LIBRARY_PATH:-}"
 export PATH="$PATH:/usr/local/cuda/bin"
@@ -42,7 +44,7 @@ part() { # NAME LABEL SECONDS COMMAND...: the command's last line is its result
 }
 
 build() {
-  cmake -S . -B "$dir" -G Ninja -DCKAQAD_CUDA=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_WERROR=ON && cmake --build "$dir"
+  cmake -S . -B "$dir" -G Ninja -DCKAQAD_CUDA=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_WERROR=ON && cmake --build "$dir"
 }
 kernels() { # PROGRAM
   "$dir/$1" --verbose=0 && echo "all tests pass"
@@ -80,6 +82,28 @@ repeat() { # two runs, the same bits
   done
   cmp "$out/again-1/nvfp4/model.safetensors" "$out/again-2/nvfp4/model.safetensors" && echo "two runs of 10 steps, the same bits"
 }
+ranks() { # N COMMAND...: under mpirun; "shared" for N: two ranks on the first GPU
+  local n=$1; shift
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+  [ "$n" = shared ] || { mpirun --oversubscribe -n "$n" "$@"; return; }
+  export CUDA_VISIBLE_DEVICES=0 NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=4
+  if "$dir/ckaqad" --version | grep -qE 'NCCL 2\.[12]?[0-9]\.'; then # each rank a machine of its own, with a socket between them
+    export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_MNNVL_ENABLE=0
+    mpirun --oversubscribe -n 2 bash -c 'NCCL_HOSTID=rank$OMPI_COMM_WORLD_RANK exec "$@"' rank "$@"
+  else mpirun --oversubscribe -n 2 "$@"; fi
+}
+nccl() { # [N]: pieces of every size: the bits and the bytes of the way through the host
+  if [ $# = 0 ]; then "$dir/device_ranks" nccl; else ranks "$1" "$dir/device_ranks" nccl; fi && echo "the same bits and bytes as through the host"
+}
+nccl_recipe() { # N: a run over NCCL and one through the host
+  local way
+  for way in 1 0; do
+    CKAQAD_NCCL=$way ranks "$1" "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --micro=1 --steps=10 --out="$out/nccl-$1-$way" --fresh >"$out/nccl-$1-$way.txt" 2>&1 ||
+      { tail -n 12 "$out/nccl-$1-$way.txt"; return 1; }
+    grep -m 1 ' ranks, ' "$out/nccl-$1-$way.txt"
+  done
+  cmp "$out/nccl-$1-1/nvfp4/model.safetensors" "$out/nccl-$1-0/nvfp4/model.safetensors" && echo "10 steps, the same bits as through the host"
+}
 bench() { # COMPUTE
   "$dir/ckaqad_bench" --kernels=cuda --compute="$1" --seconds=0.1 --csv="$out/kernels_$1.csv" && echo "$(($(wc -l <"$out/kernels_$1.csv") - 2)) cases"
 }
@@ -109,6 +133,15 @@ done
 part recipe "recipe: cpu and cuda, f32" 90 recipe f32
 part recipe "recipe: cpu and cuda, bf16" 90 recipe bf16
 part repeat "repeat: two runs" 60 repeat
+if [ -x "$dir/device_ranks" ]; then
+  part nccl "nccl: one rank" 60 nccl
+  gpus=$(nvidia-smi -L | wc -l)
+  command -v mpirun >/dev/null && [ "$gpus" -gt 1 ] && many=$gpus || many=${shared:+shared}
+  if [ -n "$many" ]; then
+    part nccl "nccl: $many ranks" 60 nccl "$many"
+    part nccl "nccl: recipe, $many ranks" 120 nccl_recipe "$many"
+  fi
+fi
 part bench "bench: bf16" 100 bench bf16
 part bench "bench: f32" 100 bench f32
 part step "step (qwen3_4b, bf16)" 150 step qwen3_4b 2048 4 1 bf16

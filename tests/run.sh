@@ -40,10 +40,11 @@ race_detector() { # the kernels on the CPU under ThreadSanitizer; beside them th
 with_nvcc() { # code for every target compiles and links (quickly, not well), and a machine without a GPU gets one line
   local nvcc; nvcc=$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc) || { echo "CUDA: not built, no nvcc"; return 77; }
   echo "with $nvcc"
-  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_ISAS=generic \
+  cmake -S . -B build/cuda -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_ISAS=generic \
     -DCMAKE_CUDA_FLAGS="-Xcicc -O1 -Xptxas -O1" && grep -q CKAQAD_NVCC build/cuda/CMakeCache.txt || return 1
   [ -e build/cuda/CMakeFiles/ckaqad_cuda.dir ] || { echo "CUDA: not built, nvcc is too old"; return 77; }
-  cmake --build build/cuda --target ckaqad ckaqad_bench && bash tests/gpu.sh --build=build/cuda --no-gpu
+  local nccl=""; [ ! -e build/cuda/CMakeFiles/ckaqad_nccl.dir ] || nccl=device_ranks
+  cmake --build build/cuda --target ckaqad ckaqad_bench $nccl && bash tests/gpu.sh --build=build/cuda --no-gpu
 }
 
 part gcc "build with gcc, warnings are errors" build build

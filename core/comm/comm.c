@@ -17,6 +17,9 @@ static const char *const names[] = {"barrier",        "broadcast",  "all-reduce"
 const char *cq_collective_name(cq_collective kind) { return names[kind]; }
 int cq_comm_rank(const cq_comm *c) { return c ? c->rank : 0; }
 int cq_comm_size(const cq_comm *c) { return c ? c->size : 1; }
+int cq_comm_local_rank(const cq_comm *c) { return c ? c->local_rank : 0; }
+int cq_comm_local_size(const cq_comm *c) { return c ? c->local_size : 1; }
+const char *cq_comm_backend(const cq_comm *c) { return c->backend; }
 int64_t cq_comm_bytes(const cq_comm *c, cq_collective kind) { return c->sent[kind]; }
 void cq_comm_set_patience(cq_comm *c, double seconds) { c->patience = seconds; }
 void cq_comm_about(cq_comm *c, const char *what) {
@@ -26,7 +29,7 @@ void cq_comm_about(cq_comm *c, const char *what) {
 
 #ifdef CQ_MPI
 static int open_mpi(cq_comm *c, const cq_launch *launch) { return cq_mpi_open(&c->mpi, c, launch); }
-const char *cq_comm_backend(const cq_comm *c) { return c->mpi ? cq_mpi_name(c->mpi) : "self"; }
+static const char *host_backend(const cq_comm *c) { return c->mpi ? cq_mpi_name(c->mpi) : "self"; }
 static void close_mpi(cq_comm *c) { cq_mpi_close(c->mpi); }
 static int transfer(cq_comm *c, const cq_message *message, int64_t n) {
     return c->mpi ? cq_mpi_transfer(c->mpi, message, n) : CQ_OK;
@@ -38,6 +41,8 @@ void cq_comm_abort(cq_comm *c, int code) {
     if (c && c->mpi)
         cq_mpi_abort(c->mpi, code);
 }
+int cq_comm_look(const cq_comm *c) { return c->mpi ? cq_mpi_look(c->mpi) : CQ_OK; }
+int cq_comm_give_up(cq_comm *c) { return c->mpi ? cq_mpi_give_up(c->mpi) : CQ_OK; }
 #else
 static int open_mpi(cq_comm *c, const cq_launch *launch) {
     (void)c;
@@ -47,7 +52,7 @@ static int open_mpi(cq_comm *c, const cq_launch *launch) {
         "a build where libopenmpi-dev is installed",
         launch->size);
 }
-const char *cq_comm_backend(const cq_comm *c) {
+static const char *host_backend(const cq_comm *c) {
     (void)c;
     return "self";
 }
@@ -61,6 +66,14 @@ const char *cq_comm_failed(cq_comm *c, int code, const char *message) {
     return message;
 }
 void cq_comm_abort(cq_comm *c, int code) { (void)c, (void)code; }
+int cq_comm_look(const cq_comm *c) {
+    (void)c;
+    return CQ_OK;
+}
+int cq_comm_give_up(cq_comm *c) {
+    (void)c;
+    return CQ_OK;
+}
 #endif
 
 int cq_comm_open(cq_comm **out, const cq_launch *launch, double patience) {
@@ -68,28 +81,88 @@ int cq_comm_open(cq_comm **out, const cq_launch *launch, double patience) {
     cq_comm *c = calloc(1, sizeof *c);
     if (!c)
         return cq_fail(CQ_ENOMEM, "ranks: no memory");
-    *c = (cq_comm){.rank = launch->rank, .size = launch->size, .patience = patience};
+    *c = (cq_comm){
+        .rank = launch->rank, .size = launch->size, .local_size = 1, .patience = patience};
     int status = c->size > 1 ? open_mpi(c, launch) : CQ_OK;
-    if (status)
+    if (status) {
         free(c);
-    else
-        *out = c;
-    return status;
+        return status;
+    }
+    snprintf(c->backend, sizeof c->backend, "%s", host_backend(c));
+    *out = c;
+    return CQ_OK;
+}
+
+static void detach(cq_comm *c) {
+    if (c->transport)
+        c->transport->close(c->link);
+    if (c->room)
+        c->stream.table->memory->give(c->room, c->size * c->room_bytes, false);
+    c->transport = NULL;
+    c->link = c->room = NULL;
+    c->by_device = false;
+    snprintf(c->backend, sizeof c->backend, "%s", host_backend(c));
 }
 
 void cq_comm_close(cq_comm *c) {
+    if (c)
+        detach(c);
     if (c && c->mpi)
         close_mpi(c);
     free(c);
 }
 
-int cq_comm_run(cq_comm *c, cq_collective kind, const cq_message *message, int64_t n) {
+/* Test programs may have nccl.c with an emulated library (tests/cuda_on_cpu). */
+#ifndef CQ_NCCL
+extern const cq_transport cq_nccl __attribute__((weak));
+#endif
+
+static const cq_transport *device_transport(const cq_stream *s) {
+    const char *wanted = getenv("CKAQAD_NCCL");
+    return s->table->memory && (!wanted || strcmp(wanted, "0")) ? &cq_nccl : NULL;
+}
+
+int cq_comm_attach(cq_comm *c, const cq_stream *s) {
+    enum { ROOMS = 64 << 20, LEAST = 1 << 20, ALIGN = 256 };
+    const cq_transport *x = device_transport(s);
+    int64_t with = x != NULL;
+    char name[64];
+    detach(c);
+    c->stream = *s;
+    c->room_bytes = ROOMS / c->size / ALIGN * ALIGN;
+    if (c->room_bytes < LEAST)
+        c->room_bytes = LEAST;
+    c->by_device = c->size == 1 && s->table->memory;
+    if (c->size == 1)
+        return CQ_OK;
+    cq_comm_about(c, "devices");
+    CQ_TRY(cq_comm_sum_int(c, &with, 1));
+    if (!x || with < c->size)
+        return CQ_OK;
+    CQ_TRY(x->open(&c->link, c, s));
+    c->transport = x;
+    c->by_device = true;
+    x->name(name, sizeof name);
+    snprintf(c->backend, sizeof c->backend, "%s, %s", host_backend(c), name);
+    return s->table->memory->take((void **)&c->room, c->size * c->room_bytes, false);
+}
+
+static void count(cq_comm *c, cq_collective kind, const cq_message *message, int64_t n) {
     c->kind = kind;
     c->calls[kind]++;
     for (int64_t i = 0; i < n; i++)
         if (message[i].send)
             c->sent[kind] += message[i].bytes;
+}
+
+int cq_comm_run(cq_comm *c, cq_collective kind, const cq_message *message, int64_t n) {
+    count(c, kind, message, n);
     return transfer(c, message, n);
+}
+
+int cq_comm_run_device(cq_comm *c, cq_collective kind, const cq_message *message, int64_t n) {
+    count(c, kind, message, n);
+    return n ? c->transport->transfer(c->link, message, n) : CQ_OK;
 }
 
 /* Room for a message to and one from each rank. */

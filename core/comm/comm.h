@@ -7,7 +7,7 @@
 /// it is said. All ranks call the same functions in the same order.
 #pragma once
 #include "core/comm/launch.h"
-#include "core/tensor/tensor.h"
+#include "core/tensor/device.h"
 
 typedef enum cq_collective {
     CQ_COMM_BARRIER,
@@ -30,8 +30,17 @@ CQ_API void cq_comm_close(cq_comm *c);
 /// 0, and of 1, for NULL.
 CQ_API int cq_comm_rank(const cq_comm *c);
 CQ_API int cq_comm_size(const cq_comm *c);
-/// "self" or "Open MPI 4.1.4 ...".
+/// Which of the ranks on this machine this one is, and how many they are; 0 of 1 for NULL.
+CQ_API int cq_comm_local_rank(const cq_comm *c);
+CQ_API int cq_comm_local_size(const cq_comm *c);
+/// "self" or "Open MPI 4.1.4 ..."; with NCCL at work, its name as well.
 CQ_API const char *cq_comm_backend(const cq_comm *c);
+/// From here on pieces in the memory of the stream's device move from device to device, through
+/// NCCL, where the build has it, every rank has a device and CKAQAD_NCCL=0 is not in the
+/// environment; else through the host. One rank by itself adds up on its device. The stream stays
+/// open until the communicator is closed or another one attached. Many ranks take 64 MiB of the
+/// device, beside NCCL's own.
+CQ_API int cq_comm_attach(cq_comm *c, const cq_stream *s);
 CQ_API void cq_comm_set_patience(cq_comm *c, double seconds);
 /// What the next collectives are about, for messages: "gradients". Static text.
 CQ_API void cq_comm_about(cq_comm *c, const char *what);
@@ -60,8 +69,8 @@ CQ_API int cq_comm_agree(cq_comm *c, const char *subject, const char *text);
 /// Part of something that all ranks have and one of them owns; memory of any device.
 typedef struct cq_piece {
     int owner;
-    cq_tensor mine; ///< what this rank adds, or has
-    cq_tensor sum;  ///< on its owner, of the same dtype and elements
+    cq_tensor mine; ///< what this rank adds, or has; of all ranks on devices, or of none
+    cq_tensor sum;  ///< on its owner, of the same dtype and elements, in the same memory
 } cq_piece;
 
 /// Reduce-scatter: sum += mine of rank 0, then of rank 1, ... up to `ranks` of them, on each

@@ -203,12 +203,16 @@ static void start_beats(cq_mpi *m) {
     m->mine.pid = getpid();
     gethostname(m->mine.host, sizeof m->mine.host - 1);
     MPI_Allgather(&m->mine, sizeof(beat), MPI_BYTE, m->got, sizeof(beat), MPI_BYTE, m->work);
+    m->c->local_size = 0;
     for (int r = 0; r < m->c->size; r++) {
+        bool here = !strcmp(m->got[r].host, m->mine.host);
+        m->c->local_size += here;
+        m->c->local_rank += here && r < m->c->rank;
         m->heard[r] = now();
         m->in[r] = m->out[r] = MPI_REQUEST_NULL;
         if (r == m->c->rank)
             continue;
-        m->near[r] = !strcmp(m->got[r].host, m->mine.host) && kill((pid_t)m->got[r].pid, 0) == 0;
+        m->near[r] = here && kill((pid_t)m->got[r].pid, 0) == 0;
         MPI_Irecv(&m->got[r], sizeof(beat), MPI_BYTE, r, 0, m->beats, &m->in[r]);
     }
 }
@@ -299,13 +303,33 @@ static int post(cq_mpi *m, const cq_message *x, MPI_Request *request) {
     return n;
 }
 
+/* Takes the lock, after the watch where that waits for it. */
+static void lock_after_watch(cq_mpi *m) {
+    for (int k = 0; k < 1000 && atomic_load(&m->wanted); k++)
+        rest(2e-5);
+    pthread_mutex_lock(&m->lock);
+}
+
+int cq_mpi_look(cq_mpi *m) {
+    lock_after_watch(m);
+    int status = m->trouble;
+    pthread_mutex_unlock(&m->lock);
+    return status;
+}
+
+int cq_mpi_give_up(cq_mpi *m) {
+    lock_after_watch(m);
+    m->failing = true;
+    int status = m->trouble;
+    pthread_mutex_unlock(&m->lock);
+    return status ? cq_fail(status, "%s", m->why) : CQ_OK;
+}
+
 /* Until all requests are done, or something has happened to another rank. */
 static int wait_for(cq_mpi *m, MPI_Request *request, int n) {
     for (int tries = 0;; tries++) {
         int done, status;
-        for (int k = 0; k < 1000 && atomic_load(&m->wanted); k++)
-            rest(2e-5);
-        pthread_mutex_lock(&m->lock);
+        lock_after_watch(m);
         MPI_Testall(n, request, &done, MPI_STATUSES_IGNORE);
         status = done ? CQ_OK : m->trouble;
         if (status)

@@ -28,6 +28,14 @@ int cq_stream_open(cq_stream *s, const char *kernels, int index) {
     return s->table->memory ? s->table->memory->open(s, index) : CQ_OK;
 }
 
+int cq_device_count(int *n, const char *kernels) {
+    const cq_kernels *table = cq_kernels_find(kernels);
+    *n = 0;
+    if (!table)
+        return cq_fail(CQ_EUSAGE, "kernels %s: not in this build", kernels);
+    return table->memory ? table->memory->count(n) : CQ_OK;
+}
+
 void cq_stream_close(cq_stream *s) {
     if (s->table && s->table->memory)
         s->table->memory->close(s);

@@ -11,6 +11,8 @@
 /// for a table that this build lacks; the table's own error where there is no such device.
 CQ_API int cq_stream_open(cq_stream *s, const char *kernels, int index);
 CQ_API void cq_stream_close(cq_stream *s);
+/// Devices of this machine for a kernel table; an error where none can be used, 0 for the host's.
+CQ_API int cq_device_count(int *n, const char *kernels);
 /// "NVIDIA H200 ..." of a stream with a device into text[size], else "".
 CQ_API int cq_stream_describe(const cq_stream *s, char *text, int64_t size);
 /// Free bytes of the stream's device, or of the host.

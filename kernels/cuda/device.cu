@@ -48,11 +48,16 @@ int no_device(cudaError_t e) {
 /* The kernels of this file exist in the build's targets only. */
 __global__ void probe() {}
 
+int count(int *n) {
+    *n = 0;
+    cudaError_t e = cudaGetDeviceCount(n);
+    return e == cudaSuccess && *n > 0 ? CQ_OK : no_device(e);
+}
+
 int check_device(int index, int *major, int *minor) {
     int n = 0;
-    cudaError_t e = cudaGetDeviceCount(&n);
-    if (e != cudaSuccess || n == 0)
-        return no_device(e);
+    cudaError_t e;
+    CQ_TRY(count(&n));
     if (index < 0 || index >= n)
         return cq_fail(CQ_EUSAGE, "cuda: device %d does not exist, this machine has %d (0 to %d)",
                        index, n, n - 1);
@@ -222,8 +227,8 @@ bool waits_always() {
 
 extern "C" {
 extern const cq_memory cq_cuda_memory;
-const cq_memory cq_cuda_memory = {open_stream, close_stream, take,      give,    copy,
-                                  zero,        wait,         available, describe};
+const cq_memory cq_cuda_memory = {open_stream, close_stream, take,      give,     copy,
+                                  zero,        wait,         available, describe, count};
 }
 
 extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes) {

@@ -19,11 +19,22 @@ local function place(wanted, kernels)
   return "cuda", index
 end
 
+-- Where mpirun started many ranks, "cuda" and "auto" are a GPU for each: that of the rank's number on its machine.
+local function of_rank(wanted, kernels)
+  local n, rank, here = native.new "int[1]", C.cq_comm_local_rank(native.comm), C.cq_comm_local_size(native.comm)
+  if here == 1 or kernels ~= "cuda" or wanted:find ":" or C.cq_device_count(n, kernels) < 0 then return nil end
+  if n[0] >= here then return rank end
+  if os.getenv "NCCL_MULTI_RANK_GPU_ENABLE" == "1" then return rank % n[0] end
+  errors.usage("option --device: %s for each of %d ranks on this machine, which has %d GPU%s, wanted as many; cuda:0 where each rank " ..
+    "sees a GPU of its own, or NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment to share them", wanted, here, n[0], n[0] == 1 and "" or "s")
+end
+
 -- Opens the stream; with "auto" a machine without a usable GPU is no error.
 local function open(o)
   local stream = native.new "cq_stream"
   local kernels, index = place(o.device, o.kernels)
-  local status = C.cq_stream_open(stream, kernels, index or 0)
+  local own = of_rank(o.device, kernels)
+  local status = C.cq_stream_open(stream, kernels, own or index or 0)
   if status < 0 and not index then
     kernels, status = "cpu", C.cq_stream_open(stream, "cpu", 0)
   end
@@ -33,7 +44,7 @@ end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
 --- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf.
---- A run does this from its options.
+--- A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
@@ -52,6 +63,7 @@ function device.device(given)
   if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
   stream.threads = C.cq_threads_set(o.threads > 0 and o.threads or ranks.threads())
   stream.compute = o.compute == "bf16" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
+  call.cq_comm_attach(native.comm, stream)
   local text = native.new "char[128]"
   call.cq_stream_describe(stream, text, 128)
   local name = native.string(text)

@@ -10,7 +10,7 @@ local options = {}
 
 local common = {
   { "threads", 0, "processor threads (0: all cores)" },
-  { "device", "cpu", "cpu, cuda, cuda:N, or auto (a GPU where there is one)" },
+  { "device", "cpu", "cpu, cuda (under mpirun one for each rank), cuda:N, or auto (a GPU where there is one)" },
   { "kernels", "cpu", "kernel table: cpu, or ref (the slow specification)" },
   { "compute", "f32", "matrix products: f32, or bf16 operands with f32 sums" },
   { "check", false, "look at every operation's result for NaN and Inf and name the first (slow)" },

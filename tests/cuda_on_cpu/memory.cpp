@@ -280,10 +280,23 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     return cudaSuccess;
 }
 
+static int opened = 0;
+extern "C" int cq_emu_device(void) { return opened; }
+
+/* CKAQAD_CUDA_DEVICES: how many there seem to be. */
+static int count(int *n) {
+    const char *text = getenv("CKAQAD_CUDA_DEVICES");
+    *n = text ? atoi(text) : 1;
+    return CQ_OK;
+}
+
 static int open_stream(cq_stream *s, int index) {
-    if (index != 0)
-        return cq_fail(CQ_EUSAGE, "cuda: device %d does not exist, this machine has 1 (0 to 0)",
-                       index);
+    int n = 0;
+    count(&n);
+    if (index < 0 || index >= n)
+        return cq_fail(CQ_EUSAGE, "cuda: device %d does not exist, this machine has %d (0 to %d)",
+                       index, n, n - 1);
+    opened = index;
     if (!reserve())
         return cq_fail(CQ_ENOMEM, "cuda: no address space for the emulated device");
     s->device = calloc(1, sizeof(device));
@@ -312,8 +325,8 @@ static int describe(char *text, int64_t size) {
 }
 extern "C" {
 extern const cq_memory cq_emu_memory;
-const cq_memory cq_emu_memory = {open_stream, close_stream, take,      give,    copy,
-                                 zero,        wait_stream,  available, describe};
+const cq_memory cq_emu_memory = {open_stream, close_stream, take,      give,     copy,
+                                 zero,        wait_stream,  available, describe, count};
 }
 
 /* The content is NaN at each call: what an operation does not write it must not read. */

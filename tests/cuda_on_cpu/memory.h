@@ -19,5 +19,7 @@ bool cq_emu_memory_locked(void);
 int cq_emu_status(const char *op);
 /// Notes an error unless one is noted already.
 void cq_emu_note(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/// The device that was opened last.
+int cq_emu_device(void);
 /// Installs the handler that names wrong accesses.
 void cq_emu_watch(void);
