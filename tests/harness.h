@@ -30,6 +30,7 @@ typedef struct harness_options {
     int threads;
     cq_moments moments;
     cq_master master;
+    cq_comm *experts; ///< experts are dealt out over its ranks; NULL: all here
 } harness_options;
 
 /// Documents of the given lengths with seeded ids.
@@ -67,6 +68,10 @@ static inline void harness_open(harness *h, const harness_options *o) {
     cr_assert_not_null(h->stream.table);
     OK(cq_model_open(&h->teacher, dir, o->dtype));
     OK(cq_model_quantize(&h->student, h->teacher, &q));
+    if (o->experts) {
+        OK(cq_model_share_experts(h->teacher, o->experts));
+        OK(cq_model_share_experts(h->student, o->experts));
+    }
     int64_t vocab = cq_model_config(h->teacher)->vocab;
     h->batch[0] = harness_batch((int64_t[]){19, 1, 23}, 3, vocab, 5);
     h->batch[1] = harness_batch((int64_t[]){7, 30}, 2, vocab, 6);
@@ -87,7 +92,8 @@ static inline void harness_open(harness *h, const harness_options *o) {
                              .clip = 1,
                              .moments = o->moments,
                              .master = o->master,
-                             .seed = 4};
+                             .seed = 4,
+                             .comm = o->experts};
     OK(cq_adamw_open(&h->adam, h->student, &adam));
     OK(cq_plan_open(&h->plan));
     OK(cq_model_plan_params(h->teacher, h->plan, false));

@@ -465,7 +465,7 @@ int cq_export_compare(cq_model *m, const char *dir, int64_t *differing) {
     CQ_TRY(cq_safetensors_open(&st, dir));
     for (int64_t i = 0; i < cq_model_n_params(m) && !status; i++) {
         const cq_param *p = cq_model_param(m, i);
-        if (p->quantized)
+        if (p->quantized && p->fq.data)
             status = compare_param(differing, p, st, dir);
     }
     cq_safetensors_close(st);

@@ -12,7 +12,7 @@ CQ_API int cq_export_nvfp4(cq_model *m, const char *dir, int64_t shard_bytes);
 CQ_API int cq_export_weights(cq_model *m, const char *dir, int64_t shard_bytes);
 /// Dequantizes the exported folder and compares with the model's fake-quantized weights: *differing
 /// elements, by bits. Only quantized matrices count: the others are rounded to their checkpoint
-/// dtype on the way out.
+/// dtype on the way out; of experts that are dealt out, those held here.
 CQ_API int cq_export_compare(cq_model *m, const char *dir, int64_t *differing);
 
 /// Findings of verify, one line each.

@@ -208,6 +208,7 @@ void cq_model_close(cq_model *m) {
     for (int64_t i = 0; i < m->n_params; i++)
         free(m->param[i]);
     cq_safetensors_close(m->files);
+    cq_expert_ranks_close(m->env.experts);
     free(m->linear);
     free(m->param);
     free(m->layer);
@@ -298,7 +299,7 @@ static bool stack_only_16(const cq_model *m, const cq_plan *p, const cq_linear *
 
 static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights) {
     cq_dtype t = m->env.dtype;
-    cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k);
+    cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k), here = CQ_SHAPE2(w->held * w->n, w->k);
     const char *name = w->part[0]->name;
     bool narrow = stack_narrow(m, w), only_16 = stack_only_16(m, p, w);
     if (!stack_shared(m, w))
@@ -307,17 +308,18 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
         CQ_TRY(
             cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->groups * w->n, 2 * w->k)));
     if (w->quantized && !m->nvfp4)
-        CQ_TRY(cq_plan_add(p, &w->fq, CQ_FOR_FAKEQUANT, name, t, shape));
+        CQ_TRY(cq_plan_add(p, &w->fq, CQ_FOR_FAKEQUANT, name, t, here));
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
                            CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
     if (wants_16(m, p) && !only_16 && (!stack_shared(m, w) || w->quantized))
-        CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16, shape));
+        CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16,
+                           w->quantized && !m->nvfp4 ? here : shape));
     for (int64_t i = 0; i < w->n_parts && w->quantized && !m->nvfp4; i++)
         CQ_TRY(cq_plan_add(p, &w->part[i]->amax_at, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(1)));
     if (w->quantized)
         CQ_TRY(cq_plan_add(p, &w->amax, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(w->groups)));
-    return stack_trained(m, w) ? cq_plan_add(p, &w->grad, CQ_FOR_GRADIENT, name, t, shape) : CQ_OK;
+    return stack_trained(m, w) ? cq_plan_add(p, &w->grad, CQ_FOR_GRADIENT, name, t, here) : CQ_OK;
 }
 
 bool cq_param_stacked(const cq_model *m, const cq_param *p) { return p->linear && p != m->head; }
@@ -351,10 +353,14 @@ int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
     return CQ_OK;
 }
 
-static cq_tensor part_of(cq_tensor whole, const cq_param *p, int64_t *row) {
-    cq_tensor t = cq_tensor_rows(whole, *row, p->shape.dim[0]);
-    *row += p->shape.dim[0];
-    return t;
+/* Rows of a part that begins at `row` of its stack, in memory of the stack or of the groups that
+ * are held; no data where that does not have them. */
+static cq_tensor part_of(const cq_linear *w, cq_tensor whole, const cq_param *p, int64_t row) {
+    int64_t n = p->shape.dim[0], rows = whole.shape.dim[0];
+    if (whole.data && rows < w->groups * w->n)
+        row -= w->first * w->n;
+    return whole.data && row >= 0 && row + n <= rows ? cq_tensor_rows(whole, row, n)
+                                                     : (cq_tensor){NULL, p->shape, whole.dtype};
 }
 
 int cq_model_bind(cq_model *m) {
@@ -371,18 +377,16 @@ int cq_model_bind(cq_model *m) {
         if (!w->fq16.data && stack_shared(m, w)) /* no data in the teacher: none here */
             w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[0]->name)->fq16.data,
                                   CQ_SHAPE2(w->groups * w->n, w->k), CQ_BF16};
-        int64_t row = 0, row_fq = 0, row_16 = 0, row_low = 0, row_grad = 0;
-        for (int64_t k = 0; k < w->n_parts; k++) {
+        for (int64_t k = 0, row = 0; k < w->n_parts; row += w->part[k++]->shape.dim[0]) {
             cq_param *p = w->part[k];
-            p->value = part_of(w->value, p, &row);
-            p->fq = part_of(w->fq, p, &row_fq);
+            p->value = part_of(w, w->value, p, row);
+            p->fq = part_of(w, w->fq, p, row);
             if (w->low.data)
-                p->low = part_of(w->low, p, &row_low);
+                p->low = part_of(w, w->low, p, row);
             if (w->fq16.data)
-                p->fq16 = part_of(w->fq16, p, &row_16);
-            if (w->grad.data && p->trainable)
-                p->grad = cq_tensor_rows(w->grad, row_grad, p->shape.dim[0]);
-            row_grad += p->shape.dim[0];
+                p->fq16 = part_of(w, w->fq16, p, row);
+            if (p->trainable)
+                p->grad = part_of(w, w->grad, p, row);
         }
     }
     for (int64_t i = 0; i < m->n_params; i++) {

@@ -35,6 +35,9 @@ struct cq_model {
 /// Fills params, linears and layers from the config; `o` decides what is quantized (NULL: nothing,
 /// or what the files say when they are NVFP4).
 int cq_model_build(cq_model *m, const cq_quant_options *o);
+/// Input maxima of experts that are dealt out, and their weights' maxima, from the holders to all.
+int cq_model_gather_inputs(cq_model *m);
+int cq_model_gather_weights(cq_model *m);
 /// Brings the frozen maxima to where the kernels run.
 int cq_model_send_amax(cq_model *m);
 /// The master weight where the kernels run, in the model's dtype: itself, or widened into the

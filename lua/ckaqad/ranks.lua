@@ -18,8 +18,9 @@ setmetatable(ranks, { __index = function(_, key)
   return known[key]
 end })
 
--- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none); whose rows a Gram has.
-ranks.ordered, ranks.micro, ranks.gram = false, 0, "micro"
+-- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none); whose rows a Gram has;
+-- where experts are.
+ranks.ordered, ranks.micro, ranks.gram, ranks.moe = false, 0, "micro", "local"
 
 -- Ends all ranks with one line unless their `text` is the same.
 function ranks.agree(subject, text)
