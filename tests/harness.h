@@ -130,7 +130,7 @@ static inline void harness_close(harness *h) {
 static inline void harness_disturb(harness *h, double amount) {
     for (int64_t i = 0; i < cq_model_n_params(h->student); i++) {
         cq_param *p = cq_model_param(h->student, i);
-        for (int64_t k = 0; k < cq_tensor_elems(p->value) && p->trainable; k++) {
+        for (int64_t k = 0; k < cq_tensor_elems(p->value) && p->trainable && p->value.data; k++) {
             double f = 1 + amount * cq_random_normal(99, (uint64_t)i, (uint64_t)k);
             if (p->value.dtype == CQ_F64)
                 ((double *)p->value.data)[k] *= f;

@@ -18,16 +18,15 @@
 /// projection.
 typedef struct cq_linear {
     int64_t groups;  ///< 1, or the number of experts
-    int64_t held;    ///< groups whose gradients and fake-quantized weights are here
+    int64_t held;    ///< groups that are here, all unless experts are dealt out over ranks
     int64_t first;   ///< the first of them
     int64_t n, k;    ///< rows of one group's stack, columns
     int64_t n_parts; ///< parameters in the stack
     cq_param **part; ///< in stacking order
-    cq_tensor value; ///< [groups * n, k] master weights
+    cq_tensor value; ///< [held * n, k] master weights; the same shape below
     cq_tensor low;   ///< their low halves where the master is split, else no data
-    cq_tensor fq; ///< what forward multiplies with; BF16, the same as fq16: only products read it;
-                  ///< [held * n, k] where it is a copy
-    cq_tensor grad; ///< [held * n, k]; no data when none is trainable
+    cq_tensor fq;   ///< what forward multiplies with; BF16, the same as fq16: only products read it
+    cq_tensor grad; ///< no data when none is trainable
     cq_tensor fq16; ///< fq in BF16 where products on a device are BF16, else no data
     bool quantized; ///< all parts are
     bool act_quant; ///< inputs are fake-quantized too

@@ -75,24 +75,12 @@ int cq_moe_ranks_plan(cq_layer *l, cq_plan *p) {
     return CQ_OK;
 }
 
-/* The rows of a stack that belong to the experts here, of memory that holds all or only those. */
-static cq_tensor rows_here(const cq_expert_ranks *x, const cq_linear *w, cq_tensor t) {
-    return t.data && t.shape.dim[0] == w->groups * w->n
-               ? cq_tensor_rows(t, x->first * w->n, x->held * w->n)
-               : t;
-}
-
 /* The experts that are here, as a linear of their own. */
-static cq_linear here(const cq_layer *l, const cq_linear *w) {
-    const cq_expert_ranks *x = l->env->experts;
+static cq_linear here(const cq_linear *w) {
     cq_linear v = *w;
-    v.groups = x->held;
-    v.value = rows_here(x, w, w->value);
-    v.fq = rows_here(x, w, w->fq);
-    v.fq16 = rows_here(x, w, w->fq16);
-    v.grad = rows_here(x, w, w->grad);
+    v.groups = w->held;
     if (v.amax.data)
-        v.amax = cq_tensor_rows(w->amax, x->first, x->held);
+        v.amax = cq_tensor_rows(w->amax, w->first, w->held);
     return v;
 }
 
@@ -185,7 +173,7 @@ static void *at(cq_tensor t, const section *c) {
 }
 
 static int forward_section(cq_layer *l, cq_stream *s, const section *c) {
-    cq_linear up = here(l, l->in[0]), down = here(l, l->out);
+    cq_linear up = here(l->in[0]), down = here(l->out);
     CQ_TRY(cq_experts_forward(l, &up, s, c->offsets, c->rows, at(l->x_in, c), at(l->up, c)));
     CQ_TRY(cq_moe_act(l, s, &down, c->offsets, c->rows, at(l->up, c), at(l->hidden, c)));
     return cq_experts_forward(l, &down, s, c->offsets, c->rows, at(l->hidden, c),
@@ -207,7 +195,7 @@ int cq_moe_ranks_forward(cq_layer *l, cq_stream *s) {
 /* dx, and grad += the gradient of this rank's rows. */
 static int backward_linear(cq_layer *l, cq_linear *w, cq_stream *s, const section *c, cq_tensor x,
                            cq_tensor dy, cq_tensor dx) {
-    cq_linear v = here(l, w);
+    cq_linear v = here(w);
     void *grad = v.grad.data;
     bool learns = grad && !l->env->input_only;
     if (learns) {

@@ -31,10 +31,10 @@ CQ_API int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_qua
 /// memory of their own, and loading reads the teacher's files. Before the plan.
 CQ_API int cq_model_alone(cq_model *student);
 /// Deals the experts of each mixture out over the ranks of `comm`, E / R to each: it computes them
-/// for all, and only there are their gradients and fake-quantized weights; master weights are
-/// everywhere, current at the holder. From then on all ranks run each pass together, one without a
-/// micro-batch by the serve functions. After open or quantize, of teacher and student alike, before
-/// the optimizer and the plan. CQ_EUSAGE without a mixture, or where R does not divide E.
+/// for all, and only it has their weights, gradients and moments. From then on all ranks run each
+/// pass together, one without a micro-batch by the serve functions. After open or quantize, of
+/// teacher and student alike, before the optimizer and the plan. CQ_EUSAGE without a mixture, or
+/// where R does not divide E.
 CQ_API int cq_model_share_experts(cq_model *m, cq_comm *comm);
 CQ_API void cq_model_close(cq_model *m);
 
@@ -58,7 +58,8 @@ CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
 /// plan_params. The optimizer says it. All else stays F32: the forward reads it as it is.
 CQ_API void cq_model_set_master(cq_model *m, cq_master master);
 /// A parameter's master weight on the host in the dtype its model computes in: the tensor itself,
-/// or a copy in new memory, *owned, which the caller frees (NULL for none).
+/// or a copy in new memory, *owned, which the caller frees (NULL for none). CQ_EUSAGE for an expert
+/// that another rank has.
 CQ_API int cq_param_master(cq_tensor *out, void **owned, const cq_param *p);
 /// Declares activations for micro-batches of up to `tokens` tokens, no document longer than
 /// `longest`; also the kernel scratch. `threads` as in the stream.

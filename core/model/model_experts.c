@@ -67,6 +67,23 @@ int cq_model_gather_weights(cq_model *m) {
     return status;
 }
 
+int cq_model_fetch(cq_tensor *out, void **owned, const cq_model *m, const cq_param *p,
+                   cq_tensor mine) {
+    cq_expert_ranks *x = m->env.experts;
+    int64_t bytes = cq_shape_elems(mine.shape) * cq_dtype_bytes(mine.dtype);
+    int rank = cq_comm_rank(x->comm);
+    *out = (cq_tensor){NULL, mine.shape, mine.dtype};
+    *owned = NULL;
+    if (rank == 0 && !(*owned = out->data = malloc((size_t)bytes + 1)))
+        return cq_fail(CQ_ENOMEM, "experts: no memory for %s", p->name);
+    for (int r = 0; r < x->ranks; r++) {
+        x->in[r] = rank == 0 && r == p->holder ? bytes : 0;
+        x->out[r] = r == 0 && rank == p->holder ? bytes : 0;
+    }
+    cq_comm_about(x->comm, "weights of experts");
+    return cq_comm_exchange(x->comm, out->data, x->in, mine.data, x->out);
+}
+
 int cq_model_serve_forward(cq_model *m, cq_stream *s) {
     cq_model_bind_stream(m, s);
     for (int64_t i = 0; i < m->n_layers && m->env.experts; i++) {

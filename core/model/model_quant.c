@@ -43,6 +43,10 @@ int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_opti
 int cq_param_master(cq_tensor *out, void **owned, const cq_param *p) {
     cq_tensor low = {0};
     void *halves = NULL, *narrow = NULL;
+    *owned = NULL;
+    if (p->holder >= 0 && !p->value.data)
+        return cq_fail(CQ_EUSAGE, "%s: is on rank %d, wanted an expert of this rank", p->name,
+                       p->holder);
     if (p->value.dtype != CQ_BF16)
         return cq_tensor_on_host(out, owned, p->value);
     int64_t n = cq_tensor_elems(p->value);
@@ -152,7 +156,7 @@ static int search_param(cq_param *p, cq_scale_method scales) {
 
 static int search(cq_model *m) {
     for (int64_t i = 0; i < m->n_params && m->scales != CQ_SCALE_MAX; i++)
-        if (m->param[i]->quantized)
+        if (m->param[i]->quantized && m->param[i]->value.data)
             CQ_TRY(search_param(m->param[i], m->scales));
     return CQ_OK;
 }

@@ -30,8 +30,8 @@ static int deal_out(cq_shares *x) {
         const cq_param *p = cq_model_param(x->model, i);
         if (p->trainable && p->holder < 0)
             list[n++] = (sized){i, cq_shape_elems(p->shape)};
-        if (p->trainable && p->holder >= 0)
-            load[x->owner[i] = p->holder] += cq_shape_elems(p->shape);
+        if (p->holder >= 0)
+            load[x->owner[i] = p->holder] += p->trainable ? cq_shape_elems(p->shape) : 0;
     }
     if (load && list) {
         qsort(list, n, sizeof *list, by_size);
@@ -205,12 +205,12 @@ static cq_tensor forward_copy(const cq_shares *x, const cq_param *p) {
 
 static cq_tensor master(const cq_shares *x, const cq_param *p) {
     (void)x;
-    return p->quantized || p->holder >= 0 ? p->value : (cq_tensor){0};
+    return p->quantized && p->holder < 0 ? p->value : (cq_tensor){0};
 }
 
 static cq_tensor low_half(const cq_shares *x, const cq_param *p) {
     (void)x;
-    return p->quantized ? p->low : (cq_tensor){0};
+    return p->quantized && p->holder < 0 ? p->low : (cq_tensor){0};
 }
 
 int cq_shares_spread(cq_shares *x, cq_stream *s) {

@@ -4,8 +4,8 @@
 /// Micro-batch m of a step belongs to rank m mod R. After each round of R micro-batches the owner
 /// of a parameter adds the ranks' gradients in rank order, so the sum runs over micro-batches 0, 1,
 /// 2, ... whatever R is, and its bits do not depend on R. An expert that is dealt out
-/// (cq_model_share_experts) belongs to its holder, whose backward has added them up already, and
-/// its new weights go nowhere. Internal to core/train.
+/// (cq_model_share_experts) belongs to its holder, whose backward has added its gradients up
+/// already, and its new weights go nowhere. Internal to core/train.
 #pragma once
 #include "core/comm/comm.h"
 #include "core/model/model.h"
@@ -18,8 +18,7 @@ typedef struct cq_shares {
     cq_tensor *sum;   ///< [n] gradient of the step so far, on the owner; no data elsewhere
     cq_piece *piece;  ///< [n]
     cq_tensor *coded; ///< [n] NVFP4 bytes and block scales on their way
-    bool stale;       ///< masters of quantized parameters and of experts that are dealt out are
-                      ///< current on their owners only
+    bool stale;       ///< masters of quantized parameters are current on their owners only
 } cq_shares;
 
 /// Whole parameters go to the rank that has least, the largest first.
@@ -33,5 +32,6 @@ int cq_shares_add(cq_shares *x, cq_stream *s, int ranks);
 int cq_shares_zero(cq_shares *x);
 /// Sends the owners' new weights to all: quantized ones as NVFP4 codes and scales.
 int cq_shares_spread(cq_shares *x, cq_stream *s);
-/// Brings those masters to all ranks; nothing to do when they are there.
+/// Brings the masters of quantized parameters to all ranks, but for experts that are dealt out;
+/// nothing to do when they are there.
 int cq_shares_masters(cq_shares *x);

@@ -226,7 +226,7 @@ function Model:__tostring() return require "ckaqad.show".model(self) end
 function Model:export(dir, options)
   local o = errors.fill("export", options, { shard = 4.5 * 2 ^ 30 })
   if self.adam then self.adam:masters() end
-  ranks.alone("export", function() call.cq_export_nvfp4(self.c, dir, o.shard) end)
+  ranks.alone("export", function() call.cq_export_nvfp4(self.c, dir, o.shard) end, function() call.cq_export_lend(self.c, true) end)
   return dir
 end
 
@@ -246,7 +246,7 @@ end
 function Model:save(dir, options)
   local o = errors.fill("save", options, { shard = 4.5 * 2 ^ 30 })
   if self.adam then self.adam:masters() end
-  ranks.alone("export", function() call.cq_export_weights(self.c, dir, o.shard) end)
+  ranks.alone("export", function() call.cq_export_weights(self.c, dir, o.shard) end, function() call.cq_export_lend(self.c, false) end)
   return dir
 end
 

@@ -72,9 +72,13 @@ function ranks.most(list, about)
   return out
 end
 
--- Runs `f` on rank 0; the others wait for it.
-function ranks.alone(about, f)
-  if ranks.first then f() end
+-- Runs `f` on rank 0; the others do `meanwhile`, if any, and wait for it.
+function ranks.alone(about, f, meanwhile)
+  if ranks.first then
+    f()
+  elseif meanwhile then
+    meanwhile()
+  end
   if not ranks.many then return end
   C.cq_comm_about(native.comm, about)
   call.cq_comm_barrier(native.comm)
