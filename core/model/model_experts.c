@@ -80,8 +80,15 @@ int cq_model_fetch(cq_tensor *out, void **owned, const cq_model *m, const cq_par
         x->in[r] = rank == 0 && r == p->holder ? bytes : 0;
         x->out[r] = r == 0 && rank == p->holder ? bytes : 0;
     }
+    char nothing;
     cq_comm_about(x->comm, "weights of experts");
-    return cq_comm_exchange(x->comm, out->data, x->in, mine.data, x->out);
+    int status = cq_comm_exchange(x->comm, out->data ? out->data : &nothing, x->in,
+                                  mine.data ? mine.data : &nothing, x->out);
+    if (status) {
+        free(*owned);
+        *owned = out->data = NULL;
+    }
+    return status;
 }
 
 int cq_model_serve_forward(cq_model *m, cq_stream *s) {

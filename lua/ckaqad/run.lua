@@ -331,12 +331,13 @@ end
 local function serve(self)
   if ranks.moe ~= "ranks" then return end
   local pass, d = self.passes[#self.passes], nil
-  local student = pass and pass.student or self.adam.student
+  local student = pass and pass.student or self.adam and self.adam.student
   if pass then d = pass.d end
-  for _, each in pairs(not pass and student.distillers or {}) do
-    if d then errors.usage("option --moe: %d micro-batches on %d ranks, wanted one for each", self.count, ranks.size) end
-    d = each
+  if not pass and student then -- no pass yet says which terms: there must be one list
+    local terms = next(student.distillers)
+    d = terms and not next(student.distillers, terms) and student.distillers[terms]
   end
+  if not d then errors.usage("option --moe: %d micro-batches on %d ranks, wanted one for each", self.count, ranks.size) end
   call.cq_distill_serve(d.c, student:stream())
 end
 
