@@ -30,6 +30,7 @@ typedef struct harness_options {
     int threads;
     cq_moments moments;
     cq_master master;
+    cq_comm *experts; ///< experts are dealt out over its ranks; NULL: all here
 } harness_options;
 
 /// Documents of the given lengths with seeded ids.
@@ -67,6 +68,10 @@ static inline void harness_open(harness *h, const harness_options *o) {
     cr_assert_not_null(h->stream.table);
     OK(cq_model_open(&h->teacher, dir, o->dtype));
     OK(cq_model_quantize(&h->student, h->teacher, &q));
+    if (o->experts) {
+        OK(cq_model_share_experts(h->teacher, o->experts));
+        OK(cq_model_share_experts(h->student, o->experts));
+    }
     int64_t vocab = cq_model_config(h->teacher)->vocab;
     h->batch[0] = harness_batch((int64_t[]){19, 1, 23}, 3, vocab, 5);
     h->batch[1] = harness_batch((int64_t[]){7, 30}, 2, vocab, 6);
@@ -87,7 +92,8 @@ static inline void harness_open(harness *h, const harness_options *o) {
                              .clip = 1,
                              .moments = o->moments,
                              .master = o->master,
-                             .seed = 4};
+                             .seed = 4,
+                             .comm = o->experts};
     OK(cq_adamw_open(&h->adam, h->student, &adam));
     OK(cq_plan_open(&h->plan));
     OK(cq_model_plan_params(h->teacher, h->plan, false));
@@ -124,7 +130,7 @@ static inline void harness_close(harness *h) {
 static inline void harness_disturb(harness *h, double amount) {
     for (int64_t i = 0; i < cq_model_n_params(h->student); i++) {
         cq_param *p = cq_model_param(h->student, i);
-        for (int64_t k = 0; k < cq_tensor_elems(p->value) && p->trainable; k++) {
+        for (int64_t k = 0; k < cq_tensor_elems(p->value) && p->trainable && p->value.data; k++) {
             double f = 1 + amount * cq_random_normal(99, (uint64_t)i, (uint64_t)k);
             if (p->value.dtype == CQ_F64)
                 ((double *)p->value.data)[k] *= f;

@@ -9,6 +9,7 @@
 #pragma once
 #include "core/block/config.h"
 #include "core/block/param.h"
+#include "core/comm/comm.h"
 #include "core/tensor/plan.h"
 #include "core/text/batch.h"
 #include "kernels/kernels.h"
@@ -17,10 +18,12 @@
 /// projection.
 typedef struct cq_linear {
     int64_t groups;  ///< 1, or the number of experts
+    int64_t held;    ///< groups that are here, all unless experts are dealt out over ranks
+    int64_t first;   ///< the first of them
     int64_t n, k;    ///< rows of one group's stack, columns
     int64_t n_parts; ///< parameters in the stack
     cq_param **part; ///< in stacking order
-    cq_tensor value; ///< [groups * n, k] master weights
+    cq_tensor value; ///< [held * n, k] master weights; the same shape below
     cq_tensor low;   ///< their low halves where the master is split, else no data
     cq_tensor fq;   ///< what forward multiplies with; BF16, the same as fq16: only products read it
     cq_tensor grad; ///< no data when none is trainable
@@ -39,18 +42,37 @@ typedef struct cq_past {
     cq_tensor past;      ///< [n_docs] tokens of the slot's sequence before this pass, I32
 } cq_past;
 
+/// The experts of every mixture dealt out over ranks, with room for what one layer's exchange needs
+/// on the host.
+typedef struct cq_expert_ranks {
+    cq_comm *comm;
+    int ranks;
+    int64_t experts;     ///< of a mixture
+    int64_t first, held; ///< those of this rank
+    int64_t *offsets;    ///< [experts + 1] of this rank's sorted rows
+    int64_t *counts;     ///< [experts] rows of each
+    int64_t *theirs;     ///< [ranks, held + 1] offsets of the rows that each rank sends here
+    int64_t *in, *out;   ///< [ranks] rows that come from each, and go there
+} cq_expert_ranks;
+
+/// `experts` of a mixture over the ranks of `comm`, whose size divides them.
+int cq_expert_ranks_open(cq_expert_ranks **out, cq_comm *comm, int64_t experts);
+/// Accepts NULL.
+void cq_expert_ranks_close(cq_expert_ranks *x);
+
 /// Run state that all layers of a model share.
 typedef struct cq_layer_env {
     const cq_config *config;
     cq_dtype dtype;
     cq_mode mode;
-    bool calibrating;    ///< unquantized, recording input maxima
-    bool input_only;     ///< backward without parameter gradients
-    bool again;          ///< a forward that is done again: nothing is counted
-    cq_tensor saturated; ///< [1] blocks whose scale was clamped, I64; no data: not counted
-    int64_t tokens;      ///< planned capacity
-    int64_t longest;     ///< planned longest document
-    const cq_past *past; ///< documents go on from slots; NULL: each starts anew
+    bool calibrating;         ///< unquantized, recording input maxima
+    bool input_only;          ///< backward without parameter gradients
+    bool again;               ///< a forward that is done again: nothing is counted
+    cq_tensor saturated;      ///< [1] blocks whose scale was clamped, I64; no data: not counted
+    int64_t tokens;           ///< planned capacity
+    int64_t longest;          ///< planned longest document
+    const cq_past *past;      ///< documents go on from slots; NULL: each starts anew
+    cq_expert_ranks *experts; ///< experts are dealt out; NULL: all are here
 } cq_layer_env;
 
 typedef struct cq_layer {
@@ -74,10 +96,13 @@ typedef struct cq_layer {
     cq_tensor conv, scan, rstd2; ///< mamba
     cq_tensor logits, sel, weight, offsets, token, position; ///< moe routing
     cq_tensor xg, up, hidden, down;                          ///< moe: sorted rows
+    cq_tensor theirs, x_in; ///< moe over ranks: each rank's [held + 1] offsets, rows [ranks T k, D]
     /* of generation, by slot: as in cq_attention_cached, cq_conv_cached and cq_ssd_cached */
     cq_tensor keys, values, conv_state, states;
     /* backward scratch */
     cq_tensor dproj, dmid, dx, dconv, dlogits, dweight, dsorted, dhidden;
+    cq_tensor rows_in; ///< moe over ranks: results for all, and the gradients of both ways
+    cq_tensor dstack;  ///< moe over ranks: [held * n, k] gradient of one rank's rows
 } cq_layer;
 
 /// Number of elements per row of `proj`.
@@ -115,6 +140,16 @@ int cq_moe_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh
 int cq_moe_begin(cq_layer *l, cq_stream *s, int64_t rows);
 int cq_moe_expert(cq_layer *l, cq_stream *s, int64_t expert, const void *up, const void *down);
 int cq_moe_end(cq_layer *l, cq_stream *s, int64_t rows, void *h);
+/* dst [rows, k] = relu(src)^2, quantized for the linear that reads it; offsets as in cq_fq. */
+int cq_moe_act(cq_layer *l, cq_stream *s, const cq_linear *reader, const int64_t *offsets,
+               int64_t rows, const void *src, void *dst);
+/* The experts' part of a mixture dealt out over ranks, all of which call these at the same layer:
+ * xg -> down, dsorted -> dsorted; kept and scratch buffers for the rows of all of them; and what a
+ * rank without a micro-batch calls in the place of the forward, before cq_moe_ranks_backward. */
+int cq_moe_ranks_plan(cq_layer *l, cq_plan *p);
+int cq_moe_ranks_forward(cq_layer *l, cq_stream *s);
+int cq_moe_ranks_backward(cq_layer *l, cq_stream *s);
+int cq_moe_ranks_serve(cq_layer *l, cq_stream *s);
 /// The norm before the mixer: what cq_layer_forward does first.
 int cq_layer_norm(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in);
 

@@ -7,20 +7,27 @@
 #include "core/base/error.h"
 #include "core/block/block.h"
 
+static int plan_experts(cq_layer *l, cq_plan *p, int64_t pairs) {
+    const cq_config *c = l->env->config;
+    cq_dtype t = l->env->dtype;
+    CQ_TRY(cq_layer_keep(l, p, &l->xg, "expert x", t, pairs, c->hidden));
+    CQ_TRY(cq_layer_keep(l, p, &l->up, "expert up", t, pairs, c->moe_intermediate));
+    CQ_TRY(cq_layer_keep(l, p, &l->hidden, "expert act", t, pairs, c->moe_intermediate));
+    CQ_TRY(cq_layer_keep(l, p, &l->down, "expert down", t, pairs, c->hidden));
+    return cq_layer_scratch(l, p, &l->dhidden, "dexpert act", pairs, c->moe_intermediate);
+}
+
 int cq_moe_plan(cq_layer *l, cq_plan *p) {
     const cq_config *c = l->env->config;
     cq_dtype t = l->env->dtype;
-    int64_t rows = l->env->tokens, pairs = rows * c->top_k, f = c->moe_intermediate, d = c->hidden;
+    int64_t rows = l->env->tokens, pairs = rows * c->top_k;
     CQ_TRY(cq_layer_keep(l, p, &l->logits, "router logits", t, rows, c->experts));
     CQ_TRY(cq_layer_keep(l, p, &l->sel, "selected", CQ_I32, rows, c->top_k));
     CQ_TRY(cq_layer_keep(l, p, &l->weight, "router weights", t, rows, c->top_k));
     CQ_TRY(cq_layer_keep(l, p, &l->offsets, "expert offsets", CQ_I64, c->experts + 1, 1));
     CQ_TRY(cq_layer_keep(l, p, &l->token, "sorted tokens", CQ_I32, pairs, 1));
     CQ_TRY(cq_layer_keep(l, p, &l->position, "sorted positions", CQ_I32, rows, c->top_k));
-    CQ_TRY(cq_layer_keep(l, p, &l->xg, "expert x", t, pairs, d));
-    CQ_TRY(cq_layer_keep(l, p, &l->up, "expert up", t, pairs, f));
-    CQ_TRY(cq_layer_keep(l, p, &l->hidden, "expert act", t, pairs, f));
-    CQ_TRY(cq_layer_keep(l, p, &l->down, "expert down", t, pairs, d));
+    CQ_TRY(l->env->experts ? cq_moe_ranks_plan(l, p) : plan_experts(l, p, pairs));
     if (l->shared_up) {
         CQ_TRY(cq_layer_keep(l, p, &l->proj, "shared up", t, rows, l->shared_up->n));
         CQ_TRY(cq_layer_keep(l, p, &l->mid, "shared act", t, rows, l->shared_up->n));
@@ -28,8 +35,7 @@ int cq_moe_plan(cq_layer *l, cq_plan *p) {
     }
     CQ_TRY(cq_layer_scratch(l, p, &l->dlogits, "drouter", rows, c->experts));
     CQ_TRY(cq_layer_scratch(l, p, &l->dweight, "drouter weights", rows, c->top_k));
-    CQ_TRY(cq_layer_scratch(l, p, &l->dsorted, "dexpert x", pairs, d));
-    return cq_layer_scratch(l, p, &l->dhidden, "dexpert act", pairs, f);
+    return cq_layer_scratch(l, p, &l->dsorted, "dexpert x", pairs, c->hidden);
 }
 
 static int route(cq_layer *l, cq_stream *s, int64_t rows) {
@@ -47,13 +53,12 @@ static int route(cq_layer *l, cq_stream *s, int64_t rows) {
                   .position = l->position.data);
 }
 
-/* dst = relu(src)^2, quantized for the linear that reads it. */
-static int act(cq_layer *l, cq_stream *s, cq_linear *reader, int64_t rows, const void *src,
-               void *dst) {
+int cq_moe_act(cq_layer *l, cq_stream *s, const cq_linear *reader, const int64_t *offsets,
+               int64_t rows, const void *src, void *dst) {
     bool quant = cq_linear_acts(l, reader);
     return CQ_RUN(s, relu2_forward, .dtype = l->env->dtype, .rows = rows, .dim = reader->k,
                   .x = src, .h = quant ? NULL : dst, .hq = quant ? dst : NULL,
-                  .fq = cq_linear_fq(l, reader, l->offsets.data));
+                  .fq = cq_linear_fq(l, reader, offsets));
 }
 
 int cq_moe_begin(cq_layer *l, cq_stream *s, int64_t rows) {
@@ -104,19 +109,24 @@ int cq_moe_end(cq_layer *l, cq_stream *s, int64_t rows, void *h) {
         return CQ_OK;
     const void *x = cq_linear_acts(l, l->shared_up) ? l->xq.data : l->x.data;
     CQ_TRY(cq_linear_forward(l, l->shared_up, s, x, rows, l->proj.data, l->shared_up->n, 0));
-    CQ_TRY(act(l, s, l->shared_down, rows, l->proj.data, l->mid.data));
+    CQ_TRY(cq_moe_act(l, s, l->shared_down, NULL, rows, l->proj.data, l->mid.data));
     return cq_linear_forward(l, l->shared_down, s, l->mid.data, rows, h, c->hidden, 1);
 }
 
-int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
+/* Sorted rows xg through the experts into `down`. */
+static int experts_forward(cq_layer *l, cq_stream *s, int64_t pairs) {
     cq_linear *up = l->in[0], *down = l->out;
-    int64_t rows = b->tokens, pairs = rows * l->env->config->top_k;
-    CQ_TRY(cq_moe_begin(l, s, rows));
     const int64_t *offsets = l->offsets.data;
     CQ_TRY(cq_experts_forward(l, up, s, offsets, pairs, l->xg.data, l->up.data));
-    CQ_TRY(act(l, s, down, pairs, l->up.data, l->hidden.data));
-    CQ_TRY(cq_experts_forward(l, down, s, offsets, pairs, l->hidden.data, l->down.data));
-    return cq_moe_end(l, s, rows, h);
+    CQ_TRY(cq_moe_act(l, s, down, offsets, pairs, l->up.data, l->hidden.data));
+    return cq_experts_forward(l, down, s, offsets, pairs, l->hidden.data, l->down.data);
+}
+
+int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
+    CQ_TRY(cq_moe_begin(l, s, b->tokens));
+    CQ_TRY(l->env->experts ? cq_moe_ranks_forward(l, s)
+                           : experts_forward(l, s, b->tokens * l->env->config->top_k));
+    return cq_moe_end(l, s, b->tokens, h);
 }
 
 static int shared_backward(cq_layer *l, cq_stream *s, int64_t rows, const void *dh) {
@@ -148,20 +158,25 @@ static int router_backward(cq_layer *l, cq_stream *s, int64_t rows) {
                   .ldb = c->hidden, .c = dgate, .ldc = c->hidden, .alpha = 1, .beta = 1);
 }
 
+/* dsorted, the gradient of `down`, becomes that of xg. */
+static int experts_backward(cq_layer *l, cq_stream *s, int64_t pairs) {
+    const int64_t *offsets = l->offsets.data;
+    CQ_TRY(cq_experts_backward(l, l->out, s, offsets, l->hidden.data, l->dsorted.data,
+                               l->dhidden.data));
+    CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = l->env->dtype, .rows = pairs, .dim = l->out->k,
+                  .x = l->up.data, .dh = l->dhidden.data, .dx = l->dhidden.data));
+    return cq_experts_backward(l, l->in[0], s, offsets, l->xg.data, l->dhidden.data,
+                               l->dsorted.data);
+}
+
 int cq_moe_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh) {
     const cq_layer_env *e = l->env;
     const cq_config *c = e->config;
-    int64_t rows = b->tokens, pairs = rows * c->top_k;
-    const int64_t *offsets = l->offsets.data;
+    int64_t rows = b->tokens;
     CQ_TRY(CQ_RUN(s, combine_backward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .y = l->down.data, .weight = l->weight.data, .dout = dh,
                   .position = l->position.data, .dy = l->dsorted.data, .dweight = l->dweight.data));
-    CQ_TRY(cq_experts_backward(l, l->out, s, offsets, l->hidden.data, l->dsorted.data,
-                               l->dhidden.data));
-    CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = e->dtype, .rows = pairs, .dim = c->moe_intermediate,
-                  .x = l->up.data, .dh = l->dhidden.data, .dx = l->dhidden.data));
-    CQ_TRY(
-        cq_experts_backward(l, l->in[0], s, offsets, l->xg.data, l->dhidden.data, l->dsorted.data));
+    CQ_TRY(e->experts ? cq_moe_ranks_backward(l, s) : experts_backward(l, s, rows * c->top_k));
     CQ_TRY(router_backward(l, s, rows));
     CQ_TRY(CQ_RUN(s, ungather_rows, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .dy = l->dsorted.data, .position = l->position.data,

@@ -12,6 +12,7 @@ typedef struct cq_param {
     bool buffer;    ///< not a parameter for the optimizer (e_score_correction_bias)
     bool trainable;
     bool quantized;
+    int holder;         ///< the rank that alone has this expert: no data elsewhere; -1: all have
     const char *reason; ///< why a linear is not quantized, else NULL
     cq_tensor value;    ///< master weight; BF16 where the optimizer keeps it in fewer bits
     cq_tensor low;      ///< [rows, 2 cols] bytes: low halves of a split master, else no data

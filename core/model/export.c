@@ -88,6 +88,47 @@ int cq_export_input_scale(float *scale, const cq_param *p) {
                          (double)*p->amax_x);
 }
 
+/* A master weight that rank 0 writes, from where it is; as cq_param_master. */
+static int find_master(cq_tensor *out, void **owned, const cq_model *m, const cq_param *p) {
+    if (p->holder <= 0)
+        return cq_param_master(out, owned, p);
+    cq_tensor mine = {NULL, p->shape, m->env.dtype};
+    void *copy = NULL;
+    if (p->value.data)
+        CQ_TRY(cq_param_master(&mine, &copy, p));
+    int status = cq_model_fetch(out, owned, m, p, mine);
+    free(copy);
+    return status;
+}
+
+/* The same of static block maxima; no data where there are none. */
+static int find_block_amax(cq_tensor *out, void **owned, const cq_model *m, const cq_param *p) {
+    if (p->holder <= 0 || m->scales == CQ_SCALE_MAX)
+        return cq_tensor_on_host(out, owned, p->block_amax);
+    cq_tensor mine = {NULL, CQ_SHAPE2(p->shape.dim[0], p->shape.dim[1] / 16), CQ_F32};
+    void *copy = NULL;
+    if (p->block_amax.data)
+        CQ_TRY(cq_tensor_on_host(&mine, &copy, p->block_amax));
+    int status = cq_model_fetch(out, owned, m, p, mine);
+    free(copy);
+    return status;
+}
+
+int cq_export_lend(cq_model *m, bool nvfp4) {
+    for (int64_t i = 0; i < m->n_params; i++) {
+        const cq_param *p = m->param[i];
+        bool maxima = nvfp4 && p->quantized && m->scales != CQ_SCALE_MAX;
+        cq_tensor none;
+        void *owned;
+        if (p->holder <= 0)
+            continue;
+        CQ_TRY(find_master(&none, &owned, m, p));
+        if (maxima)
+            CQ_TRY(find_block_amax(&none, &owned, m, p));
+    }
+    return CQ_OK;
+}
+
 static int pack(packer *k, cq_param *p, const float *x) {
     int64_t n = p->shape.dim[0], cols = p->shape.dim[1];
     uint8_t *bytes = own(k, n * cols / 2), *scales = own(k, n * cols / 16);
@@ -100,7 +141,7 @@ static int pack(packer *k, cq_param *p, const float *x) {
                        (double)p->amax);
     cq_tensor block_amax;
     void *owned;
-    CQ_TRY(cq_tensor_on_host(&block_amax, &owned, p->block_amax));
+    CQ_TRY(find_block_amax(&block_amax, &owned, k->m, p));
     int status =
         cq_nvfp4_pack(bytes, scales, &scalar[0], x, n, cols, p->amax, block_amax.data, p->top);
     free(owned);
@@ -121,7 +162,7 @@ static int add_quantized(packer *k, cq_param *p) {
     float *copy;
     cq_tensor value;
     void *owned;
-    CQ_TRY(cq_param_master(&value, &owned, p));
+    CQ_TRY(find_master(&value, &owned, k->m, p));
     int status = as_f32(&x, &copy, value);
     if (!status)
         status = pack(k, p, x);
@@ -134,7 +175,7 @@ static int add_plain(packer *k, cq_param *p) {
     int64_t n = cq_tensor_elems(p->value);
     cq_tensor value;
     void *owned;
-    CQ_TRY(cq_param_master(&value, &owned, p));
+    CQ_TRY(find_master(&value, &owned, k->m, p));
     if (owned)
         k->owned[k->n_owned++] = owned;
     for (int64_t i = 0; i < n; i++) {
@@ -156,7 +197,7 @@ static int add_plain(packer *k, cq_param *p) {
 static int add_all(packer *k, bool nvfp4) {
     for (int64_t i = 0; i < cq_model_n_params(k->m); i++) {
         cq_param *p = cq_model_param(k->m, i);
-        if (!p->value.data)
+        if (!p->value.data && p->holder < 0)
             return cq_fail(CQ_EUSAGE, "export: %s has no values yet, wanted a loaded model",
                            p->name);
         CQ_TRY(nvfp4 && p->quantized ? add_quantized(k, p) : add_plain(k, p));
@@ -465,7 +506,7 @@ int cq_export_compare(cq_model *m, const char *dir, int64_t *differing) {
     CQ_TRY(cq_safetensors_open(&st, dir));
     for (int64_t i = 0; i < cq_model_n_params(m) && !status; i++) {
         const cq_param *p = cq_model_param(m, i);
-        if (p->quantized)
+        if (p->quantized && p->fq.data)
             status = compare_param(differing, p, st, dir);
     }
     cq_safetensors_close(st);

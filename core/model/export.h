@@ -7,12 +7,15 @@
 /// and every other file of the source folder that is not a weight copied byte for byte (tokenizer,
 /// generation config, chat template). kv_cache_quant_algo is null; exclude_modules comes from the
 /// parameters' reasons. The folder appears whole or not at all.
+/// With experts dealt out over ranks rank 0 writes, while the others call cq_export_lend.
 CQ_API int cq_export_nvfp4(cq_model *m, const char *dir, int64_t shard_bytes);
 /// Writes the master weights in their checkpoint dtypes, same folder rules.
 CQ_API int cq_export_weights(cq_model *m, const char *dir, int64_t shard_bytes);
+/// Sends rank 0, which exports to NVFP4 or as it is, the master weights of this rank's experts.
+CQ_API int cq_export_lend(cq_model *m, bool nvfp4);
 /// Dequantizes the exported folder and compares with the model's fake-quantized weights: *differing
 /// elements, by bits. Only quantized matrices count: the others are rounded to their checkpoint
-/// dtype on the way out.
+/// dtype on the way out; of experts that are dealt out, those held here.
 CQ_API int cq_export_compare(cq_model *m, const char *dir, int64_t *differing);
 
 /// Findings of verify, one line each.

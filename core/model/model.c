@@ -208,6 +208,7 @@ void cq_model_close(cq_model *m) {
     for (int64_t i = 0; i < m->n_params; i++)
         free(m->param[i]);
     cq_safetensors_close(m->files);
+    cq_expert_ranks_close(m->env.experts);
     free(m->linear);
     free(m->param);
     free(m->layer);
@@ -296,21 +297,25 @@ static bool stack_only_16(const cq_model *m, const cq_plan *p, const cq_linear *
     return only && w->k % 8 == 0 && w->n % 8 == 0;
 }
 
+static bool part_here(const cq_linear *w, int64_t i) {
+    return w->held == w->groups || (i >= w->first && i < w->first + w->held);
+}
+
 static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights) {
     cq_dtype t = m->env.dtype;
-    cq_shape shape = CQ_SHAPE2(w->groups * w->n, w->k);
+    cq_shape shape = CQ_SHAPE2(w->held * w->n, w->k);
     const char *name = w->part[0]->name;
     bool narrow = stack_narrow(m, w), only_16 = stack_only_16(m, p, w);
     if (!stack_shared(m, w))
         CQ_TRY(cq_plan_add(p, &w->value, weights, name, narrow || only_16 ? CQ_BF16 : t, shape));
     if (narrow && m->master == CQ_MASTER_SPLIT)
-        CQ_TRY(
-            cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->groups * w->n, 2 * w->k)));
+        CQ_TRY(cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->held * w->n, 2 * w->k)));
     if (w->quantized && !m->nvfp4)
         CQ_TRY(cq_plan_add(p, &w->fq, CQ_FOR_FAKEQUANT, name, t, shape));
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
-        CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
-                           CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
+        if (part_here(w, i))
+            CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
+                               CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
     if (wants_16(m, p) && !only_16 && (!stack_shared(m, w) || w->quantized))
         CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16, shape));
     for (int64_t i = 0; i < w->n_parts && w->quantized && !m->nvfp4; i++)
@@ -351,38 +356,40 @@ int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
     return CQ_OK;
 }
 
-static cq_tensor part_of(cq_tensor whole, const cq_param *p, int64_t *row) {
-    cq_tensor t = cq_tensor_rows(whole, *row, p->shape.dim[0]);
-    *row += p->shape.dim[0];
-    return t;
+/* Rows of part i, which begins at `row` of the groups that are here; no data for another. */
+static cq_tensor part_of(const cq_linear *w, cq_tensor here, int64_t i, int64_t row) {
+    int64_t n = w->part[i]->shape.dim[0];
+    return here.data && part_here(w, i)
+               ? cq_tensor_rows(here, row, n)
+               : (cq_tensor){NULL, CQ_SHAPE2(n, here.shape.dim[1]), here.dtype};
 }
 
 int cq_model_bind(cq_model *m) {
     for (int64_t i = 0; i < m->n_linears; i++) {
         cq_linear *w = m->linear[i];
+        cq_shape shape = CQ_SHAPE2(w->held * w->n, w->k);
         if (stack_shared(m, w)) {
-            cq_tensor first = cq_model_find(m->teacher, w->part[0]->name)->value;
-            w->value = (cq_tensor){first.data, CQ_SHAPE2(w->groups * w->n, w->k), first.dtype};
+            cq_tensor first = cq_model_find(m->teacher, w->part[w->first]->name)->value;
+            w->value = (cq_tensor){first.data, shape, first.dtype};
         }
         if (!w->fq.data)
             w->fq = w->value;
         if (cq_linear_only_16(w))
             w->fq16 = w->fq;
         if (!w->fq16.data && stack_shared(m, w)) /* no data in the teacher: none here */
-            w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[0]->name)->fq16.data,
-                                  CQ_SHAPE2(w->groups * w->n, w->k), CQ_BF16};
-        int64_t row = 0, row_fq = 0, row_16 = 0, row_low = 0, row_grad = 0;
-        for (int64_t k = 0; k < w->n_parts; k++) {
+            w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[w->first]->name)->fq16.data,
+                                  shape, CQ_BF16};
+        int64_t row = -w->first * w->n;
+        for (int64_t k = 0; k < w->n_parts; row += w->part[k++]->shape.dim[0]) {
             cq_param *p = w->part[k];
-            p->value = part_of(w->value, p, &row);
-            p->fq = part_of(w->fq, p, &row_fq);
+            p->value = part_of(w, w->value, k, row);
+            p->fq = part_of(w, w->fq, k, row);
             if (w->low.data)
-                p->low = part_of(w->low, p, &row_low);
+                p->low = part_of(w, w->low, k, row);
             if (w->fq16.data)
-                p->fq16 = part_of(w->fq16, p, &row_16);
+                p->fq16 = part_of(w, w->fq16, k, row);
             if (w->grad.data && p->trainable)
-                p->grad = cq_tensor_rows(w->grad, row_grad, p->shape.dim[0]);
-            row_grad += p->shape.dim[0];
+                p->grad = part_of(w, w->grad, k, row);
         }
     }
     for (int64_t i = 0; i < m->n_params; i++) {

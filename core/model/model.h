@@ -6,6 +6,7 @@
 /// for frozen parameters, storage with its teacher.
 #pragma once
 #include "core/block/param.h"
+#include "core/comm/comm.h"
 #include "core/model/config.h"
 #include "core/quant/rules.h"
 #include "core/tensor/plan.h"
@@ -29,6 +30,12 @@ CQ_API int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_qua
 /// A student whose teacher never gets memory (a cache stands in for it): frozen parameters get
 /// memory of their own, and loading reads the teacher's files. Before the plan.
 CQ_API int cq_model_alone(cq_model *student);
+/// Deals the experts of each mixture out over the ranks of `comm`, E / R to each: it computes them
+/// for all, and only it has their weights, gradients and moments. From then on all ranks run each
+/// pass together, one without a micro-batch by the serve functions. After open or quantize, of
+/// teacher and student alike, before the optimizer and the plan. CQ_EUSAGE without a mixture, or
+/// where R does not divide E.
+CQ_API int cq_model_share_experts(cq_model *m, cq_comm *comm);
 CQ_API void cq_model_close(cq_model *m);
 
 CQ_API const cq_config *cq_model_config(const cq_model *m);
@@ -51,7 +58,8 @@ CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
 /// plan_params. The optimizer says it. All else stays F32: the forward reads it as it is.
 CQ_API void cq_model_set_master(cq_model *m, cq_master master);
 /// A parameter's master weight on the host in the dtype its model computes in: the tensor itself,
-/// or a copy in new memory, *owned, which the caller frees (NULL for none).
+/// or a copy in new memory, *owned, which the caller frees (NULL for none). CQ_EUSAGE for an expert
+/// that another rank has.
 CQ_API int cq_param_master(cq_tensor *out, void **owned, const cq_param *p);
 /// Declares activations for micro-batches of up to `tokens` tokens, no document longer than
 /// `longest`; also the kernel scratch. `threads` as in the stream.
@@ -97,6 +105,10 @@ CQ_API const cq_tensor *cq_model_final(const cq_model *m);
 /// logits [n, vocab] of rows [begin, begin + n) of `xf`.
 CQ_API int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf, int64_t begin,
                                  int64_t n, void *logits);
+/// A rank's part in a forward, and in a backward, of the others' micro-batches while it has none:
+/// its experts' rows. Nothing to do where experts are not dealt out.
+CQ_API int cq_model_serve_forward(cq_model *m, cq_stream *s);
+CQ_API int cq_model_serve_backward(cq_model *m, cq_stream *s);
 /// Whole forward without logits.
 CQ_API int cq_model_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 
@@ -111,6 +123,8 @@ CQ_API cq_tensor *cq_model_dhidden(cq_model *m);
 CQ_API void cq_model_input_only(cq_model *m, bool on);
 /// Gradients to zero; nothing else does that.
 CQ_API int cq_model_zero_grad(cq_model *m);
+/// The same, but not of experts that are dealt out, whose gradients are of the step so far.
+CQ_API int cq_model_zero_round(cq_model *m);
 /// The weight the head multiplies with (the embedding when tied).
 CQ_API cq_param *cq_model_head(cq_model *m);
 /// Sets lr_scale = factor (0 freezes) for parameters whose names match; returns how many, or

@@ -46,6 +46,7 @@ static cq_param *add(builder *b, cq_shape shape, const char *format, ...) {
                     .disk = CQ_BF16,
                     .block = b->block,
                     .trainable = true,
+                    .holder = -1,
                     .top = 448,
                     .lr_scale = 1};
     int at = snprintf(p->name, sizeof p->name, "%s", b->prefix);
@@ -113,7 +114,7 @@ static cq_linear *stack(builder *b, int64_t groups, int64_t n, cq_param **part) 
         free(w);
         return NULL;
     }
-    w->groups = groups;
+    w->groups = w->held = groups;
     w->n_parts = n;
     w->k = part[0]->shape.dim[1];
     w->quantized = part[0]->quantized;

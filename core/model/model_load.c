@@ -37,23 +37,30 @@ static float amax_of_scale(float scale) {
     return amax;
 }
 
+static int load_input_scale(cq_model *m, cq_param *p) {
+    char name[160];
+    float scale;
+    cq_module_name(name, p->name, ".input_scale");
+    const cq_entry *x = cq_model_entry(m, name);
+    if (!x)
+        return CQ_OK;
+    memcpy(&scale, x->tensor.data, sizeof scale);
+    if (!(scale > 0) || !isfinite(scale))
+        return cq_fail(CQ_EDATA, "%s: %s is %g, wanted a positive number",
+                       cq_safetensors_path(m->files, x), x->name, (double)scale);
+    *p->amax_x = amax_of_scale(scale);
+    return CQ_OK;
+}
+
 static int load_nvfp4(cq_model *m, cq_param *p, cq_tensor to, const cq_entry *e) {
     char name[160];
     int64_t n = p->shape.dim[0], k = p->shape.dim[1];
-    float scale_2, scale_x, *y = to.data;
+    float scale_2, *y = to.data;
     cq_module_name(name, p->name, ".weight_scale");
     const cq_entry *s = cq_model_entry(m, name);
     cq_module_name(name, p->name, ".weight_scale_2");
     memcpy(&scale_2, cq_model_entry(m, name)->tensor.data, sizeof scale_2);
-    cq_module_name(name, p->name, ".input_scale");
-    const cq_entry *x = cq_model_entry(m, name);
-    if (x) {
-        memcpy(&scale_x, x->tensor.data, sizeof scale_x);
-        if (!(scale_x > 0) || !isfinite(scale_x))
-            return cq_fail(CQ_EDATA, "%s: %s is %g, wanted a positive number",
-                           cq_safetensors_path(m->files, x), x->name, (double)scale_x);
-        *p->amax_x = amax_of_scale(scale_x);
-    }
+    CQ_TRY(load_input_scale(m, p));
     if (m->env.dtype == CQ_F64 && !(y = malloc((size_t)(n * k) * sizeof *y)))
         return cq_fail(CQ_ENOMEM, "model: no memory to unpack %s", p->name);
     int status = cq_nvfp4_unpack(y, e->tensor.data, s->tensor.data, scale_2, n, k);
@@ -143,6 +150,8 @@ static int load_param(cq_model *m, cq_param *p) {
         p->disk = from->disk;
         return load_copy(p, from);
     }
+    if (!p->value.data) /* another rank's expert; its input is quantized here */
+        return m->nvfp4 && p->quantized ? load_input_scale(m, p) : CQ_OK;
     const cq_entry *e = cq_model_entry(source, p->name);
     cq_tensor to;
     void *owned;
@@ -202,6 +211,8 @@ int cq_model_init(cq_model *m, uint64_t seed) {
         void *owned;
         if (m->teacher)
             return cq_fail(CQ_EUSAGE, "model: %s is a student, wanted load", m->dir);
+        if (!p->value.data)
+            continue;
         CQ_TRY(stage_f32(&to, &owned, p));
 #pragma omp parallel for schedule(static) if (n > 1 << 16)
         for (int64_t k = 0; k < n; k++)

@@ -43,6 +43,10 @@ int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_opti
 int cq_param_master(cq_tensor *out, void **owned, const cq_param *p) {
     cq_tensor low = {0};
     void *halves = NULL, *narrow = NULL;
+    *owned = NULL;
+    if (p->holder >= 0 && !p->value.data)
+        return cq_fail(CQ_EUSAGE, "%s: is on rank %d, wanted an expert of this rank", p->name,
+                       p->holder);
     if (p->value.dtype != CQ_BF16)
         return cq_tensor_on_host(out, owned, p->value);
     int64_t n = cq_tensor_elems(p->value);
@@ -71,7 +75,8 @@ int cq_model_master_now(cq_stream *s, const cq_param *p, const void **out) {
 int cq_model_widen(cq_model *m, cq_stream *s) {
     const void *now;
     for (int64_t i = 0; i < m->n_params && !m->widened; i++)
-        if (m->param[i]->value.dtype == CQ_BF16 && m->param[i]->fq.dtype != CQ_BF16)
+        if (m->param[i]->value.dtype == CQ_BF16 && m->param[i]->fq.dtype != CQ_BF16 &&
+            m->param[i]->fq.data)
             CQ_TRY(cq_model_master_now(s, m->param[i], &now));
     m->widened = true;
     return CQ_OK;
@@ -102,7 +107,7 @@ int64_t cq_model_fill_unreached(cq_linear *w) {
 static int weight_amax(cq_model *m, cq_stream *s) {
     for (int64_t i = 0; i < m->n_params; i++) {
         cq_param *p = m->param[i];
-        if (!p->quantized)
+        if (!p->quantized || !p->fq.data)
             continue;
         const void *x;
         CQ_TRY(cq_model_master_now(s, p, &x));
@@ -151,7 +156,7 @@ static int search_param(cq_param *p, cq_scale_method scales) {
 
 static int search(cq_model *m) {
     for (int64_t i = 0; i < m->n_params && m->scales != CQ_SCALE_MAX; i++)
-        if (m->param[i]->quantized)
+        if (m->param[i]->quantized && m->param[i]->value.data)
             CQ_TRY(search_param(m->param[i], m->scales));
     return CQ_OK;
 }
@@ -171,7 +176,7 @@ int cq_model_requantize(cq_model *m, cq_stream *s) {
     CQ_TRY(cq_model_send_amax(m));
     for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++) {
         cq_param *p = m->param[i];
-        if (!p->quantized)
+        if (!p->quantized || !p->fq.data) /* its holder's */
             continue;
         const void *x;
         CQ_TRY(cq_model_master_now(s, p, &x));
@@ -222,10 +227,12 @@ int cq_model_calibrate_end(cq_model *m, cq_stream *s, int64_t *unreached) {
         if (m->linear[i]->quantized)
             CQ_TRY(cq_copy(m->linear[i]->amax_x, m->linear[i]->amax.data,
                            cq_tensor_bytes(m->linear[i]->amax)));
+    CQ_TRY(cq_model_gather_inputs(m));
     for (int64_t i = 0; i < m->n_linears; i++)
         if (m->linear[i]->act_quant)
             *unreached += cq_model_fill_unreached(m->linear[i]);
     CQ_TRY(weight_amax(m, s));
+    CQ_TRY(cq_model_gather_weights(m));
     cq_model_unite(m, -1);
     CQ_TRY(search(m));
     CQ_TRY(cq_model_requantize(m, s));

@@ -232,11 +232,19 @@ cq_tensor *cq_model_dhidden(cq_model *m) { return &m->dh; }
 
 static int zero(cq_tensor t) { return t.data ? cq_zero(t.data, cq_tensor_bytes(t)) : CQ_OK; }
 
-int cq_model_zero_grad(cq_model *m) {
+int cq_model_zero_round(cq_model *m) {
     for (int64_t i = 0; i < m->n_linears; i++)
-        CQ_TRY(zero(m->linear[i]->grad));
+        if (m->linear[i]->held == m->linear[i]->groups)
+            CQ_TRY(zero(m->linear[i]->grad));
     for (int64_t i = 0; i < m->n_params; i++)
         if (!cq_param_stacked(m, m->param[i]))
             CQ_TRY(zero(m->param[i]->grad));
     return CQ_OK;
+}
+
+int cq_model_zero_grad(cq_model *m) {
+    for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->held < m->linear[i]->groups)
+            CQ_TRY(zero(m->linear[i]->grad));
+    return cq_model_zero_round(m);
 }

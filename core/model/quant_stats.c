@@ -54,6 +54,11 @@ int cq_quant_stats_add(cq_quant_stats *out, const cq_param *p) {
                        p->quantized ? "was read from an NVFP4 folder, wanted a student of a BF16 "
                                       "model, which keeps master weights"
                                     : "is not quantized, wanted a quantized weight");
+    if (!p->fq.data)
+        return cq_fail(CQ_EUSAGE,
+                       "quantization error: %s is quantized on rank %d alone, wanted "
+                       "experts that are not dealt out",
+                       p->name, p->holder);
     cq_tensor t[3] = {p->value, p->fq, p->block_amax};
     void *owned[3] = {NULL};
     int status = cq_param_master(&t[0], &owned[0], p);

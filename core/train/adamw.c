@@ -118,7 +118,8 @@ int cq_adamw_add(cq_adamw *a, cq_stream *s, int ranks) {
 
 /* The step's gradient where it is updated; no data elsewhere. */
 static cq_tensor gradient_of(const cq_adamw *a, int64_t i) {
-    return a->ordered ? a->shares.sum[i] : cq_model_param(a->model, i)->grad;
+    const cq_param *p = cq_model_param(a->model, i);
+    return a->ordered && p->holder < 0 ? a->shares.sum[i] : p->grad;
 }
 
 static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {

@@ -25,7 +25,8 @@ static int visit_param(cq_param *p, cq_adamw *adam, int64_t i, visit_fn visit, v
     char name[160];
     static const char *const moments[] = {"m", "v"};
     snprintf(name, sizeof name, "master.%s", p->name);
-    CQ_TRY(visit(context, name, p->value));
+    if (p->value.data) /* else another rank's expert */
+        CQ_TRY(visit(context, name, p->value));
     snprintf(name, sizeof name, "low.%s", p->name);
     if (p->low.data)
         CQ_TRY(visit(context, name, p->low));
@@ -184,11 +185,13 @@ static int read_tensor(void *context, const char *name, cq_tensor t) {
     return cq_copy(t.data, e->tensor.data, cq_tensor_bytes(t));
 }
 
-/* Moments of a parameter that another rank owns: counted, not read. */
+/* Moments of a parameter that another rank owns, and the weights of its experts: counted, not read.
+ */
 static void pass_over(reader *r, const cq_param *p) {
-    static const char *const kinds[] = {"m", "v", "m_scale", "v_scale"};
+    static const char *const kinds[] = {"m",      "v",   "m_scale",   "v_scale",
+                                        "master", "low", "block_amax"};
     char name[160];
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < (p->value.data ? 4 : 7); k++) {
         snprintf(name, sizeof name, "%s.%s", kinds[k], p->name);
         r->used += find(r, name) != NULL;
     }
@@ -199,7 +202,7 @@ static int read_all(reader *r, cq_model *m, cq_adamw *adam) {
     for (int64_t i = 0; i < cq_model_n_params(m); i++) {
         cq_param *p = cq_model_param(m, i);
         CQ_TRY(visit_param(p, adam, i, read_tensor, r));
-        if (adam && p->trainable && !cq_adamw_owns(adam, i))
+        if ((adam && p->trainable && !cq_adamw_owns(adam, i)) || !p->value.data)
             pass_over(r, p);
     }
     for (int k = 0; k < r->n; k++)

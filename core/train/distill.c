@@ -533,6 +533,13 @@ int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w
     return cq_model_embed_backward(d->student, s, b);
 }
 
+int cq_distill_serve(cq_distill *d, cq_stream *s) {
+    if (d->teacher)
+        CQ_TRY(cq_model_serve_forward(d->teacher, s));
+    CQ_TRY(cq_model_serve_forward(d->student, s));
+    return cq_model_serve_backward(d->student, s);
+}
+
 static int norm_of(cq_distill *d, cq_stream *s, const void *x, int64_t n, double *out) {
     double *sum = d->sums.data;
     *sum = 0;

@@ -78,6 +78,9 @@ CQ_API int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n);
 /// ranks' weights of a block add up, each with its share of the valid tokens.
 CQ_API int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
                                const double *w_layer);
+/// The part of a rank without a micro-batch in the others' forward and backward, where experts are
+/// dealt out over ranks; nothing to do elsewhere.
+CQ_API int cq_distill_serve(cq_distill *d, cq_stream *s);
 /// For gradnorm: |dKL/dh| and |dlayer loss/dh| at tapped block outputs over the whole micro-batch,
 /// at weight 1, by an extra backward without parameter gradients. Both [n_blocks], 0 where
 /// untapped.

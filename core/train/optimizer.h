@@ -24,8 +24,8 @@ CQ_API int cq_adamw_plan(cq_adamw *a, cq_plan *p);
 /// After each round of micro-batches, one on each of the first `ranks` ranks: adds their gradients
 /// to the step's. All ranks call it. Nothing to do where the backward itself adds them up.
 CQ_API int cq_adamw_add(cq_adamw *a, cq_stream *s, int ranks);
-/// Brings the master weights of all quantized parameters to this rank, for export; all ranks call
-/// it.
+/// Brings the master weights of all quantized parameters to this rank, for export, but for experts
+/// that are dealt out; all ranks call it.
 CQ_API int cq_adamw_masters(cq_adamw *a);
 /// Whether this rank updates parameter i, and keeps its moments.
 CQ_API bool cq_adamw_owns(const cq_adamw *a, int64_t param);

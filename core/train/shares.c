@@ -28,8 +28,10 @@ static int deal_out(cq_shares *x) {
     sized *list = calloc((size_t)x->n, sizeof *list);
     for (int64_t i = 0; i < x->n && load && list; i++) {
         const cq_param *p = cq_model_param(x->model, i);
-        if (p->trainable)
+        if (p->trainable && p->holder < 0)
             list[n++] = (sized){i, cq_shape_elems(p->shape)};
+        if (p->holder >= 0)
+            load[x->owner[i] = p->holder] += p->trainable ? cq_shape_elems(p->shape) : 0;
     }
     if (load && list) {
         qsort(list, n, sizeof *list, by_size);
@@ -71,7 +73,7 @@ bool cq_shares_own(const cq_shares *x, int64_t i) { return x->owner[i] == cq_com
 int cq_shares_plan(cq_shares *x, cq_plan *p) {
     for (int64_t i = 0; i < x->n; i++) {
         const cq_param *q = cq_model_param(x->model, i);
-        if (q->trainable && cq_shares_own(x, i))
+        if (q->trainable && cq_shares_own(x, i) && q->holder < 0)
             CQ_TRY(cq_plan_add(p, &x->sum[i], CQ_FOR_GRADIENT, q->name, cq_model_dtype(x->model),
                                q->shape));
     }
@@ -82,13 +84,13 @@ int cq_shares_add(cq_shares *x, cq_stream *s, int ranks) {
     int64_t n = 0;
     for (int64_t i = 0; i < x->n; i++) {
         const cq_param *p = cq_model_param(x->model, i);
-        if (p->grad.data)
+        if (p->grad.data && p->holder < 0)
             x->piece[n++] = (cq_piece){x->owner[i], p->grad, x->sum[i]};
     }
     CQ_TRY(cq_stream_wait(s));
     cq_comm_about(x->comm, "gradients");
     CQ_TRY(cq_comm_scatter(x->comm, x->piece, n, ranks));
-    return cq_model_zero_grad(x->model);
+    return cq_model_zero_round(x->model);
 }
 
 int cq_shares_zero(cq_shares *x) {
@@ -100,7 +102,7 @@ int cq_shares_zero(cq_shares *x) {
 
 /* F64 models are for checks: their copies do not fit FP32 arithmetic. */
 static bool goes_packed(const cq_shares *x, const cq_param *p) {
-    return p->quantized && cq_model_dtype(x->model) == CQ_F32;
+    return p->quantized && p->holder < 0 && cq_model_dtype(x->model) == CQ_F32;
 }
 
 static int64_t packed_bytes(const cq_param *p) {
@@ -198,17 +200,17 @@ static int spread_raw(cq_shares *x, cq_tensor (*of)(const cq_shares *, const cq_
 }
 
 static cq_tensor forward_copy(const cq_shares *x, const cq_param *p) {
-    return goes_packed(x, p) ? (cq_tensor){0} : p->fq;
+    return goes_packed(x, p) || p->holder >= 0 ? (cq_tensor){0} : p->fq;
 }
 
 static cq_tensor master(const cq_shares *x, const cq_param *p) {
     (void)x;
-    return p->quantized ? p->value : (cq_tensor){0};
+    return p->quantized && p->holder < 0 ? p->value : (cq_tensor){0};
 }
 
 static cq_tensor low_half(const cq_shares *x, const cq_param *p) {
     (void)x;
-    return p->quantized ? p->low : (cq_tensor){0};
+    return p->quantized && p->holder < 0 ? p->low : (cq_tensor){0};
 }
 
 int cq_shares_spread(cq_shares *x, cq_stream *s) {

@@ -3,7 +3,9 @@
 ///
 /// Micro-batch m of a step belongs to rank m mod R. After each round of R micro-batches the owner
 /// of a parameter adds the ranks' gradients in rank order, so the sum runs over micro-batches 0, 1,
-/// 2, ... whatever R is, and its bits do not depend on R. Internal to core/train.
+/// 2, ... whatever R is, and its bits do not depend on R. An expert that is dealt out
+/// (cq_model_share_experts) belongs to its holder, whose backward has added its gradients up
+/// already, and its new weights go nowhere. Internal to core/train.
 #pragma once
 #include "core/comm/comm.h"
 #include "core/model/model.h"
@@ -30,5 +32,6 @@ int cq_shares_add(cq_shares *x, cq_stream *s, int ranks);
 int cq_shares_zero(cq_shares *x);
 /// Sends the owners' new weights to all: quantized ones as NVFP4 codes and scales.
 int cq_shares_spread(cq_shares *x, cq_stream *s);
-/// Brings the masters of quantized parameters to all ranks; nothing to do when they are there.
+/// Brings the masters of quantized parameters to all ranks, but for experts that are dealt out;
+/// nothing to do when they are there.
 int cq_shares_masters(cq_shares *x);

@@ -62,7 +62,8 @@ function balance.gradnorm(options)
   local weight, measured
   return function(pass)
     if not measured or pass.step >= measured + o.every then
-      weight = ranks.gather({ ranks.first and pull(pass, o.max) or 0 }, 1, "balance")[1]
+      local taking_part = ranks.first or ranks.moe == "ranks" -- experts that are dealt out want all ranks in a backward
+      weight = ranks.gather({ taking_part and pull(pass, o.max) or 0 }, 1, "balance")[1]
       measured = pass.step
     end
     return { kl = 1, cka = weight }

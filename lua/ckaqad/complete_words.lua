@@ -18,7 +18,8 @@ complete.values = {
   suite = { "aime25", "gpqa", "lcb" }, mix = { "sft", "rl", "test", "easy" }, part = { "validation", "test" },
   arms = { "all", "main", "short" }, family = { "nemotron_h", "qwen3" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
-  gram = { "micro", "ranks" }, template = { "auto", "nano3", "qwen3-thinking" }, stream = { "auto", "yes", "no" },
+  gram = { "micro", "ranks" }, moe = { "local", "ranks" }, template = { "auto", "nano3", "qwen3-thinking" },
+  stream = { "auto", "yes", "no" },
 }
 -- Options that name files, the words that may stand for one, and the file names that fit.
 local paths = {

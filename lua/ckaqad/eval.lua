@@ -4,6 +4,7 @@
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
 local json = require "ckaqad.json"
+local ranks = require "ckaqad.ranks"
 local C, call = native.C, native.call
 
 local eval = {}
@@ -97,6 +98,23 @@ local function module_kind(name)
   return (s:gsub("%.%d+%.", ".*."))
 end
 
+-- Statistics of experts that are dealt out become those of all ranks' experts, and are added to `total`.
+local function add_up(stats, total)
+  local mine, n = { stats.signal, stats.noise }, 2 + 127
+  for code = 0, 126 do mine[3 + code] = tonumber(stats.scales[code]) end
+  local all = ranks.gather(mine, n, "statistics of experts")
+  for i = 1, n do
+    mine[i] = 0
+    for r = 0, ranks.size - 1 do mine[i] = mine[i] + all[r * n + i] end
+  end
+  stats.signal, stats.noise = mine[1], mine[2]
+  total.signal, total.noise = total.signal + mine[1], total.noise + mine[2]
+  for code = 0, 126 do
+    stats.scales[code] = mine[3 + code]
+    total.scales[code] = total.scales[code] + mine[3 + code]
+  end
+end
+
 -- Statistics of the quantized weights as { [block] = { total, kinds = { [kind] = stats }, order = kinds in checkpoint order } }.
 local function weights(student)
   local blocks = {}
@@ -108,9 +126,15 @@ local function weights(student)
       if not b.kinds[kind] then
         b.kinds[kind], b.order[#b.order + 1] = { stats = native.new "cq_quant_stats", n = 0 }, kind
       end
-      call.cq_quant_stats_add(b.total, p)
-      call.cq_quant_stats_add(b.kinds[kind].stats, p)
-      b.kinds[kind].n = b.kinds[kind].n + 1
+      b.kinds[kind].n, b.kinds[kind].dealt = b.kinds[kind].n + 1, p.holder >= 0
+      if p.holder < 0 then call.cq_quant_stats_add(b.total, p) end
+      if p.holder < 0 or p.holder == ranks.rank then call.cq_quant_stats_add(b.kinds[kind].stats, p) end
+    end
+  end
+  for block = 0, student.n_blocks - 1 do
+    local b = blocks[block]
+    for _, kind in ipairs(b and b.order or {}) do
+      if b.kinds[kind].dealt then add_up(b.kinds[kind].stats, b.total) end
     end
   end
   return blocks

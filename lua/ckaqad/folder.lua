@@ -183,7 +183,7 @@ function Folder:record(run)
     "device", json.object { "kernels", device.kernels, "instructions", device.isa, "threads", device.threads,
       "compute", device.compute },
     "ranks", json.object { "size", ranks.size, "backend", native.string(C.cq_comm_backend(native.comm)),
-      "ordered", ranks.ordered or ranks.many, "gram", ranks.gram },
+      "ordered", ranks.ordered or ranks.many, "gram", ranks.gram, "moe", ranks.moe },
     "model", f.model and json.object { "dir", f.model.dir, "family", f.model.family, "pattern", f.model.pattern,
       "parameters", f.model.n_params, "sha256", folder.hashes(f.model.dir) },
     "data", f.data and f.data:facts(),

@@ -25,6 +25,7 @@ local function wrap(c, extra)
   m.family = config.family == C.CQ_NEMOTRON_H and "nemotron_h" or "qwen3"
   for key, value in pairs(extra or {}) do m[key] = value end
   C.cq_model_set_compute(c, m.device.stream.compute)
+  if ranks.moe == "ranks" and not m.device.imagined then call.cq_model_share_experts(c, native.comm) end
   return setmetatable(m, Model)
 end
 
@@ -239,15 +240,16 @@ function Model:__tostring() return require "ckaqad.show".model(self) end
 function Model:export(dir, options)
   local o = errors.fill("export", options, { shard = 4.5 * 2 ^ 30 })
   if self.adam then self.adam:masters() end
-  ranks.alone("export", function() call.cq_export_nvfp4(self.c, dir, o.shard) end)
+  ranks.alone("export", function() call.cq_export_nvfp4(self.c, dir, o.shard) end, function() call.cq_export_lend(self.c, true) end)
   return dir
 end
 
---- Elements of an exported folder whose dequantized value differs from this model's fake-quantized weights, by bits.
+--- Elements of an exported folder whose dequantized value differs from this model's fake-quantized weights, by bits; with `--moe=ranks`
+--- what the ranks find, all together.
 function Model:differing(dir)
   local n = native.new "int64_t[1]"
   call.cq_export_compare(self.c, dir, n)
-  return tonumber(n[0])
+  return ranks.moe == "ranks" and ranks.sum(tonumber(n[0]), "comparison of the export") or tonumber(n[0])
 end
 
 --- Writes the master weights as an ordinary checkpoint folder.
@@ -258,7 +260,7 @@ end
 function Model:save(dir, options)
   local o = errors.fill("save", options, { shard = 4.5 * 2 ^ 30 })
   if self.adam then self.adam:masters() end
-  ranks.alone("export", function() call.cq_export_weights(self.c, dir, o.shard) end)
+  ranks.alone("export", function() call.cq_export_weights(self.c, dir, o.shard) end, function() call.cq_export_lend(self.c, false) end)
   return dir
 end
 

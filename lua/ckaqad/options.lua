@@ -27,6 +27,7 @@ local common = {
   { "patience", 60, "under mpirun: seconds without a sign of life after which a rank counts as gone" },
   { "ordered", false, "add up the gradients of micro-batches as many ranks do, for the same bits on one (one more buffer of them)" },
   { "gram", "micro", "under mpirun, rows of a Gram: micro (of one micro-batch, as on one rank), or ranks (of those they have at once)" },
+  { "moe", "local", "under mpirun, experts of MoE blocks: local (all on every rank), or ranks (dealt out: each computes its own for all)" },
   { "resume", false, "refuse to start over: the folder must hold a stopped run of these options" },
   { "fresh", false, "overwrite a run folder that holds another run, or run a finished one again" },
   { "dry_run", false, "print options, memory, FLOPs and time, and leave without reading weights" },
@@ -52,7 +53,7 @@ for _, item in ipairs(special) do is_special[item[1]] = true end
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
   eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true,
-  patience = true, ordered = true, gram = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
+  patience = true, ordered = true, gram = true, moe = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
 }
 
 local units = {

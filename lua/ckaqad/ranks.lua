@@ -18,8 +18,9 @@ setmetatable(ranks, { __index = function(_, key)
   return known[key]
 end })
 
--- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none); whose rows a Gram has.
-ranks.ordered, ranks.micro, ranks.gram = false, 0, "micro"
+-- Set by a run: one rank adds up as many do; rows of a micro-batch that the run it goes on with had (0: none); whose rows a Gram has;
+-- where experts are.
+ranks.ordered, ranks.micro, ranks.gram, ranks.moe = false, 0, "micro", "local"
 
 -- Ends all ranks with one line unless their `text` is the same.
 function ranks.agree(subject, text)
@@ -71,9 +72,13 @@ function ranks.most(list, about)
   return out
 end
 
--- Runs `f` on rank 0; the others wait for it.
-function ranks.alone(about, f)
-  if ranks.first then f() end
+-- Runs `f` on rank 0; the others do `meanwhile`, if any, and wait for it.
+function ranks.alone(about, f, meanwhile)
+  if ranks.first then
+    f()
+  elseif meanwhile then
+    meanwhile()
+  end
   if not ranks.many then return end
   C.cq_comm_about(native.comm, about)
   call.cq_comm_barrier(native.comm)

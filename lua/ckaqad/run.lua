@@ -86,6 +86,7 @@ function run.run(opt, given)
   local imagined = opt.gpus ~= ""
   native.C.cq_comm_set_patience(native.comm, opt.patience)
   ranks.ordered, ranks.gram = opt.ordered, errors.choose("option --gram", opt.gram, { "micro", "ranks" })
+  ranks.moe = errors.choose("option --moe", opt.moe, { "local", "ranks" })
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
     compute = opt.compute, check = opt.check }
   if imagined then require "ckaqad.plan_gpus".imagine(opt) end
@@ -119,7 +120,10 @@ function run.run(opt, given)
   if imagined then return self end
   self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
     self.device.compute == "bf16" and ", bf16 matrix products" or "")
-  if ranks.many then self:say("%d ranks, %s", ranks.size, native.string(native.C.cq_comm_backend(native.comm))) end
+  if ranks.many then
+    self:say("%d ranks, %s%s", ranks.size, native.string(native.C.cq_comm_backend(native.comm)),
+      ranks.moe == "ranks" and ", experts dealt out" or "")
+  end
   return self
 end
 
@@ -344,6 +348,20 @@ local function add_up(self, round)
   if adam then adam:add(math.min(ranks.size, self.count - round * ranks.size)) end
 end
 
+-- What a rank without a micro-batch does for the others', whose rows its experts compute.
+local function serve(self)
+  if ranks.moe ~= "ranks" then return end
+  local pass, d = self.passes[#self.passes], nil
+  local student = pass and pass.student or self.adam and self.adam.student
+  if pass then d = pass.d end
+  if not pass and student then -- no pass yet says which terms: there must be one list
+    local terms = next(student.distillers)
+    d = terms and not next(student.distillers, terms) and student.distillers[terms]
+  end
+  if not d then errors.usage("option --moe: %d micro-batches on %d ranks, wanted one for each", self.count, ranks.size) end
+  call.cq_distill_serve(d.c, student:stream())
+end
+
 --- The micro-batches of a step, one after another; under mpirun those of this rank.
 ---
 --- Example:
@@ -358,7 +376,10 @@ function Batch:split()
     if round >= 0 and round * ranks.size < self.count then add_up(self, round) end
     round = round + 1
     local i = round * ranks.size + ranks.rank
-    if i >= self.count and round * ranks.size < self.count then add_up(self, round) end
+    if i >= self.count and round * ranks.size < self.count then
+      serve(self)
+      add_up(self, round)
+    end
     if i < self.count then
       local own = self.own and self.own[i + 1]
       return { c = own and own.c or self.list + i, weights = own and own.weights, index = i, step = self.step, valid = self.valid,

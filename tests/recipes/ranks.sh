@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Many ranks: the same bits as one rank that adds up its micro-batches in the same order, checkpoints that go on with any number of
-# ranks, a killed and a stopped rank named within seconds, launchers and differences refused in one line.
+# Many ranks: the same bits as one rank that adds up its micro-batches in the same order, experts whole or dealt out, checkpoints that
+# go on with any number of ranks, a killed and a stopped rank named within seconds, launchers and differences refused in one line.
 #   bash tests/recipes/ranks.sh [--steps=2] [--trials=2] [--build=build]     trials: ranks killed or stopped
 set -eu
 cd "$(dirname "$0")/../.."
@@ -58,14 +58,27 @@ for family in nemotron_h_gsm8k qwen3_gsm8k; do
   go 1 $recipe "$work/goes-on" --ordered --stop_at=1 || fail "one rank failed to stop"
   go 2 $recipe "$work/goes-on" --resume || fail "a checkpoint of 1 rank did not go on with 2"
   [ "$(bits "$work/goes-on")" = "$want" ] || fail "a checkpoint of 1 rank continued on 2: other bits"
+  # experts dealt out; the checkpoint of 4 ranks with all experts each goes on with 2 that have half of them
+  for n in 2 4; do
+    go $n $recipe "$work/many" --moe=ranks || fail "$n ranks with experts dealt out failed"
+    [ "$(bits "$work/many")" = "$want" ] || fail "$n ranks with experts dealt out: other bits than one rank"
+    equal=$((equal + 1)); rm -rf "$work/many"
+  done
+  go 2 $recipe "$work/four" --moe=ranks --resume || fail "a checkpoint of 4 ranks did not go on with experts dealt out"
+  [ "$(bits "$work/four")" = "$want" ] || fail "a checkpoint of 4 ranks continued with experts dealt out: other bits"
+  # 3 micro-batches on 2 ranks: one without computes the other's rows; frozen experts, scales that only a holder has
+  go 1 $recipe "$work/three" --ordered --batch=3 --scales=mse --freeze="*.experts.*.down_proj.weight" || fail "one rank failed with 3 micro-batches"
+  go 2 $recipe "$work/many" --moe=ranks --batch=3 --scales=mse --freeze="*.experts.*.down_proj.weight" || fail "2 ranks failed with 3 micro-batches"
+  [ "$(bits "$work/many")" = "$(bits "$work/three")" ] || fail "3 micro-batches on 2 ranks with experts dealt out: other bits than one rank"
+  rm -rf "$work/many"
 done
 
 # one rank killed, one stopped: the others end within patience and a second, one line names it, the last checkpoint goes on
 family=nemotron_h_gsm8k; slowest=0
 for i in $(seq 1 "$trials"); do
   n=$((i % 2 ? 4 : 2)); hit=$((i / 2 % n)); signal=$([ $((i % 2)) = 1 ] && echo KILL || echo STOP)
-  rm -rf "$work/fault"
-  go $n nemotron_nano "$work/fault" --save=1 --steps=4000 --patience=3 &
+  rm -rf "$work/fault"; moe=$([ $((i / 2 % 2)) = 0 ] && echo ranks || echo local)
+  go $n nemotron_nano "$work/fault" --save=1 --steps=4000 --patience=3 --moe="$moe" &
   shell=$!
   until [ -e "$work/fault/checkpoints/latest.json" ]; do sleep 0.05; kill -0 $shell 2>/dev/null || fail "trial $i: the run ended before a checkpoint"; done
   sleep "0.$((i * 37 % 100 + 100))"
@@ -100,6 +113,13 @@ refused 2 "launcher: srun without --mpi=pmix started 2 processes, wanted: mpirun
 refused 2 "recipe none.lua: no such file" $two $build/ckaqad none.lua
 refused 2 "option --batch: 8 rows in micro-batches of 8 are 1 a step, wanted one for each of 2 ranks" \
   $two $build/ckaqad recipes/nemotron_nano.lua --batch=8 --micro=8 --out="$work/no"
+dealt="recipes/nemotron_nano.lua --data=$work/train.jsonl --preset=tiny --seq=64 --micro=1 --out=$work/no --moe=ranks"
+# shellcheck disable=SC2086
+refused 2 "experts: tests/golden/nemotron_h_gsm8k has 8 in a block, wanted a multiple of the 3 ranks" \
+  mpirun --oversubscribe -n 3 $build/ckaqad $dealt --model=tests/golden/nemotron_h_gsm8k
+# shellcheck disable=SC2086
+refused 2 "experts: tests/golden/qwen3_gsm8k has no mixture of experts, wanted one to deal out over 2 ranks" \
+  $two $build/ckaqad $dealt --model=tests/golden/qwen3_gsm8k
 refused 2 "sweep: mpirun started 2 ranks, wanted one process" $two $build/ckaqad recipes/nemotron_nano.lua --sweep lr=1e-4,2e-4 --out="$work/no"
 cat >"$work/differ.sh" <<'EOT'
 #!/bin/sh
