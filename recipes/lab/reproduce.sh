@@ -57,7 +57,7 @@ study() { # NAME TEACHER ARMS RATES
     rc=$?; tail -n 3 "$out/$1.log" >&2; echo "reproduce.sh: $1 ended with $rc; the same command goes on" >&2; exit "$rc"; }
 }
 
-# Cost: a few steps of pretraining here, and how much dearer the other work is, in such steps: an RL step 4.3, a step of an arm 0.84 where as
+# Cost: a few steps of pretraining here, and how much dearer the other work is, in such steps: an RL step 4.3, a step of an arm 1.17 where as
 # many arms as cores share them, the measuring at an arm's end 43 (processor time on 2 cores, LOG.md). A tiny run starts up 0.3 s.
 estimate() {
   local probe=$out/probe rate trained_runs other_runs
@@ -71,7 +71,7 @@ estimate() {
   awk -v rate="$rate" -v jobs="$jobs" -v tiny="${tiny:-0}" -v own=$((2 * pretrain + sft + qwen_sft)) -v rl=$((3 * rl)) -v up=$updates \
     -v trained=$trained_runs -v other=$other_runs 'BEGIN {
       step = 4096 / rate
-      seconds = tiny ? 15 + (trained + other) * 0.6 / jobs : step * (own + 4.3 * rl + trained * (0.84 * up + 43) + other * 43 + 600)
+      seconds = tiny ? 15 + (trained + other) * 0.6 / jobs : step * (own + 4.3 * rl + trained * (1.17 * up + 43) + other * 43 + 600)
       minutes = int(seconds / 60) + 1
       printf "cost: about %d:%02d h with %d arms at a time, %d runs of arms; pretraining does %.0f k tokens/s here\n", minutes / 60,
         minutes % 60, jobs, trained + other, rate / 1000 }'
