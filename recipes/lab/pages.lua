@@ -247,14 +247,14 @@ end
 function pages.pictures(s)
   local kl, cka, blocks, names = {}, {}, {}, {}
   for i = 1, #s.pattern do names[i] = ("%d %s"):format(i - 1, s.pattern:sub(i, i)) end
-  for _, arm in ipairs(s.arms) do
+  for i, arm in ipairs(s.arms) do -- with one look in all pictures
     local dots, curve = {}, {}
     for j, run in ipairs(arm.runs) do dots[j] = { run.kl, 100 * run.pass } end
     for b = 1, #s.pattern do curve[b] = { b, cq.stats.summary(values(arm, function(run) return run.geometry.raw_unbiased[b] end)).mean } end
-    if arm.name ~= "QAT" then kl[#kl + 1] = { name = arm.name, points = dots } end
+    if arm.name ~= "QAT" then kl[#kl + 1] = { name = arm.name, points = dots, look = i } end
     if arm.from and arm.name ~= "QAT" then
-      cka[#cka + 1] = { name = arm.name, points = losses(s, arm, way "raw_unbiased") }
-      blocks[#blocks + 1] = arm.full and { name = arm.name, points = curve } or nil
+      cka[#cka + 1] = { name = arm.name, points = losses(s, arm, way "raw_unbiased"), look = i }
+      blocks[#blocks + 1] = arm.full and { name = arm.name, points = curve, look = i } or nil
     end
   end
   local list = {

@@ -68,8 +68,8 @@ local function frame(out, o, ax, ay, px, py)
   out[#out + 1] = text(16, middle, o.y, "middle", (' transform="rotate(-90 16 %.1f)"'):format(middle))
 end
 
---- The SVG text of a picture. `o`: `title`, `x` and `y` (names of the axes), `series` (list of { name, points = { { x, y }, ... } }),
---- `lines` (true: the points of a series are joined), `names` (texts at x = 1, 2, ... in the place of numbers).
+--- The SVG text of a picture. `o`: `title`, `x` and `y` (names of the axes), `series` (list of { name, points = { { x, y }, ... }, look =
+--- number of color and shape, its place unless told }), `lines` (true: the points of a series are joined), `names` (texts at x = 1, 2, ... in the place of numbers).
 function pictures.svg(o)
   local ax, ay = axis(o.series, 1), axis(o.series, 2)
   local function px(x) return left + (x - ax.low) / (ax.high - ax.low) * (width - right - left) end
@@ -80,15 +80,15 @@ function pictures.svg(o)
     ('<rect width="%d" height="%d" fill="#fff"/>'):format(width, tall), text(left, 22, o.title, "start", ' font-size="15"') }
   frame(out, o, ax, ay, px, py)
   for i, s in ipairs(o.series) do
-    local path = {}
+    local path, look = {}, s.look or i
     for j, p in ipairs(s.points) do
       path[j] = ("%s%.1f %.1f"):format(j == 1 and "M" or "L", px(p[1]), py(p[2]))
-      out[#out + 1] = mark(i, px(p[1]), py(p[2]), 3.5)
+      out[#out + 1] = mark(look, px(p[1]), py(p[2]), 3.5)
     end
     if o.lines and #path > 1 then
-      out[#out + 1] = ('<path d="%s" fill="none" stroke="%s"/>'):format(table.concat(path), colors[(i - 1) % 8 + 1])
+      out[#out + 1] = ('<path d="%s" fill="none" stroke="%s"/>'):format(table.concat(path), colors[(look - 1) % 8 + 1])
     end
-    out[#out + 1] = mark(i, width - right + 18, top + 18 * i - 10, 4.5)
+    out[#out + 1] = mark(look, width - right + 18, top + 18 * i - 10, 4.5)
     out[#out + 1] = text(width - right + 30, top + 18 * i - 6, s.name)
   end
   out[#out + 1] = "</svg>\n"
