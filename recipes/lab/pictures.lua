@@ -69,7 +69,8 @@ local function frame(out, o, ax, ay, px, py)
 end
 
 --- The SVG text of a picture. `o`: `title`, `x` and `y` (names of the axes), `series` (list of { name, points = { { x, y }, ... }, look =
---- number of color and shape, its place unless told }), `lines` (true: the points of a series are joined), `names` (texts at x = 1, 2, ... in the place of numbers).
+--- number of color and shape, its place unless told }), `lines` (true: the points of a series are joined), `names` (texts at x = 1, 2, ...
+--- in the place of numbers).
 function pictures.svg(o)
   local ax, ay = axis(o.series, 1), axis(o.series, 2)
   local function px(x) return left + (x - ax.low) / (ax.high - ax.low) * (width - right - left) end
