@@ -9,15 +9,12 @@
 /// passed on one after the other, all heads and elements side by side. The backward's formulas are
 /// those of kernels/cpu/simd_ssd_backward.c.
 ///
-/// Every product is a 64 x 64 tile of a block of 128 threads (ssd_tiles.cuh).
-///
-/// Nemotron 3 Nano, 8192 tokens, 64 heads x 64, 8 groups, state 128: forward 23 GFLOP (0.6 ms at 40
-/// TFLOP/s in FP32) and 1.4 GB, of which 1.0 GB are states written, passed on and read (0.33 ms);
-/// backward 65 GFLOP and 3 GB (1.6 ms, 0.7 ms); scratch 0.3 and 0.6 GB.
+/// Products are 64 x 64 tiles (ssd_tiles.cuh). Nemotron 3 Nano, 8192 tokens, 64 heads x 64, 8
+/// groups, state 128: forward 23 GFLOP (0.6 ms at 40 TFLOP/s in FP32), 1.4 GB, of which 1.0 GB are
+/// states (0.33 ms); backward 65 GFLOP, 3 GB (1.6 ms, 0.7 ms); scratch 0.3 and 0.6 GB.
 #include "kernels/cuda/ssd_tiles.cuh"
 
 namespace {
-
 /// Chunk k of document d has number starts[d] / 64 + d + k; its boundary, the state after it, has
 /// number starts[d] / 64 + k: both are unique, whatever the lengths. Numbers that no chunk has stay
 /// in the list with n = 0.
