@@ -125,11 +125,11 @@ local function results_table(p, list, before)
     class "mean CKA", class "lowest CKA" }
   local rows = { { "BF16", n(0), any and class "", n(teacher), any and class "", n(1), n(1), n(1) } }
   for _, item in ipairs(list) do
-    local r, trained = item[2], before and item[2] ~= before -- or searched
+    local r, better = item[2], before and item[2] ~= before
     rows[#rows + 1] = {
-      item[1], n(r.kl), any and class(trained and percent(stats.recovery(before.kl, r.kl, 0)) or ""), n(r.perplexity),
-      any and class(trained and percent(stats.recovery(before.perplexity, r.perplexity, teacher)) or ""), n(r.top1), n(r.cka),
-      class(("%.4f (block %d)"):format(r.cka_min, r.cka_min_block)), main = trained and item == list[#list],
+      item[1], n(r.kl), any and class(better and percent(stats.recovery(before.kl, r.kl, 0)) or ""), n(r.perplexity),
+      any and class(better and percent(stats.recovery(before.perplexity, r.perplexity, teacher)) or ""), n(r.top1), n(r.cka),
+      class(("%.4f (block %d)"):format(r.cka_min, r.cka_min_block)), main = better and item == list[#list],
     }
   end
   if not any then

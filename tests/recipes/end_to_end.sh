@@ -16,6 +16,7 @@ local json = require "cjson"
 local function read(name) local f = assert(io.open(arg[1] .. "/" .. name)); local s = f:read("*a"); f:close(); return s end
 local s = json.decode(read "summary.json")
 assert(s.after.kl < 0.95 * s.before.kl, ("KL %g -> %g after 12 steps"):format(s.before.kl, s.after.kl))
+assert(s.after.kl < 0.95 * s.before.kl, ("KL %g -> %g after 12 steps"):format(s.before.kl, s.after.kl))
 assert(s.searched.kl < s.before.kl, ("KL %g with searched scales, %g without"):format(s.searched.kl, s.before.kl))
 assert(s.after.kl < 0.97 * s.searched.kl, ("KL %g -> %g after 12 steps"):format(s.searched.kl, s.after.kl))
 assert(s.after.cka > s.searched.cka and s.searched.cka > s.before.cka, ("CKA %g, %g -> %g"):format(s.before.cka, s.searched.cka, s.after.cka))
