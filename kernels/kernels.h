@@ -1,12 +1,15 @@
 /// kernels.h - the arguments of every operation in kernels.def, and the table of one backend.
 ///
 /// Raw pointers and sizes, no tensors. Every floating buffer of one call has the element type
-/// `dtype` (CQ_F32 or CQ_F64; `cpu` runs F32, `ref` both) unless a comment says otherwise. T tokens
-/// lie in one row; `starts` [n_docs + 1] are the positions where documents begin, the last entry is
-/// T. `ld*` is the distance between rows in elements. Gradients named `d*` are overwritten; those
-/// marked += are added to. A call returns CQ_OK or cq_fail(...). All results are a function of the
-/// arguments and the thread count. Models: Nemotron-H (arXiv 2504.03624), Mamba-2 (arXiv
-/// 2405.21060), Qwen3 (arXiv 2505.09388).
+/// `dtype` (CQ_F32 or CQ_F64; `cpu` runs F32, `ref` both) unless a comment says otherwise. Where
+/// there is `act`, the buffers it names are stored as BF16 when it is CQ_BF16 (arithmetic in F32,
+/// rounded to nearest even when written), else they are of `dtype`. Only devices have BF16 forms;
+/// what such a call gives is what `ref` gives on the widened values, rounded. T tokens lie in one
+/// row; `starts` [n_docs + 1] are the positions where documents begin, the last entry is T. `ld*`
+/// is the distance between rows in elements. Gradients named `d*` are overwritten; those marked +=
+/// are added to. A call returns CQ_OK or cq_fail(...). All results are a function of the arguments
+/// and the thread count. Models: Nemotron-H (arXiv 2504.03624), Mamba-2 (arXiv 2405.21060), Qwen3
+/// (arXiv 2505.09388).
 #pragma once
 #include "core/base/dtype.h"
 
@@ -74,6 +77,7 @@ typedef struct cq_matmul_args {
     double alpha, beta;
     const void *b16; ///< b rounded to BF16, rows ldb apart as well: saves a pass over b where
                      ///< products are BF16; may be NULL. On a device b may be NULL instead there
+    bool a_bf16, b_bf16, c_bf16; ///< on a device: a, b, c hold BF16 (b_bf16: b16 is not read)
 } cq_matmul_args;
 
 /// For each group e, over rows offsets[e] .. offsets[e + 1] of x and y (dense rows), weights w[e]
@@ -90,6 +94,7 @@ typedef struct cq_matmul_grouped_args {
     const int64_t *offsets; ///< [groups + 1]
     void *x, *w, *y;
     const void *w16; ///< w rounded to BF16, as b16 of matmul; not read in mode WEIGHT; may be NULL
+    bool x_bf16, y_bf16; ///< on a device: x, y hold BF16
 } cq_matmul_grouped_args;
 
 /// y = w * x / sqrt(mean(x^2) + eps); yq = fake quantization of y. y or yq may be NULL.
@@ -99,8 +104,9 @@ typedef struct cq_rmsnorm_forward_args {
     const void *x, *w;
     double eps;
     void *y, *yq;
-    cq_fq fq;   ///< used when yq is set
-    void *rstd; ///< [rows] 1 / sqrt(mean(x^2) + eps); may be NULL
+    cq_fq fq;     ///< used when yq is set
+    void *rstd;   ///< [rows] 1 / sqrt(mean(x^2) + eps); may be NULL
+    cq_dtype act; ///< of y, yq
 } cq_rmsnorm_forward_args;
 /// dx = rstd (g - xhat mean(g xhat)), g = w dy; added to dx when `accumulate`. dw += sum dy xhat
 /// (may be NULL).
@@ -124,7 +130,8 @@ typedef struct cq_gatednorm_forward_args {
     double eps;
     void *out, *outq; ///< either may be NULL
     cq_fq fq;
-    void *rstd; ///< may be NULL
+    void *rstd;   ///< may be NULL
+    cq_dtype act; ///< of y, z, out, outq
 } cq_gatednorm_forward_args;
 typedef struct cq_gatednorm_backward_args {
     cq_dtype dtype;
@@ -134,7 +141,8 @@ typedef struct cq_gatednorm_backward_args {
     const void *w, *rstd, *dout;
     void *dy, *dz;
     int64_t lddz;
-    void *dw; ///< += ; may be NULL
+    void *dw;     ///< += ; may be NULL
+    cq_dtype act; ///< of y, z, dout, dy, dz
 } cq_gatednorm_backward_args;
 
 /// Per-head RMSNorm (skipped when w is NULL) and then rotary embedding (skipped when positions is
@@ -151,6 +159,7 @@ typedef struct cq_headnorm_forward_args {
     double theta;
     void *y;
     int64_t ldy;
+    cq_dtype act; ///< of x, y
 } cq_headnorm_forward_args;
 /// x is the forward's input (rstd is recomputed). dx may alias dy. dw += over rows and heads; may
 /// be NULL.
@@ -168,6 +177,7 @@ typedef struct cq_headnorm_backward_args {
     void *dx;
     int64_t lddx;
     void *dw;
+    cq_dtype act; ///< of x, dy, dx
 } cq_headnorm_backward_args;
 
 /// Causal grouped-query attention inside each document: out = softmax(scale q k') v; query head h
@@ -181,8 +191,9 @@ typedef struct cq_attention_forward_args {
     double scale;
     const void *q, *k, *v;
     int64_t ldq, ldk, ldv;
-    void *out; ///< [tokens, heads * head_dim] dense
-    void *lse; ///< may be NULL
+    void *out;    ///< [tokens, heads * head_dim] dense
+    void *lse;    ///< may be NULL
+    cq_dtype act; ///< of q, k, v, out
 } cq_attention_forward_args;
 typedef struct cq_attention_backward_args {
     cq_dtype dtype;
@@ -195,6 +206,7 @@ typedef struct cq_attention_backward_args {
     const void *out, *lse, *dout; ///< dense
     void *dq, *dk, *dv;
     int64_t lddq, lddk, lddv;
+    cq_dtype act; ///< of q, k, v, out, dout, dq, dk, dv
 } cq_attention_backward_args;
 /// The same for documents that go on from a past: document d continues what slot `slot[d]` holds,
 /// `past[d]` tokens, and its own tokens are added there, so past[d] + length <= room. Query i of
@@ -213,6 +225,7 @@ typedef struct cq_attention_cached_args {
     void *k_cache; ///< [slots, kv_heads, head_dim, room]
     void *v_cache; ///< [slots, kv_heads, room, head_dim]
     void *out;     ///< [tokens, heads * head_dim] dense
+    cq_dtype act;  ///< of q, k, v, out
 } cq_attention_cached_args;
 /// Scratch of `cpu` attention per thread, forward or backward, for documents of up to `longest`
 /// tokens.
@@ -228,7 +241,8 @@ typedef struct cq_conv_forward_args {
     const void *x;
     int64_t ldx;
     const void *w, *b;
-    void *y; ///< [tokens, channels] dense
+    void *y;      ///< [tokens, channels] dense
+    cq_dtype act; ///< of x, y
 } cq_conv_forward_args;
 typedef struct cq_conv_backward_args {
     cq_dtype dtype;
@@ -241,6 +255,7 @@ typedef struct cq_conv_backward_args {
     void *dx;
     int64_t lddx;
     void *dw, *db; ///< += ; may be NULL
+    cq_dtype act;  ///< of x, dy, dx
 } cq_conv_backward_args;
 
 /// The same for documents that go on from a past, as attention_cached's: slot s holds its last
@@ -254,8 +269,9 @@ typedef struct cq_conv_cached_args {
     const void *x;
     int64_t ldx;
     const void *w, *b;
-    void *state; ///< [slots, width - 1, channels], the oldest first
-    void *y;     ///< [tokens, channels] dense
+    void *state;  ///< [slots, width - 1, channels], the oldest first
+    void *y;      ///< [tokens, channels] dense
+    cq_dtype act; ///< of x, y
 } cq_conv_cached_args;
 
 /// Mamba-2 SSD. Per head, zero state at every document's start, A = -exp(a_log), dt =
@@ -273,6 +289,7 @@ typedef struct cq_ssd_forward_args {
     int64_t ldx, ldB, ldC, ld_dt;
     const void *dt_bias, *a_log, *d; ///< [heads]
     void *y;                         ///< [tokens, heads * head_dim] dense
+    cq_dtype act;                    ///< of x, B, C, dt_raw, y
 } cq_ssd_forward_args;
 typedef struct cq_ssd_backward_args {
     cq_dtype dtype;
@@ -286,6 +303,7 @@ typedef struct cq_ssd_backward_args {
     void *dx, *dB, *dC, *ddt_raw;
     int64_t lddx, lddB, lddC, ldd_dt;
     void *ddt_bias, *da_log, *dd; ///< [heads] += ; all three NULL or none
+    cq_dtype act;                 ///< of x, B, C, dt_raw, dy, dx, dB, dC, ddt_raw
 } cq_ssd_backward_args;
 /// The forward for documents that go on from a past, as attention_cached's: S of slot `slot[d]` is
 /// what the document starts from, zero where past[d] is 0, and holds S after its last token
@@ -301,6 +319,7 @@ typedef struct cq_ssd_cached_args {
     const void *dt_bias, *a_log, *d; ///< [heads]
     void *S;                         ///< [slots, heads, state, head_dim]
     void *y;                         ///< [tokens, heads * head_dim] dense
+    cq_dtype act;                    ///< of x, B, C, dt_raw, y
 } cq_ssd_cached_args;
 /// Scratch of `cpu` ssd per thread, forward or backward; `longest` tokens in one document.
 CQ_API int64_t cq_ssd_scratch_bytes(int64_t longest, int64_t chunk, int64_t heads, int64_t head_dim,
@@ -313,12 +332,14 @@ typedef struct cq_swiglu_forward_args {
     const void *gu;
     void *h, *hq; ///< dense; either may be NULL
     cq_fq fq;
+    cq_dtype act; ///< of gu, h, hq
 } cq_swiglu_forward_args;
 typedef struct cq_swiglu_backward_args {
     cq_dtype dtype;
     int64_t rows, dim;
     const void *gu, *dh;
     void *dgu;
+    cq_dtype act; ///< of gu, dh, dgu
 } cq_swiglu_backward_args;
 
 /// h = max(x, 0)^2
@@ -328,12 +349,14 @@ typedef struct cq_relu2_forward_args {
     const void *x;
     void *h, *hq; ///< either may be NULL
     cq_fq fq;
+    cq_dtype act; ///< of x, h, hq
 } cq_relu2_forward_args;
 typedef struct cq_relu2_backward_args {
     cq_dtype dtype;
     int64_t rows, dim;
     const void *x, *dh;
-    void *dx; ///< may alias dh
+    void *dx;     ///< may alias dh
+    cq_dtype act; ///< of x, dh, dx
 } cq_relu2_backward_args;
 
 /// y = NVFP4 fake quantization of x [rows, cols] (kernels/nvfp4.h); cols is a multiple of 16.
@@ -347,6 +370,7 @@ typedef struct cq_fake_quant_args {
     cq_fq fq;
     const float *block_amax; ///< [rows, cols / 16] or NULL
     float top;               ///< E4M3 value given to the largest block in the static form
+    cq_dtype act;            ///< of x, y
 } cq_fake_quant_args;
 /// amax[g] = max(amax[g], largest |x| in group g's rows).
 typedef struct cq_amax_args {
@@ -356,6 +380,7 @@ typedef struct cq_amax_args {
     const int64_t *offsets; ///< NULL: one group
     int64_t n_groups;
     float *amax;
+    cq_dtype act; ///< of x
 } cq_amax_args;
 
 /// Sigmoid routing (Nemotron 3): s = sigmoid(logits); choice = s + bias picks top_k of the experts,
@@ -397,6 +422,7 @@ typedef struct cq_gather_rows_args {
     const int32_t *index; ///< [rows]
     void *y, *yq;
     cq_fq fq;
+    cq_dtype act; ///< of x, y, yq
 } cq_gather_rows_args;
 /// out[t] += sum_j weight[t, j] y[position[t, j]], j ascending.
 typedef struct cq_combine_forward_args {
@@ -405,6 +431,7 @@ typedef struct cq_combine_forward_args {
     const void *y, *weight;
     const int32_t *position;
     void *out;
+    cq_dtype act; ///< of y
 } cq_combine_forward_args;
 /// dweight[t, j] = <dout[t], y[position]>; dy[position] = weight[t, j] dout[t].
 typedef struct cq_combine_backward_args {
@@ -413,6 +440,7 @@ typedef struct cq_combine_backward_args {
     const void *y, *weight, *dout;
     const int32_t *position;
     void *dy, *dweight;
+    cq_dtype act; ///< of y, dy
 } cq_combine_backward_args;
 /// dx[t] += sum_j dy[position[t, j]], j ascending (the gradient of gathering sorted rows).
 typedef struct cq_ungather_rows_args {
@@ -421,6 +449,7 @@ typedef struct cq_ungather_rows_args {
     const void *dy;
     const int32_t *position;
     void *dx;
+    cq_dtype act; ///< of dy
 } cq_ungather_rows_args;
 
 typedef struct cq_embed_forward_args {

@@ -52,7 +52,20 @@ static void check_matmul(const cq_kernels *table, cq_dtype dtype, bool ta, bool 
     for (int64_t i = 0; i < M; i++)
         for (int64_t j = 0; j < N; j++)
             set(c, dtype, i * (N + 2) + j, beta == 0 ? NAN : c_at(i, j));
-    cq_matmul_args m = {dtype, ta, tb, M, N, K, a, LD - 1, b, LD, c, N + 2, alpha, beta, NULL};
+    cq_matmul_args m = {.dtype = dtype,
+                        .ta = ta,
+                        .tb = tb,
+                        .m = M,
+                        .n = N,
+                        .k = K,
+                        .a = a,
+                        .lda = LD - 1,
+                        .b = b,
+                        .ldb = LD,
+                        .c = c,
+                        .ldc = N + 2,
+                        .alpha = alpha,
+                        .beta = beta};
     OK(table->matmul(NULL, &m));
     for (int64_t i = 0; i < M; i++)
         for (int64_t j = 0; j < N + 2; j++) {
@@ -90,9 +103,33 @@ Test(ref_matmul, grouped_forms_are_a_product_and_its_two_gradients_and_skip_empt
            *w = finite_normal(E * N * K, SEED, 2, 1, 0);
     double *g = finite_normal(ROWS * N, SEED, 3, 1, 0), *y = finite_zeros(ROWS * N);
     double *dx = finite_zeros(ROWS * K), *dw = finite_zeros(E * N * K);
-    cq_matmul_grouped_args f = {CQ_F64, CQ_GROUPED_FORWARD, E, N, K, offsets, x, w, y, NULL};
-    cq_matmul_grouped_args in = {CQ_F64, CQ_GROUPED_INPUT, E, N, K, offsets, dx, w, g, NULL};
-    cq_matmul_grouped_args weight = {CQ_F64, CQ_GROUPED_WEIGHT, E, N, K, offsets, x, dw, g, NULL};
+    cq_matmul_grouped_args f = {.dtype = CQ_F64,
+                                .mode = CQ_GROUPED_FORWARD,
+                                .groups = E,
+                                .n = N,
+                                .k = K,
+                                .offsets = offsets,
+                                .x = x,
+                                .w = w,
+                                .y = y};
+    cq_matmul_grouped_args in = {.dtype = CQ_F64,
+                                 .mode = CQ_GROUPED_INPUT,
+                                 .groups = E,
+                                 .n = N,
+                                 .k = K,
+                                 .offsets = offsets,
+                                 .x = dx,
+                                 .w = w,
+                                 .y = g};
+    cq_matmul_grouped_args weight = {.dtype = CQ_F64,
+                                     .mode = CQ_GROUPED_WEIGHT,
+                                     .groups = E,
+                                     .n = N,
+                                     .k = K,
+                                     .offsets = offsets,
+                                     .x = x,
+                                     .w = dw,
+                                     .y = g};
     OK(cq_ref_matmul_grouped(NULL, &f));
     NEAR(y[3 * N + 1],
          w[2 * N * K + K] * x[3 * K] + w[2 * N * K + K + 1] * x[3 * K + 1] +
@@ -167,8 +204,24 @@ Test(ref_rmsnorm, gradients_agree_with_differences_overwritten_accumulated_and_w
     double *g = finite_normal(ROWS * N, SEED, 7, 1, 0), y[ROWS * N], rstd[ROWS];
     for (int accumulate = 0; accumulate < 2; accumulate++) {
         double *dx = finite_zeros(ROWS * N), *dw = finite_zeros(N);
-        cq_rmsnorm_forward_args f = {CQ_F64, ROWS, N, x, w, 0.1, y, NULL, {0}, rstd};
-        cq_rmsnorm_backward_args b = {CQ_F64, ROWS, N, x, w, rstd, g, dx, dw, accumulate};
+        cq_rmsnorm_forward_args f = {.dtype = CQ_F64,
+                                     .rows = ROWS,
+                                     .dim = N,
+                                     .x = x,
+                                     .w = w,
+                                     .eps = 0.1,
+                                     .y = y,
+                                     .rstd = rstd};
+        cq_rmsnorm_backward_args b = {.dtype = CQ_F64,
+                                      .rows = ROWS,
+                                      .dim = N,
+                                      .x = x,
+                                      .w = w,
+                                      .rstd = rstd,
+                                      .dy = g,
+                                      .dx = dx,
+                                      .dw = dw,
+                                      .accumulate = accumulate};
         OK(cq_ref_rmsnorm_forward(NULL, &f));
         OK(cq_ref_rmsnorm_backward(NULL, &b));
         OK(cq_ref_rmsnorm_backward(NULL, &b));
@@ -219,8 +272,31 @@ Test(ref_gatednorm, gradients_agree_with_differences_on_strided_gates) {
     double *w = finite_normal(N, SEED, 10, 1, 1), *g = finite_normal(ROWS * N, SEED, 11, 1, 0);
     double out[ROWS * N], rstd[ROWS * G];
     double *dy = finite_zeros(ROWS * N), *dz = finite_zeros(ROWS * LDZ), *dw = finite_zeros(N);
-    cq_gatednorm_forward_args f = {CQ_F64, ROWS, N, G, y, z, LDZ, w, 0.05, out, NULL, {0}, rstd};
-    cq_gatednorm_backward_args b = {CQ_F64, ROWS, N, G, y, z, LDZ, w, rstd, g, dy, dz, LDZ, dw};
+    cq_gatednorm_forward_args f = {.dtype = CQ_F64,
+                                   .rows = ROWS,
+                                   .dim = N,
+                                   .groups = G,
+                                   .y = y,
+                                   .z = z,
+                                   .ldz = LDZ,
+                                   .w = w,
+                                   .eps = 0.05,
+                                   .out = out,
+                                   .rstd = rstd};
+    cq_gatednorm_backward_args b = {.dtype = CQ_F64,
+                                    .rows = ROWS,
+                                    .dim = N,
+                                    .groups = G,
+                                    .y = y,
+                                    .z = z,
+                                    .ldz = LDZ,
+                                    .w = w,
+                                    .rstd = rstd,
+                                    .dout = g,
+                                    .dy = dy,
+                                    .dz = dz,
+                                    .lddz = LDZ,
+                                    .dw = dw};
     OK(cq_ref_gatednorm_forward(NULL, &f));
     OK(cq_ref_gatednorm_backward(NULL, &b));
     OK(cq_ref_gatednorm_backward(NULL, &b));
@@ -270,11 +346,33 @@ static void check_headnorm(bool with_w, bool with_positions, bool alias) {
     double *x = finite_normal(ROWS * LDX, SEED, 12, 1, 0.2), *w = finite_normal(D, SEED, 13, 1, 1);
     double *g = finite_normal(ROWS * LDY, SEED, 14, 1, 0), *y = finite_zeros(ROWS * LDY);
     double *dx = finite_zeros(ROWS * LDX), *dw = finite_zeros(D);
-    cq_headnorm_forward_args f = {
-        CQ_F64, ROWS, H,  D, x, LDX, with_w ? w : NULL, 0.01, with_positions ? positions : NULL,
-        1e3,    y,    LDY};
-    cq_headnorm_backward_args b = {CQ_F64,      ROWS, H, D,   x,  LDX, f.w, 0.01,
-                                   f.positions, 1e3,  g, LDY, dx, LDX, dw};
+    cq_headnorm_forward_args f = {.dtype = CQ_F64,
+                                  .rows = ROWS,
+                                  .heads = H,
+                                  .head_dim = D,
+                                  .x = x,
+                                  .ldx = LDX,
+                                  .w = with_w ? w : NULL,
+                                  .eps = 0.01,
+                                  .positions = with_positions ? positions : NULL,
+                                  .theta = 1e3,
+                                  .y = y,
+                                  .ldy = LDY};
+    cq_headnorm_backward_args b = {.dtype = CQ_F64,
+                                   .rows = ROWS,
+                                   .heads = H,
+                                   .head_dim = D,
+                                   .x = x,
+                                   .ldx = LDX,
+                                   .w = f.w,
+                                   .eps = 0.01,
+                                   .positions = f.positions,
+                                   .theta = 1e3,
+                                   .dy = g,
+                                   .lddy = LDY,
+                                   .dx = dx,
+                                   .lddx = LDX,
+                                   .dw = dw};
     for (int twice = 0; twice < 2; twice++)
         OK(cq_ref_headnorm_backward(NULL, &b));
     finite_check(with_w ? "headnorm with w, seed 20240" : "headnorm without w, seed 20240",
@@ -303,8 +401,9 @@ Test(ref_swiglu, values_by_hand_and_gradients_by_differences) {
            *g = finite_normal(ROWS * N, SEED, 16, 1, 0);
     double h[ROWS * N], hq[ROWS * N], dgu[ROWS * 2 * N];
     gu[0] = 0, gu[1] = 50, gu[N + 1] = 3, gu[2] = log(3), gu[N + 2] = 2;
-    cq_swiglu_forward_args f = {CQ_F64, ROWS, N, gu, h, NULL, {0}};
-    cq_swiglu_backward_args b = {CQ_F64, ROWS, N, gu, g, dgu};
+    cq_swiglu_forward_args f = {.dtype = CQ_F64, .rows = ROWS, .dim = N, .gu = gu, .h = h};
+    cq_swiglu_backward_args b = {
+        .dtype = CQ_F64, .rows = ROWS, .dim = N, .gu = gu, .dh = g, .dgu = dgu};
     OK(cq_ref_swiglu_forward(NULL, &f));
     NEAR(h[0], 0, 0);
     NEAR(h[1], 150, 1e-12);
@@ -322,11 +421,15 @@ Test(ref_swiglu, values_by_hand_and_gradients_by_differences) {
 
 Test(ref_swiglu, a_gate_far_below_zero_gives_zero_and_not_nan) {
     float gu[2] = {-200, 3}, h = 1, dh = 1, dgu[2];
-    OK(cq_ref_swiglu_forward(NULL, &(cq_swiglu_forward_args){CQ_F32, 1, 1, gu, &h, NULL, {0}}));
-    OK(cq_ref_swiglu_backward(NULL, &(cq_swiglu_backward_args){CQ_F32, 1, 1, gu, &dh, dgu}));
+    OK(cq_ref_swiglu_forward(
+        NULL, &(cq_swiglu_forward_args){.dtype = CQ_F32, .rows = 1, .dim = 1, .gu = gu, .h = &h}));
+    OK(cq_ref_swiglu_backward(
+        NULL, &(cq_swiglu_backward_args){
+                  .dtype = CQ_F32, .rows = 1, .dim = 1, .gu = gu, .dh = &dh, .dgu = dgu}));
     cr_expect(h == 0 && dgu[0] == 0 && dgu[1] == 0, "%g %g %g", (double)h, (double)dgu[0],
               (double)dgu[1]);
-    OK(cq_plain_swiglu_forward(NULL, &(cq_swiglu_forward_args){CQ_F32, 1, 1, gu, &h, NULL, {0}}));
+    OK(cq_plain_swiglu_forward(
+        NULL, &(cq_swiglu_forward_args){.dtype = CQ_F32, .rows = 1, .dim = 1, .gu = gu, .h = &h}));
     cr_expect(h == 0);
 }
 
@@ -338,8 +441,8 @@ Test(ref_relu2, values_gradients_and_the_gradient_over_its_own_input) {
     for (int i = 0; i < ROWS * N; i++)
         x[i] += x[i] < 0 ? -0.1 : 0.1; /* differences must not straddle the kink */
     const float amax = 9;
-    cq_relu2_forward_args f = {CQ_F64, ROWS, N, x, h, NULL, {0}};
-    cq_relu2_backward_args b = {CQ_F64, ROWS, N, x, g, dx};
+    cq_relu2_forward_args f = {.dtype = CQ_F64, .rows = ROWS, .dim = N, .x = x, .h = h};
+    cq_relu2_backward_args b = {.dtype = CQ_F64, .rows = ROWS, .dim = N, .x = x, .dh = g, .dx = dx};
     OK(cq_ref_relu2_backward(NULL, &b));
     finite_check("relu2 seed 20240", &(finite_forward){run_relu2_forward, &f, h, g, ROWS * N},
                  (finite_input[]){{"x", x, dx, ROWS * N, 1}}, 1);
@@ -362,12 +465,33 @@ Test(ref_norms, fp32_is_the_double_result_rounded_once_and_the_plain_loop_is_nea
     float *xf = finite_narrow(x, ROWS * N), wf[N], yf[ROWS * N], yp[ROWS * N];
     for (int i = 0; i < N; i++)
         w[i] = 1 + i / 64.0, wf[i] = (float)w[i];
-    OK(cq_ref_rmsnorm_forward(
-        NULL, &(cq_rmsnorm_forward_args){CQ_F64, ROWS, N, x, w, 1e-5, y, NULL, {0}, NULL}));
-    OK(cq_ref_rmsnorm_forward(
-        NULL, &(cq_rmsnorm_forward_args){CQ_F32, ROWS, N, xf, wf, 1e-5, yf, NULL, {0}, NULL}));
-    OK(cq_plain_rmsnorm_forward(
-        NULL, &(cq_rmsnorm_forward_args){CQ_F32, ROWS, N, xf, wf, 1e-5, yp, NULL, {0}, NULL}));
+    OK(cq_ref_rmsnorm_forward(NULL, &(cq_rmsnorm_forward_args){.dtype = CQ_F64,
+                                                               .rows = ROWS,
+                                                               .dim = N,
+                                                               .x = x,
+                                                               .w = w,
+                                                               .eps = 1e-5,
+                                                               .y = y,
+                                                               .fq = {0},
+                                                               NULL}));
+    OK(cq_ref_rmsnorm_forward(NULL, &(cq_rmsnorm_forward_args){.dtype = CQ_F32,
+                                                               .rows = ROWS,
+                                                               .dim = N,
+                                                               .x = xf,
+                                                               .w = wf,
+                                                               .eps = 1e-5,
+                                                               .y = yf,
+                                                               .fq = {0},
+                                                               NULL}));
+    OK(cq_plain_rmsnorm_forward(NULL, &(cq_rmsnorm_forward_args){.dtype = CQ_F32,
+                                                                 .rows = ROWS,
+                                                                 .dim = N,
+                                                                 .x = xf,
+                                                                 .w = wf,
+                                                                 .eps = 1e-5,
+                                                                 .y = yp,
+                                                                 .fq = {0},
+                                                                 NULL}));
     int plain_differs = 0;
     for (int i = 0; i < ROWS * N; i++) {
         cr_expect(yf[i] == (float)y[i], "y[%d] is %.9g, wanted %.9g", i, (double)yf[i], y[i]);

@@ -33,8 +33,22 @@ enum {
 
 static cq_attention_forward_args attention_of(double *q, double *k, double *v, double *out,
                                               double *lse) {
-    return (cq_attention_forward_args){CQ_F64, T, DOCS, STARTS, HEADS, KV,  D,   0.7,
-                                       q,      k, v,    LDQ,    LDK,   LDV, out, lse};
+    return (cq_attention_forward_args){.dtype = CQ_F64,
+                                       .tokens = T,
+                                       .n_docs = DOCS,
+                                       .starts = STARTS,
+                                       .heads = HEADS,
+                                       .kv_heads = KV,
+                                       .head_dim = D,
+                                       .scale = 0.7,
+                                       .q = q,
+                                       .k = k,
+                                       .v = v,
+                                       .ldq = LDQ,
+                                       .ldk = LDK,
+                                       .ldv = LDV,
+                                       .out = out,
+                                       .lse = lse};
 }
 
 Test(ref_attention, equal_keys_average_the_values_of_the_document_so_far) {
@@ -64,7 +78,22 @@ Test(ref_attention, equal_keys_average_the_values_of_the_document_so_far) {
 Test(ref_attention, large_scores_neither_overflow_nor_lose_the_winner) {
     const int64_t starts[2] = {0, 2};
     double q[2] = {0, 1000}, k[2] = {1, -1}, v[2] = {3, 4}, out[2], lse[2];
-    cq_attention_forward_args a = {CQ_F64, 2, 1, starts, 1, 1, 1, 1, q, k, v, 1, 1, 1, out, lse};
+    cq_attention_forward_args a = {.dtype = CQ_F64,
+                                   .tokens = 2,
+                                   .n_docs = 1,
+                                   .starts = starts,
+                                   .heads = 1,
+                                   .kv_heads = 1,
+                                   .head_dim = 1,
+                                   .scale = 1,
+                                   .q = q,
+                                   .k = k,
+                                   .v = v,
+                                   .ldq = 1,
+                                   .ldk = 1,
+                                   .ldv = 1,
+                                   .out = out,
+                                   .lse = lse};
     OK(cq_ref_attention_forward(NULL, &a));
     NEAR(out[1], 3, 0);
     NEAR(lse[1], 1000, 0);
@@ -79,9 +108,29 @@ Test(ref_attention, gradients_agree_with_differences_over_documents_and_grouped_
     double out[T * WIDE], lse[T * HEADS];
     double *dq = finite_zeros(T * LDQ), *dk = finite_zeros(T * LDK), *dv = finite_zeros(T * LDV);
     cq_attention_forward_args f = attention_of(q, k, v, out, lse);
-    cq_attention_backward_args b = {CQ_F64, T,  DOCS, STARTS, HEADS, KV,  D,   0.7,
-                                    q,      k,  v,    LDQ,    LDK,   LDV, out, lse,
-                                    g,      dq, dk,   dv,     LDQ,   LDK, LDV};
+    cq_attention_backward_args b = {.dtype = CQ_F64,
+                                    .tokens = T,
+                                    .n_docs = DOCS,
+                                    .starts = STARTS,
+                                    .heads = HEADS,
+                                    .kv_heads = KV,
+                                    .head_dim = D,
+                                    .scale = 0.7,
+                                    .q = q,
+                                    .k = k,
+                                    .v = v,
+                                    .ldq = LDQ,
+                                    .ldk = LDK,
+                                    .ldv = LDV,
+                                    .out = out,
+                                    .lse = lse,
+                                    .dout = g,
+                                    .dq = dq,
+                                    .dk = dk,
+                                    .dv = dv,
+                                    .lddq = LDQ,
+                                    .lddk = LDK,
+                                    .lddv = LDV};
     OK(cq_ref_attention_forward(NULL, &f));
     OK(cq_ref_attention_backward(NULL, &b));
     OK(cq_ref_attention_backward(NULL, &b));
@@ -102,9 +151,17 @@ Test(ref_conv, one_tap_is_silu_of_a_shift_that_stops_at_documents) {
         for (int c = 0; c < CHANNELS; c++)
             w[c * WIDTH + tap] = c + 1;
         for (int bias = 0; bias < 2; bias++) {
-            OK(cq_ref_conv_forward(NULL,
-                                   &(cq_conv_forward_args){CQ_F64, T, DOCS, STARTS, CHANNELS, WIDTH,
-                                                           x, LDX, w, bias ? b : NULL, y}));
+            OK(cq_ref_conv_forward(NULL, &(cq_conv_forward_args){.dtype = CQ_F64,
+                                                                 .tokens = T,
+                                                                 .n_docs = DOCS,
+                                                                 .starts = STARTS,
+                                                                 .channels = CHANNELS,
+                                                                 .width = WIDTH,
+                                                                 .x = x,
+                                                                 .ldx = LDX,
+                                                                 .w = w,
+                                                                 .b = bias ? b : NULL,
+                                                                 .y = y}));
             for (int64_t d = 0; d < DOCS; d++)
                 for (int64_t t = STARTS[d]; t < STARTS[d + 1]; t++)
                     for (int c = 0; c < CHANNELS; c++) {
@@ -125,10 +182,32 @@ static void check_conv(int64_t width, bool bias) {
            *g = finite_normal(T * CHANNELS, SEED, 11, 1, 0);
     double y[T * CHANNELS], *dx = finite_zeros(T * LDX), *dw = finite_zeros(CHANNELS * width),
                             *db = finite_zeros(CHANNELS);
-    cq_conv_forward_args f = {CQ_F64, T,   DOCS, STARTS,          CHANNELS, width,
-                              x,      LDX, w,    bias ? b : NULL, y};
-    cq_conv_backward_args back = {CQ_F64, T, DOCS, STARTS, CHANNELS, width,           x, LDX, w,
-                                  f.b,    g, dx,   LDX,    dw,       bias ? db : NULL};
+    cq_conv_forward_args f = {.dtype = CQ_F64,
+                              .tokens = T,
+                              .n_docs = DOCS,
+                              .starts = STARTS,
+                              .channels = CHANNELS,
+                              .width = width,
+                              .x = x,
+                              .ldx = LDX,
+                              .w = w,
+                              .b = bias ? b : NULL,
+                              .y = y};
+    cq_conv_backward_args back = {.dtype = CQ_F64,
+                                  .tokens = T,
+                                  .n_docs = DOCS,
+                                  .starts = STARTS,
+                                  .channels = CHANNELS,
+                                  .width = width,
+                                  .x = x,
+                                  .ldx = LDX,
+                                  .w = w,
+                                  .b = f.b,
+                                  .dy = g,
+                                  .dx = dx,
+                                  .lddx = LDX,
+                                  .dw = dw,
+                                  .db = bias ? db : NULL};
     OK(cq_ref_conv_backward(NULL, &back));
     OK(cq_ref_conv_backward(NULL, &back));
     finite_check(bias ? "conv with bias, seed 31415" : "conv without bias, seed 31415",
@@ -188,9 +267,27 @@ static void ssd_free(ssd_case *c) {
         free(c->d);
 }
 static cq_ssd_forward_args ssd_args(ssd_case *c) {
-    return (cq_ssd_forward_args){CQ_F64, T,  DOCS, STARTS,     H,        P,         G,
-                                 N,      2,  c->x, c->B,       c->C,     c->dt_raw, SX,
-                                 SB,     SC, SDT,  c->dt_bias, c->a_log, c->d,      c->y};
+    return (cq_ssd_forward_args){.dtype = CQ_F64,
+                                 .tokens = T,
+                                 .n_docs = DOCS,
+                                 .starts = STARTS,
+                                 .heads = H,
+                                 .head_dim = P,
+                                 .groups = G,
+                                 .state = N,
+                                 .chunk = 2,
+                                 .x = c->x,
+                                 .B = c->B,
+                                 .C = c->C,
+                                 .dt_raw = c->dt_raw,
+                                 .ldx = SX,
+                                 .ldB = SB,
+                                 .ldC = SC,
+                                 .ld_dt = SDT,
+                                 .dt_bias = c->dt_bias,
+                                 .a_log = c->a_log,
+                                 .d = c->d,
+                                 .y = c->y};
 }
 static double ssd_dt(const ssd_case *c, int64_t t, int64_t h) {
     double raw = c->dt_raw[t * SDT + h] + c->dt_bias[h];
@@ -233,8 +330,27 @@ Test(ref_ssd, the_recurrence_is_the_unrolled_sum_for_steps_from_tiny_to_huge) {
 Test(ref_ssd, a_constant_input_follows_the_geometric_series) {
     const int64_t starts[2] = {0, 6};
     double one[6] = {1, 1, 1, 1, 1, 1}, raw[6] = {0}, zero = 0, d = 0.5, y[6], dt = log(2);
-    cq_ssd_forward_args a = {CQ_F64, 6,   1, starts, 1, 1, 1,     1,     4,  one, one,
-                             one,    raw, 1, 1,      1, 1, &zero, &zero, &d, y};
+    cq_ssd_forward_args a = {.dtype = CQ_F64,
+                             .tokens = 6,
+                             .n_docs = 1,
+                             .starts = starts,
+                             .heads = 1,
+                             .head_dim = 1,
+                             .groups = 1,
+                             .state = 1,
+                             .chunk = 4,
+                             .x = one,
+                             .B = one,
+                             .C = one,
+                             .dt_raw = raw,
+                             .ldx = 1,
+                             .ldB = 1,
+                             .ldC = 1,
+                             .ld_dt = 1,
+                             .dt_bias = &zero,
+                             .a_log = &zero,
+                             .d = &d,
+                             .y = y};
     OK(cq_ref_ssd_forward(NULL, &a));
     for (int t = 0; t < 6; t++) /* A = -1, so a = exp(-log 2) = 1/2 */
         NEAR(y[t], dt * 2 * (1 - pow(0.5, t + 1)) + 0.5, 1e-15);
@@ -249,10 +365,38 @@ static void check_ssd(const char *what, double far) {
     double *dx = finite_zeros(T * SX), *dB = finite_zeros(T * SB), *dC = finite_zeros(T * SC);
     double *ddt = finite_zeros(T * SDT), *dbias = finite_zeros(H), *da = finite_zeros(H),
            *dd = finite_zeros(H);
-    cq_ssd_backward_args b = {CQ_F64, T,         DOCS,    STARTS, H,        P,     G,  N,
-                              2,      c.x,       c.B,     c.C,    c.dt_raw, SX,    SB, SC,
-                              SDT,    c.dt_bias, c.a_log, c.d,    g,        dx,    dB, dC,
-                              ddt,    SX,        SB,      SC,     SDT,      dbias, da, dd};
+    cq_ssd_backward_args b = {.dtype = CQ_F64,
+                              .tokens = T,
+                              .n_docs = DOCS,
+                              .starts = STARTS,
+                              .heads = H,
+                              .head_dim = P,
+                              .groups = G,
+                              .state = N,
+                              .chunk = 2,
+                              .x = c.x,
+                              .B = c.B,
+                              .C = c.C,
+                              .dt_raw = c.dt_raw,
+                              .ldx = SX,
+                              .ldB = SB,
+                              .ldC = SC,
+                              .ld_dt = SDT,
+                              .dt_bias = c.dt_bias,
+                              .a_log = c.a_log,
+                              .d = c.d,
+                              .dy = g,
+                              .dx = dx,
+                              .dB = dB,
+                              .dC = dC,
+                              .ddt_raw = ddt,
+                              .lddx = SX,
+                              .lddB = SB,
+                              .lddC = SC,
+                              .ldd_dt = SDT,
+                              .ddt_bias = dbias,
+                              .da_log = da,
+                              .dd = dd};
     OK(cq_ref_ssd_backward(NULL, &b));
     OK(cq_ref_ssd_backward(NULL, &b));
     finite_check(what, &(finite_forward){run_ssd_forward, &f, c.y, g, T * SY},
