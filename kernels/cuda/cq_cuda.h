@@ -51,6 +51,15 @@ extern "C" int cq_cuda_status(const char *op);
                            cq_dtype_name((a)->dtype));                                             \
     } while (0)
 
+/// For one that has instances for activations of F32 and of BF16.
+#define CQ_CUDA_ACT(op, a)                                                                         \
+    do {                                                                                           \
+        CQ_CUDA_F32(op, a);                                                                        \
+        if ((a)->act != CQ_F32 && (a)->act != CQ_BF16)                                             \
+            return cq_fail(CQ_EUSAGE, "cuda: %s: activations are %s, wanted F32 or BF16", op,      \
+                           cq_dtype_name((a)->act));                                               \
+    } while (0)
+
 /// Number of blocks that cover n items, at least 1.
 static inline unsigned cq_blocks(int64_t n, int64_t per_block) {
     int64_t blocks = (n + per_block - 1) / per_block;

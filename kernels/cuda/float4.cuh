@@ -14,6 +14,33 @@ __device__ __forceinline__ void cq_store4(float *p, float4 v, bool aligned) {
     else
         p[0] = v.x, p[1] = v.y, p[2] = v.z, p[3] = v.w;
 }
+/// The same of values stored as BF16, which widen exactly and are rounded to nearest even when
+/// stored; aligned: on 8 bytes.
+__device__ __forceinline__ float4 cq_load4(const __nv_bfloat16 *p, bool aligned) {
+    if (aligned) {
+        uint2 raw = *(const uint2 *)p;
+        return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
+                           __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+    }
+    return make_float4(__bfloat162float(p[0]), __bfloat162float(p[1]), __bfloat162float(p[2]),
+                       __bfloat162float(p[3]));
+}
+__device__ __forceinline__ unsigned cq_bf16_pair(__nv_bfloat16 low, __nv_bfloat16 high) {
+    return (unsigned)__bfloat16_as_ushort(low) | (unsigned)__bfloat16_as_ushort(high) << 16;
+}
+__device__ __forceinline__ void cq_store4(__nv_bfloat16 *p, float4 v, bool aligned) {
+    __nv_bfloat16 x = __float2bfloat16(v.x), y = __float2bfloat16(v.y);
+    __nv_bfloat16 z = __float2bfloat16(v.z), w = __float2bfloat16(v.w);
+    if (aligned)
+        *(uint2 *)p = make_uint2(cq_bf16_pair(x, y), cq_bf16_pair(z, w));
+    else
+        p[0] = x, p[1] = y, p[2] = z, p[3] = w;
+}
+/// One activation, whatever it is stored as.
+__device__ __forceinline__ float cq_value(float x) { return x; }
+__device__ __forceinline__ float cq_value(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void cq_put(float *p, float x) { *p = x; }
+__device__ __forceinline__ void cq_put(__nv_bfloat16 *p, float x) { *p = __float2bfloat16(x); }
 __device__ __forceinline__ float4 cq_zero4() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
 /// The values at an aligned p, or zeros.
 __device__ __forceinline__ float4 cq_load4_if(bool there, const float *p) {
