@@ -86,6 +86,11 @@ CHECKED(swiglu_backward, DENSE(dgu, a->rows, 2 * a->dim))
 CHECKED(relu2_forward, DENSE(h, a->rows, a->dim); DENSE(hq, a->rows, a->dim))
 CHECKED(relu2_backward, DENSE(dx, a->rows, a->dim))
 CHECKED(fake_quant, DENSE(y, a->rows, a->cols))
+CHECKED(pack, )
+CHECKED(unpack, {
+    if (a->dtype != CQ_BF16)
+        DENSE(y, a->rows, a->cols);
+})
 CHECKED(amax, {
     if (status == CQ_OK)
         status = look(s, op_, "amax", CQ_F32, a->amax, 1, a->n_groups, a->n_groups);

@@ -372,6 +372,30 @@ typedef struct cq_fake_quant_args {
     float top;               ///< E4M3 value given to the largest block in the static form
     cq_dtype act;            ///< of x, y
 } cq_fake_quant_args;
+/// NVFP4 codes and block scales of x [rows, cols], those whose decoding fake_quant would write; a
+/// zero tensor gives codes 0 and scales 0x38. cols is a multiple of 16, `block_amax` and `top` as
+/// in fake_quant, fq is one group. A double is rounded to float first.
+typedef struct cq_pack_args {
+    cq_dtype dtype;
+    int64_t rows, cols;
+    const void *x;
+    cq_fq fq;
+    const float *block_amax;
+    float top;
+    uint8_t *codes;  ///< [rows, cols / 2], the first of two values in the low half
+    uint8_t *scales; ///< [rows, cols / 16] E4M3
+} cq_pack_args;
+/// y = code * (e4m3(scale) * amax[g] / (6 top)), evaluated in FP32: what fake_quant wrote. The rows
+/// are n_groups groups of rows / n_groups each; `top` is 448 for dynamic scales.
+typedef struct cq_unpack_args {
+    cq_dtype dtype; ///< of y: F32 or F64; a device also writes BF16, rounded to nearest even
+    int64_t rows, cols;
+    const uint8_t *codes, *scales;
+    const float *amax; ///< [n_groups]
+    int64_t n_groups;
+    float top;
+    void *y;
+} cq_unpack_args;
 /// amax[g] = max(amax[g], largest |x| in group g's rows).
 typedef struct cq_amax_args {
     cq_dtype dtype;

@@ -1,5 +1,6 @@
 /* plain_b.c - the plain FP32 loops of losses, routing, rows and optimizer: the bodies of
    kernels/ref compiled with float sums. */
+#include "kernels/nvfp4.h"
 #include "kernels/ref/ranked.h"
 #include "kernels/update.h"
 #include "tests/plain_kernels.h"
@@ -18,6 +19,8 @@
 #undef CQ_FN
 
 CQ_PLAIN_OP(fake_quant)
+CQ_PLAIN_OP(pack)
+CQ_PLAIN_OP(unpack)
 CQ_PLAIN_OP(amax)
 CQ_PLAIN_OP(route_forward)
 CQ_PLAIN_OP(route_backward)

@@ -94,6 +94,85 @@ Test(cpu_quant, every_value_is_the_codecs_on_millions) {
     }
 }
 
+/* Codes and scales of a matrix are the codec's; what is made of them again is what fake
+   quantization writes. The groups of unpack have maxima of their own. */
+static void check_packed(cq_stream *s, int at, uint64_t seed, int kind, float top) {
+    enum { GROUPS = 3, ROWS = 12, COLS = 16 * 9, N = GROUPS * ROWS * COLS };
+    float amax[GROUPS] = {0.25f, 0.0f, 7.7e5f};
+    float *x = floats(N), *right = floats(N), *y = floats(N), *block = floats(N / 16);
+    uint8_t *codes = malloc(N / 2), *scales = malloc(N / 16), bytes[8];
+    int64_t saturated = 0, counted = 0;
+    cr_assert(codes && scales);
+    for (int g = 0; g < GROUPS; g++) {
+        int64_t first = g * ROWS * COLS, blocks = ROWS * COLS / 16;
+        for (int64_t i = first; i < first + ROWS * COLS; i++)
+            x[i] = amax[g] > 0 ? value(seed, i, kind, amax[g]) : 0.0f;
+        for (int64_t k = first / 16; k < first / 16 + blocks; k++) {
+            block[k] = top > 0.0f ? cq_nvfp4_block_amax(x + 16 * k) : -1.0f;
+            saturated += cq_nvfp4_block_fake(right + 16 * k, x + 16 * k, amax[g], block[k], top);
+        }
+        cq_pack_args a = {.dtype = CQ_F32,
+                          .rows = ROWS,
+                          .cols = COLS,
+                          .x = x + first,
+                          .fq = {.amax = &amax[g], .saturated = &counted},
+                          .block_amax = top > 0.0f ? block + first / 16 : NULL,
+                          .top = top,
+                          .codes = codes + first / 2,
+                          .scales = scales + first / 16};
+        cr_assert_eq(WAYS_CALL(s, pack, a, WAYS_AT(x, ROWS * COLS * 4), WAYS_AT(fq.amax, 4),
+                               WAYS_AT(fq.saturated, 8), WAYS_AT(block_amax, blocks * 4),
+                               WAYS_AT(codes, 8 * blocks), WAYS_AT(scales, blocks)),
+                     CQ_OK, "%s", cq_error());
+        float ws2 = cq_nvfp4_tensor_scale(amax[g], top > 0.0f ? top : 448.0f);
+        for (int64_t k = first / 16; k < first / 16 + blocks && amax[g] > 0; k++) {
+            cq_nvfp4_block_encode(bytes, x + 16 * k, scales[k], ws2);
+            cr_expect(memcmp(bytes, codes + 8 * k, 8) == 0, "%s: codes of block %lld",
+                      ways_name(at), (long long)k);
+        }
+    }
+    cr_expect_eq(counted, saturated);
+    cq_unpack_args u = {.dtype = CQ_F32,
+                        .rows = GROUPS * ROWS,
+                        .cols = COLS,
+                        .codes = codes,
+                        .scales = scales,
+                        .amax = amax,
+                        .n_groups = GROUPS,
+                        .top = top > 0.0f ? top : 448.0f,
+                        .y = y};
+#define OPEN                                                                                       \
+    WAYS_CALL(s, unpack, u, WAYS_AT(codes, N / 2), WAYS_AT(scales, N / 16),                        \
+              WAYS_AT(amax, sizeof(amax)), WAYS_AT(y, 4 * N))
+    cr_assert_eq(OPEN, CQ_OK, "%s", cq_error());
+    cr_expect_eq(differences(y, right, N), 0, "%s: kind %d, top %g: %lld differ", ways_name(at),
+                 kind, (double)top, (long long)differences(y, right, N));
+#ifdef WAYS_CUDA
+    u.dtype = CQ_BF16;
+    cr_assert_eq(OPEN, CQ_OK, "%s", cq_error());
+    cq_round_bf16_args round = {.dtype = CQ_F32, .n = N, .x = right, .y = right};
+    cr_assert_eq(cq_ref_round_bf16(NULL, &round), CQ_OK);
+    int64_t differ = 0;
+    for (int64_t i = 0; i < N; i++)
+        differ += ((uint16_t *)y)[i] != ((uint16_t *)right)[i] &&
+                  (((uint16_t *)right)[i] & 0x7fff) <= 0x7f80;
+    cr_expect_eq(differ, 0, "%s: %lld of BF16 differ", ways_name(at), (long long)differ);
+#endif
+    u.dtype = CQ_F32, u.n_groups = 5;
+    cr_expect_eq(OPEN, CQ_ESHAPE);
+    free(x), free(right), free(y), free(block), free(codes), free(scales);
+}
+Test(cpu_quant, packed_values_are_those_of_fake_quantization) {
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);)
+        for (int kind = 0; kind < 5; kind++)
+            for (int form = 0; form < 3; form++)
+                check_packed(&s, at, 9 + (uint64_t)form, kind,
+                             form == 0   ? 0
+                             : form == 1 ? 448
+                                         : 256);
+}
+
 static const int64_t offsets[] = {0, 0, 5, 40, 40, 64};
 static float group_amax[] = {1.0f, 0.5f, 2.0f, 1.0f, 0.0f};
 enum { GROUPS = 5, ROWS = 64, DIM = 16 * 7 };

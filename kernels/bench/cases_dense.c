@@ -125,6 +125,16 @@ void bench_fake_quant(bench *b) {
             .x = bench_floats(b, BIG / 64), .y = bench_floats(b, BIG / 64),
             .fq = {.amax = bench_float(b, 1.0f)});
 }
+void bench_pack(bench *b) {
+    MEASURE(b, pack, "64 MiB", 0, 4.5625 * BIG, .rows = BIG / 1024, .cols = 1024,
+            .x = bench_floats(b, BIG), .fq = {.amax = bench_float(b, 1.0f)},
+            .codes = bench_zeros(b, BIG / 2), .scales = bench_zeros(b, BIG / 16));
+}
+void bench_unpack(bench *b) {
+    MEASURE(b, unpack, "64 MiB", 0, 4.5625 * BIG, .rows = BIG / 1024, .cols = 1024,
+            .codes = bench_zeros(b, BIG / 2), .scales = bench_zeros(b, BIG / 16),
+            .amax = bench_float(b, 1.0f), .n_groups = 1, .top = 448.0f, .y = bench_floats(b, BIG));
+}
 void bench_amax(bench *b) {
     MEASURE(b, amax, "64 MiB", 0, 4.0 * BIG, .rows = BIG / 1024, .cols = 1024,
             .x = bench_floats(b, BIG), .amax = bench_floats(b, 1));

@@ -169,6 +169,13 @@ static void quantizer(bench *b) {
     int64_t rows = 2 * QWEN_MLP, n = rows * QWEN;
     MEASURE(b, fake_quant, "Qwen gate/up weight", 0, 8 * n, .rows = rows, .cols = QWEN,
             .x = bench_floats(b, n), .y = bench_floats(b, n), .fq = quantized(b));
+    MEASURE(b, pack, "Qwen gate/up weight", 0, 4.5625 * (double)n, .rows = rows, .cols = QWEN,
+            .x = bench_floats(b, n), .fq = quantized(b), .codes = bench_zeros(b, n / 2),
+            .scales = bench_zeros(b, n / 16));
+    MEASURE_ANY(b, unpack, "Qwen gate/up weight, to BF16", 0, 2.5625 * (double)n, .dtype = CQ_BF16,
+                .rows = rows, .cols = QWEN, .codes = bench_zeros(b, n / 2),
+                .scales = bench_zeros(b, n / 16), .amax = bench_float(b, 1.0f), .n_groups = 1,
+                .top = 448.0f, .y = bench_zeros(b, 2 * n));
     MEASURE(b, amax, "Qwen gate/up weight", 0, 4 * n, .rows = rows, .cols = QWEN,
             .x = bench_floats(b, n), .n_groups = 1, .amax = bench_float(b, 0));
     MEASURE(b, adamw, "Qwen gate/up weight, quantized", 0, 32 * n, .rows = rows, .cols = QWEN,
