@@ -28,7 +28,10 @@ typedef struct cq_linear {
     cq_tensor fq;   ///< what forward multiplies with; BF16, the same as fq16: only products read it
     cq_tensor grad; ///< no data when none is trainable
     cq_tensor fq16; ///< fq in BF16 where products on a device are BF16, else no data
-    bool quantized; ///< all parts are
+    cq_tensor codes, scales; ///< packed fq: [held * n, k / 2], [held * n, k / 16]; fq has no data
+    cq_tensor amax_w; ///< [n_parts] maxima of the parts where the kernels run
+    bool half;        ///< products read BF16 weights and these lie as they want them
+    bool quantized;   ///< all parts are
     bool act_quant; ///< inputs are fake-quantized too
     float *amax_x;  ///< [groups] frozen input maxima
     cq_tensor amax; ///< [groups] the same where the kernels run
@@ -69,6 +72,7 @@ typedef struct cq_layer_env {
     bool input_only;          ///< backward without parameter gradients
     bool again;               ///< a forward that is done again: nothing is counted
     cq_tensor saturated;      ///< [1] blocks whose scale was clamped, I64; no data: not counted
+    cq_tensor opened;         ///< [bytes] one stack opened for the product at hand
     int64_t tokens;           ///< planned capacity
     int64_t longest;          ///< planned longest document
     const cq_past *past;      ///< documents go on from slots; NULL: each starts anew

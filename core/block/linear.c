@@ -8,14 +8,47 @@
 
 bool cq_linear_only_16(const cq_linear *w) { return w->fq.dtype == CQ_BF16; }
 
-static const void *weight(const cq_linear *w) { return cq_linear_only_16(w) ? NULL : w->fq.data; }
+/* What a product multiplies with: values in the model's dtype, in BF16, or both. */
+typedef struct operand {
+    const void *wide, *half;
+} operand;
 
-static const void *weight_now(const cq_layer *l, const cq_linear *w) {
-    return l->env->calibrating && w->value.dtype == l->env->dtype ? w->value.data : weight(w);
+/* Opens a packed stack into the scratch that all stacks share: in BF16 where products read that. */
+static int open_packed(const cq_layer *l, const cq_linear *w, cq_stream *s, operand *out) {
+    void *y = l->env->opened.data;
+    const cq_param *p = w->part[w->groups > 1 ? w->first : 0];
+    int64_t groups = w->groups > 1 ? w->held : 1, first = w->groups > 1 ? w->first : 0;
+    *out = w->half ? (operand){.half = y} : (operand){.wide = y};
+    return CQ_RUN(s, unpack, .dtype = w->half ? CQ_BF16 : CQ_F32, .rows = w->held * w->n,
+                  .cols = w->k, .codes = w->codes.data, .scales = w->scales.data,
+                  .amax = (const float *)w->amax_w.data + first, .n_groups = groups,
+                  .top = p->block_amax.data ? p->top : 448.0f, .y = y);
 }
 
-static const void *weight16_now(const cq_layer *l, const cq_linear *w) {
-    return l->env->calibrating && !cq_linear_only_16(w) ? NULL : w->fq16.data;
+/* The unquantized weights, which a calibration multiplies with. */
+static int masters(const cq_layer *l, const cq_linear *w, cq_stream *s, operand *out) {
+    if (w->value.dtype == l->env->dtype) {
+        *out = (operand){.wide = w->value.data};
+        return CQ_OK;
+    }
+    if (!w->codes.data && !cq_linear_only_16(w)) { /* cq_model_widen wrote them there */
+        *out = (operand){.wide = w->fq.data};
+        return CQ_OK;
+    }
+    bool as_is = w->half && !w->low.data;
+    *out = as_is ? (operand){.half = w->value.data} : (operand){.wide = l->env->opened.data};
+    return as_is ? CQ_OK
+                 : CQ_RUN(s, widen, .dtype = CQ_F32, .n = cq_tensor_elems(w->value),
+                          .x = w->value.data, .low = w->low.data, .y = l->env->opened.data);
+}
+
+static int weights(const cq_layer *l, const cq_linear *w, cq_stream *s, operand *out) {
+    if (l->env->calibrating && w->quantized)
+        return masters(l, w, s, out);
+    if (w->codes.data)
+        return open_packed(l, w, s, out);
+    *out = (operand){cq_linear_only_16(w) ? NULL : w->fq.data, w->fq16.data};
+    return CQ_OK;
 }
 
 bool cq_linear_acts(const cq_layer *l, const cq_linear *w) {
@@ -40,18 +73,23 @@ int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
 
 int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
                       int64_t ldy, double beta) {
+    operand b;
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
+    CQ_TRY(weights(l, w, s, &b));
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
-                  .a = x, .lda = w->k, .b = weight_now(l, w), .ldb = w->k, .c = y, .ldc = ldy,
-                  .alpha = 1, .beta = beta, .b16 = weight16_now(l, w));
+                  .a = x, .lda = w->k, .b = b.wide, .ldb = w->k, .c = y, .ldc = ldy,
+                  .alpha = 1, .beta = beta, .b16 = b.half);
 }
 
 int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
                        int64_t lddy, int64_t rows, void *dx, double beta) {
-    if (dx)
+    operand b = {0};
+    if (dx) {
+        CQ_TRY(weights(l, w, s, &b));
         CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
-                      .lda = lddy, .b = weight(w), .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
-                      .beta = beta, .b16 = w->fq16.data));
+                      .lda = lddy, .b = b.wide, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
+                      .beta = beta, .b16 = b.half));
+    }
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .ta = true, .m = w->n, .n = w->k, .k = rows,
@@ -61,17 +99,21 @@ int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, c
 
 int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
                        int64_t rows, const void *x, void *y) {
+    operand b;
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, offsets));
+    CQ_TRY(weights(l, w, s, &b));
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_FORWARD,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
-                  .w = (void *)weight_now(l, w), .y = y, .w16 = weight16_now(l, w));
+                  .w = (void *)b.wide, .y = y, .w16 = b.half);
 }
 
 int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
                         const void *x, const void *dy, void *dx) {
+    operand b;
+    CQ_TRY(weights(l, w, s, &b));
     CQ_TRY(CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_INPUT,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = dx,
-                  .w = (void *)weight(w), .y = (void *)dy, .w16 = w->fq16.data));
+                  .w = (void *)b.wide, .y = (void *)dy, .w16 = b.half));
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_WEIGHT,

@@ -81,6 +81,9 @@ static cq_linear here(const cq_linear *w) {
     v.groups = w->held;
     if (v.amax.data)
         v.amax = cq_tensor_rows(w->amax, w->first, w->held);
+    if (v.amax_w.data)
+        v.amax_w = cq_tensor_rows(w->amax_w, w->first, w->held);
+    v.first = 0;
     return v;
 }
 

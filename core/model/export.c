@@ -472,12 +472,24 @@ static int find_part(const cq_entry **out, const cq_safetensors *st, const char 
     return CQ_OK;
 }
 
+static int as_kept(float *y, int64_t n) {
+    uint16_t *half = malloc((size_t)n * sizeof *half);
+    int status = half ? cq_convert(half, CQ_BF16, y, CQ_F32, n)
+                      : cq_fail(CQ_ENOMEM, "export: no memory to compare %ld values", (long)n);
+    if (!status)
+        status = cq_convert(y, CQ_F32, half, CQ_BF16, n);
+    free(half);
+    return status;
+}
+
 static int compare_param(int64_t *differing, const cq_param *p, const cq_safetensors *st,
                          const char *dir) {
     char name[160];
     const cq_entry *bytes, *scales, *scalar;
     const float *trained;
-    float *copy, scale_2;
+    float *copy = NULL, scale_2;
+    cq_tensor kept = {0};
+    void *owned = NULL;
     int64_t rows = p->shape.dim[0], cols = p->shape.dim[1], n = rows * cols;
     CQ_TRY(find_part(&bytes, st, dir, p->name, CQ_U8, n / 2));
     cq_module_name(name, p->name, ".weight_scale");
@@ -488,12 +500,17 @@ static int compare_param(int64_t *differing, const cq_param *p, const cq_safeten
     float *y = malloc((size_t)n * sizeof *y);
     if (!y)
         return cq_fail(CQ_ENOMEM, "export: no memory to compare %s", p->name);
-    int status = as_f32(&trained, &copy, p->fq);
+    int status = cq_param_copy(&kept, &owned, p);
+    if (!status)
+        status = as_f32(&trained, &copy, kept);
     if (!status)
         status = cq_nvfp4_unpack(y, bytes->tensor.data, scales->tensor.data, scale_2, rows, cols);
+    if (!status && p->fq.dtype == CQ_BF16) /* what is kept is rounded: so are the exported values */
+        status = as_kept(y, n);
     if (!status)
         *differing += count_differing(y, trained, n);
     free(copy);
+    free(owned);
     free(y);
     cq_safetensors_drop(st, bytes);
     return status;
@@ -506,7 +523,7 @@ int cq_export_compare(cq_model *m, const char *dir, int64_t *differing) {
     CQ_TRY(cq_safetensors_open(&st, dir));
     for (int64_t i = 0; i < cq_model_n_params(m) && !status; i++) {
         const cq_param *p = cq_model_param(m, i);
-        if (p->quantized && p->fq.data)
+        if (p->quantized && p->value.data)
             status = compare_param(differing, p, st, dir);
     }
     cq_safetensors_close(st);

@@ -310,16 +310,18 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
         CQ_TRY(cq_plan_add(p, &w->value, weights, name, narrow || only_16 ? CQ_BF16 : t, shape));
     if (narrow && m->master == CQ_MASTER_SPLIT)
         CQ_TRY(cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->held * w->n, 2 * w->k)));
+    w->half = wants_16(m, p) && w->k % 8 == 0 && w->n % 8 == 0;
     if (w->quantized && !m->nvfp4)
-        CQ_TRY(cq_plan_add(p, &w->fq, CQ_FOR_FAKEQUANT, name, t, shape));
+        CQ_TRY(cq_model_plan_copy(m, p, w));
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
         if (part_here(w, i))
             CQ_TRY(cq_plan_add(p, &w->part[i]->block_amax, CQ_FOR_FAKEQUANT, name, CQ_F32,
                                CQ_SHAPE2(w->part[i]->shape.dim[0], w->k / 16)));
-    if (wants_16(m, p) && !only_16 && (!stack_shared(m, w) || w->quantized))
+    bool copy_too = w->quantized && (w->codes.shape.rank || cq_linear_only_16(w));
+    if (wants_16(m, p) && !only_16 && !copy_too && (!stack_shared(m, w) || w->quantized))
         CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16, shape));
-    for (int64_t i = 0; i < w->n_parts && w->quantized && !m->nvfp4; i++)
-        CQ_TRY(cq_plan_add(p, &w->part[i]->amax_at, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(1)));
+    if (w->quantized && !m->nvfp4)
+        CQ_TRY(cq_plan_add(p, &w->amax_w, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(w->n_parts)));
     if (w->quantized)
         CQ_TRY(cq_plan_add(p, &w->amax, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(w->groups)));
     return stack_trained(m, w) ? cq_plan_add(p, &w->grad, CQ_FOR_GRADIENT, name, t, shape) : CQ_OK;
@@ -372,11 +374,11 @@ int cq_model_bind(cq_model *m) {
             cq_tensor first = cq_model_find(m->teacher, w->part[w->first]->name)->value;
             w->value = (cq_tensor){first.data, shape, first.dtype};
         }
-        if (!w->fq.data)
+        if (!w->fq.data && !w->codes.data)
             w->fq = w->value;
         if (cq_linear_only_16(w))
             w->fq16 = w->fq;
-        if (!w->fq16.data && stack_shared(m, w)) /* no data in the teacher: none here */
+        if (!w->fq16.data && !w->codes.data && stack_shared(m, w)) /* no data in the teacher: none here */
             w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[w->first]->name)->fq16.data,
                                   shape, CQ_BF16};
         int64_t row = -w->first * w->n;
@@ -384,6 +386,10 @@ int cq_model_bind(cq_model *m) {
             cq_param *p = w->part[k];
             p->value = part_of(w, w->value, k, row);
             p->fq = part_of(w, w->fq, k, row);
+            p->codes = part_of(w, w->codes, k, row);
+            p->scales = part_of(w, w->scales, k, row);
+            if (w->amax_w.data)
+                p->amax_at = cq_tensor_rows(w->amax_w, k, 1);
             if (w->low.data)
                 p->low = part_of(w, w->low, k, row);
             if (w->fq16.data)

@@ -61,6 +61,11 @@ CQ_API void cq_model_set_master(cq_model *m, cq_master master);
 /// or a copy in new memory, *owned, which the caller frees (NULL for none). CQ_EUSAGE for an expert
 /// that another rank has.
 CQ_API int cq_param_master(cq_tensor *out, void **owned, const cq_param *p);
+/// A parameter's fake-quantized weight on the host in FP32 (F64 in such a model), whatever form it
+/// is kept in; *owned as in cq_param_master. Of one that is not quantized: the weight itself.
+CQ_API int cq_param_copy(cq_tensor *out, void **owned, const cq_param *p);
+/// Writes the fake-quantized copy of a quantized parameter from its master weight.
+CQ_API int cq_model_write_copy(cq_model *m, cq_stream *s, cq_param *p);
 /// Declares activations for micro-batches of up to `tokens` tokens, no document longer than
 /// `longest`; also the kernel scratch. `threads` as in the stream.
 CQ_API int cq_model_plan_work(cq_model *m, cq_plan *p, int64_t tokens, int64_t longest,

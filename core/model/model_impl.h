@@ -14,6 +14,7 @@ struct cq_model {
     bool weights_only;
     cq_scale_method scales;
     cq_compute compute;
+    cq_copies copies;
     cq_master master; ///< form of the master weights of trained quantized linears
     bool widened;     ///< while calibrating: `fq` holds the F32 form of narrow master weights
     cq_layer_env env;
@@ -46,8 +47,12 @@ int cq_model_fetch(cq_tensor *out, void **owned, const cq_model *m, const cq_par
 /// Brings the frozen maxima to where the kernels run.
 int cq_model_send_amax(cq_model *m);
 /// The master weight where the kernels run, in the model's dtype: itself, or widened into the
-/// parameter's `fq`.
-int cq_model_master_now(cq_stream *s, const cq_param *p, const void **out);
+/// parameter's `fq`, or where that is no place for it, into the scratch for opened stacks.
+int cq_model_master_now(cq_model *m, cq_stream *s, const cq_param *p, const void **out);
+/// Declares the copy of a quantized stack, in its form.
+int cq_model_plan_copy(cq_model *m, cq_plan *p, cq_linear *w);
+/// Bytes of scratch that opening stacks, and writing copies, takes.
+int64_t cq_model_opened_bytes(const cq_model *m);
 /// Writes the F32 form of narrow master weights into `fq`, for a calibration.
 int cq_model_widen(cq_model *m, cq_stream *s);
 /// Points parameters into the stacks that the plan allocated; a frozen stack of a student into its

@@ -26,6 +26,7 @@ int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_opti
     m->teacher = teacher;
     m->weights_only = o->weights_only;
     m->scales = o->scales;
+    m->copies = o->copies;
     m->compute = teacher->compute;
     int status = cq_model_build(m, o);
     if (status) {
@@ -64,12 +65,15 @@ int cq_param_master(cq_tensor *out, void **owned, const cq_param *p) {
     return status;
 }
 
-int cq_model_master_now(cq_stream *s, const cq_param *p, const void **out) {
-    bool narrow = p->value.dtype == CQ_BF16;
-    *out = narrow ? p->fq.data : p->value.data;
-    return narrow ? CQ_RUN(s, widen, .dtype = p->fq.dtype, .n = cq_tensor_elems(p->value),
-                           .x = p->value.data, .low = p->low.data, .y = p->fq.data)
-                  : CQ_OK;
+int cq_model_master_now(cq_model *m, cq_stream *s, const cq_param *p, const void **out) {
+    if (p->value.dtype != CQ_BF16) {
+        *out = p->value.data;
+        return CQ_OK;
+    }
+    void *wide = p->fq.data && p->fq.dtype != CQ_BF16 ? p->fq.data : m->env.opened.data;
+    *out = wide;
+    return CQ_RUN(s, widen, .dtype = m->env.dtype, .n = cq_tensor_elems(p->value),
+                  .x = p->value.data, .low = p->low.data, .y = wide);
 }
 
 int cq_model_widen(cq_model *m, cq_stream *s) {
@@ -77,7 +81,7 @@ int cq_model_widen(cq_model *m, cq_stream *s) {
     for (int64_t i = 0; i < m->n_params && !m->widened; i++)
         if (m->param[i]->value.dtype == CQ_BF16 && m->param[i]->fq.dtype != CQ_BF16 &&
             m->param[i]->fq.data)
-            CQ_TRY(cq_model_master_now(s, m->param[i], &now));
+            CQ_TRY(cq_model_master_now(m, s, m->param[i], &now));
     m->widened = true;
     return CQ_OK;
 }
@@ -107,10 +111,10 @@ int64_t cq_model_fill_unreached(cq_linear *w) {
 static int weight_amax(cq_model *m, cq_stream *s) {
     for (int64_t i = 0; i < m->n_params; i++) {
         cq_param *p = m->param[i];
-        if (!p->quantized || !p->fq.data)
+        if (!p->quantized || !p->value.data)
             continue;
         const void *x;
-        CQ_TRY(cq_model_master_now(s, p, &x));
+        CQ_TRY(cq_model_master_now(m, s, p, &x));
         CQ_TRY(cq_zero(p->amax_at.data, sizeof p->amax));
         CQ_TRY(CQ_RUN(s, amax, .dtype = m->env.dtype, .rows = p->shape.dim[0],
                       .cols = p->shape.dim[1], .x = x, .n_groups = 1, .amax = p->amax_at.data));
@@ -175,16 +179,8 @@ int cq_model_send_amax(cq_model *m) {
 int cq_model_requantize(cq_model *m, cq_stream *s) {
     CQ_TRY(cq_model_send_amax(m));
     for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++) {
-        cq_param *p = m->param[i];
-        if (!p->quantized || !p->fq.data) /* its holder's */
-            continue;
-        const void *x;
-        CQ_TRY(cq_model_master_now(s, p, &x));
-        CQ_TRY(CQ_RUN(
-            s, fake_quant, .dtype = m->env.dtype, .rows = p->shape.dim[0], .cols = p->shape.dim[1],
-            .x = x, .y = p->fq.data,
-            .fq = {.amax = p->amax_at.data, .n_groups = 1, .saturated = m->env.saturated.data},
-            .block_amax = p->block_amax.data, .top = p->block_amax.data ? p->top : 448.0f));
+        if (m->param[i]->quantized && m->param[i]->value.data) /* else its holder's */
+            CQ_TRY(cq_model_write_copy(m, s, m->param[i]));
     }
     return cq_model_round_weights(m, s, false);
 }

@@ -63,6 +63,9 @@ static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     } else
         CQ_TRY(cq_plan_add(p, &m->kernel_scratch, CQ_FOR_SCRATCH, "kernel scratch", CQ_U8,
                            CQ_SHAPE2(m->threads, scratch_bytes(&m->config, longest))));
+    if (cq_model_opened_bytes(m) > 0)
+        CQ_TRY(cq_plan_add(p, &m->env.opened, CQ_FOR_SCRATCH, "opened weights", CQ_U8,
+                           CQ_SHAPE1(cq_model_opened_bytes(m))));
     if (m->compute == CQ_COMPUTE_BF16)
         CQ_TRY(cq_plan_add(p, &m->bf16_scratch, CQ_FOR_SCRATCH, "bf16 operands", CQ_U8,
                            CQ_SHAPE1(bf16_bytes(m, rows))));

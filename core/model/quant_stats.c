@@ -49,21 +49,23 @@ static void add(cq_quant_stats *out, const cq_param *p, const cq_tensor t[3]) {
 }
 
 int cq_quant_stats_add(cq_quant_stats *out, const cq_param *p) {
-    if (!p->quantized || p->fq.data == p->value.data)
+    if (!p->quantized || (p->fq.data == p->value.data && !p->codes.data))
         return cq_fail(CQ_EUSAGE, "quantization error: %s %s", p->name,
                        p->quantized ? "was read from an NVFP4 folder, wanted a student of a BF16 "
                                       "model, which keeps master weights"
                                     : "is not quantized, wanted a quantized weight");
-    if (!p->fq.data)
+    if (!p->value.data)
         return cq_fail(CQ_EUSAGE,
                        "quantization error: %s is quantized on rank %d alone, wanted "
                        "experts that are not dealt out",
                        p->name, p->holder);
-    cq_tensor t[3] = {p->value, p->fq, p->block_amax};
+    cq_tensor t[3] = {{0}};
     void *owned[3] = {NULL};
     int status = cq_param_master(&t[0], &owned[0], p);
-    for (int i = 1; i < 3 && !status; i++)
-        status = cq_tensor_on_host(&t[i], &owned[i], t[i]);
+    if (!status)
+        status = cq_param_copy(&t[1], &owned[1], p);
+    if (!status)
+        status = cq_tensor_on_host(&t[2], &owned[2], p->block_amax);
     if (!status)
         add(out, p, t);
     for (int i = 0; i < 3; i++)

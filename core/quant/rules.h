@@ -2,12 +2,20 @@
 #pragma once
 #include "core/quant/scales.h"
 
+/// How a student keeps the fake-quantized copies of its weights, those that products multiply with.
+typedef enum cq_copies {
+    CQ_COPIES_F32,   ///< 4 bytes a value, and 2 more where products on a device are BF16
+    CQ_COPIES_BF16,  ///< 2, where products on a device are BF16
+    CQ_COPIES_PACKED ///< 4.5 bits: NVFP4 codes and block scales, opened before each product
+} cq_copies;
+
 typedef struct cq_quant_options {
     const char *preset;     ///< nemotron_nano, qwen3, all, experts, mlp, none
     const char *exclude;    ///< comma-separated globs of module names to leave out, or NULL
     const char *include;    ///< globs that are quantized whatever the preset says, or NULL
     bool weights_only;      ///< W4A16: activations stay as they are
     cq_scale_method scales; ///< max (dynamic), mse or four_over_six (static, weights only)
+    cq_copies copies;
     const char *freeze;     ///< globs of parameters that are not trained and share the teacher's
                             ///< storage, or NULL
 } cq_quant_options;

@@ -170,14 +170,16 @@ static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step,
                        .key = cq_random_bits(a->o.seed, ROUNDING + (uint64_t)i, (uint64_t)step)};
     if (p->value.dtype == CQ_BF16)
         u.master = a->o.master;
-    if (p->quantized) {
+    bool in_pass = p->fq.data && p->fq.dtype == cq_model_dtype(a->model);
+    if (p->quantized && in_pass) {
         u.wq = p->fq.data;
         u.fq = (cq_fq){
             .amax = p->amax_at.data, .n_groups = 1, .saturated = cq_model_saturation(a->model)};
         u.block_amax = p->block_amax.data;
         u.top = p->top;
     }
-    return s->table->adamw(s, &u);
+    CQ_TRY(s->table->adamw(s, &u));
+    return p->quantized && !in_pass ? cq_model_write_copy(a->model, s, p) : CQ_OK;
 }
 
 int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm) {

@@ -114,6 +114,11 @@ static int pack(const cq_param *p, uint8_t *codes) {
     cq_tensor x, blocks = {0};
     void *owned = NULL, *blocks_owned = NULL;
     float scale_2;
+    if (p->codes.data) {
+        CQ_TRY(cq_copy(codes, p->codes.data, cq_tensor_bytes(p->codes)));
+        return cq_copy(codes + cq_tensor_bytes(p->codes), p->scales.data,
+                       cq_tensor_bytes(p->scales));
+    }
     CQ_TRY(cq_param_master(&x, &owned, p));
     int status =
         p->block_amax.data ? cq_tensor_on_host(&blocks, &blocks_owned, p->block_amax) : CQ_OK;
@@ -128,15 +133,19 @@ static int pack(const cq_param *p, uint8_t *codes) {
 static int unpack(const cq_param *p, const uint8_t *codes) {
     int64_t n = cq_shape_elems(p->shape);
     float scale_2, *y = p->fq.data;
-    bool device = cq_on_device(y);
+    if (p->codes.data) {
+        CQ_TRY(cq_copy(p->codes.data, codes, cq_tensor_bytes(p->codes)));
+        return cq_copy(p->scales.data, codes + n / 2, cq_tensor_bytes(p->scales));
+    }
+    bool apart = cq_on_device(y) || p->fq.dtype != CQ_F32;
     CQ_TRY(cq_nvfp4_scale_2(&scale_2, p->amax, p->block_amax.data ? p->top : 448.0f));
-    if (device && !(y = malloc((size_t)n * sizeof *y)))
+    if (apart && !(y = malloc((size_t)n * sizeof *y)))
         return cq_fail(CQ_ENOMEM, "ranks: no memory to decode %s", p->name);
     int status =
         cq_nvfp4_unpack(y, codes, codes + n / 2, scale_2, p->shape.dim[0], p->shape.dim[1]);
-    if (device && !status)
-        status = cq_copy(p->fq.data, y, n * (int64_t)sizeof *y);
-    if (device)
+    if (apart && !status)
+        status = cq_tensor_fill(p->fq, y, CQ_F32);
+    if (apart)
         free(y);
     return status;
 }

@@ -183,16 +183,20 @@ function native.elements(tensor)
   return copy, n
 end
 
--- A new array of the F32 form of a parameter's master weight, its number, its dtype; for those that are kept in fewer bits.
-function native.master(c)
+local function form(of, c)
   local out, owned = ffi.new "cq_tensor", ffi.new "void *[1]"
-  native.check(C.cq_param_master(out, owned, c))
-  local n = tonumber(C.cq_tensor_elems(out))
-  local copy = ffi.new("float[?]", math.max(1, n))
-  ffi.copy(copy, out.data, n * 4)
+  native.check(of(out, owned, c))
+  local n, wide = tonumber(C.cq_tensor_elems(out)), out.dtype == C.CQ_F64
+  local copy = ffi.new(wide and "double[?]" or "float[?]", math.max(1, n))
+  ffi.copy(copy, out.data, n * (wide and 8 or 4))
   C.free(owned[0])
-  return copy, n, "f32"
+  return copy, n, wide and "f64" or "f32"
 end
+
+-- A new array of the F32 form of a parameter's master weight, its number, its dtype; for those that are kept in fewer bits.
+function native.master(c) return form(C.cq_param_master, c) end
+-- The same of its fake-quantized weight.
+function native.quantized(c) return form(C.cq_param_copy, c) end
 
 -- A new array of a tensor's values in another float dtype ("CQ_F32" or "CQ_F64").
 function native.convert(tensor, dtype)

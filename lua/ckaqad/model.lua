@@ -69,25 +69,32 @@ function Model:init(seed)
   call.cq_model_round_weights(self.c, self:stream(), false)
 end
 
+local copies = { f32 = "CQ_COPIES_F32", bf16 = "CQ_COPIES_BF16", packed = "CQ_COPIES_PACKED" }
 local scale_methods = { max = "CQ_SCALE_MAX", mse = "CQ_SCALE_MSE", four_over_six = "CQ_SCALE_FOUR_OVER_SIX" }
 
 --- The 4-bit student of a teacher.
 --- Options: `preset` (nemotron_nano, qwen3, all, experts, mlp, none), `scales` (max, mse, four_over_six), `exclude`, `include` and
---- `freeze` (comma-separated globs of module or parameter names), `weights_only` (W4A16).
+--- `freeze` (comma-separated globs of module or parameter names), `weights_only` (W4A16), `copies`: how the fake-quantized weights
+--- are kept (as --copies says): "f32" (4 bytes a value; 6 where a GPU's products are BF16), "bf16" (2, there only) or "packed" (0.56: NVFP4 codes and
+--- scales, opened before each product). The bits of training are the same.
 ---
 --- Example:
 ---     local w4a16 = teacher:quantize { preset = "experts", scales = "mse", freeze = "*.gate.weight", weights_only = true }
 ---     for _, line in ipairs(w4a16:quantization()) do print(line) end
 function Model:quantize(options)
   local o = errors.fill("quantize", options, {
-    preset = "all", scales = "max", exclude = "", include = "", freeze = "", weights_only = false,
+    preset = "all", scales = "max", copies = self.device.copies, exclude = "", include = "", freeze = "", weights_only = false,
   })
   errors.choose("option --scales", o.scales, { "max", "mse", "four_over_six" })
+  errors.choose("option --copies", o.copies, { "f32", "bf16", "packed" })
+  if o.copies == "bf16" and not (self.device.on_device and self.device.compute == "bf16") then
+    errors.usage("option --copies: bf16 goes with BF16 products on a GPU (--device=cuda --compute=bf16), wanted f32 or packed")
+  end
   if o.preset == "weights_only" then o.preset, o.weights_only = "all", true end
   local q = native.new "cq_quant_options"
   local function globs(value) return value ~= "" and value or nil end
   q.preset, q.exclude, q.include, q.freeze = o.preset, globs(o.exclude), globs(o.include), globs(o.freeze)
-  q.weights_only, q.scales = o.weights_only, C[scale_methods[o.scales]]
+  q.weights_only, q.scales, q.copies = o.weights_only, C[scale_methods[o.scales]], C[copies[o.copies]]
   call.cq_quant_check(q)
   local c = native.open("cq_model", "cq_model_quantize", self.c, q)
   return wrap(c, { dtype = self.dtype, teacher = self, quant = o })

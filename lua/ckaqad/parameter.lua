@@ -38,6 +38,7 @@ local function elements(self, which)
   which = which or "value"
   if not fields[which] then errors.choose("parameter", which, { "value", "fq", "grad" }) end
   local tensor = self.c[which]
+  if which == "fq" and (self.c.codes.data ~= nil or dtypes[tonumber(tensor.dtype)] == "bf16") then return native.quantized(self.c) end
   if tensor.data == nil then return nil end
   if which == "value" and dtypes[tonumber(tensor.dtype)] == "bf16" then return native.master(self.c) end
   local pointer, n = native.elements(tensor)

@@ -147,7 +147,7 @@ local function variant(o, options, globs, changes)
   for key, value in pairs(options) do copy[key] = value end
   for key, value in pairs(o.student.quant) do quant[key] = value end
   for key, value in pairs(o.adam.options) do adam[key] = changes[key] or value end
-  quant.freeze = globs or quant.freeze
+  quant.freeze, quant.copies = globs or quant.freeze, changes.copies or quant.copies
   copy.student = o.teacher:quantize(quant)
   copy.adam = optim.adamw(copy.student, adam)
   return plan.prepare(copy)
@@ -205,7 +205,7 @@ local function declared(r, o, options, search)
   if r.layout.gpus > 1 or r.missing > 0 then return end
   local globs = r.combo.freeze == "experts" and "*.experts.*" or nil
   local sum = r.bytes
-  r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master }), r.combo.recompute)
+  r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master, copies = r.combo.copies }), r.combo.recompute)
   if search.cached then r.bytes.teacher, r.bytes.total = sum.teacher, r.bytes.total - r.bytes.teacher + sum.teacher end
   r.short = math.max(0, r.bytes.total - search.limit)
   r.fits = r.short == 0
@@ -281,7 +281,7 @@ local function holds(list, wanted)
   return false
 end
 
--- Whether a recipe's option of a knob's name is that knob: bench.lua, for one, calls something else `weights`.
+-- Whether a recipe's option of a knob's name is that knob.
 local function is_option(opt, knob)
   return rawget(opt, knob.name) ~= nil and (knob.name == "freeze" or holds(words.values[knob.name], knob.values[1]))
 end

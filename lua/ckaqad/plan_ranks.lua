@@ -10,7 +10,7 @@ local ranks = {}
 -- loss: 0 exact, else how far the stored values are from F32. What `today` cannot do, `plan_gpus` finds out by asking the options.
 ranks.knobs = {
   { name = "freeze", values = { "none", "experts" } },
-  { name = "weights", values = { "f32", "bf16", "packed" } }, -- packed: quantized ones as NVFP4, opened block by block
+  { name = "copies", values = { "f32", "bf16", "packed" } }, -- packed: quantized ones as NVFP4, opened block by block
   { name = "master", values = { "f32", "split", "bf16" }, loss = { bf16 = 1 } },
   { name = "gradients", values = { "f32", "bf16" }, loss = { bf16 = 1 } },
   { name = "moments", values = { "f32", "bf16", "8bit" }, loss = { bf16 = 1, ["8bit"] = 2 } },
@@ -46,19 +46,17 @@ end
 
 local function offloads(combo, what) return combo.offload == what or combo.offload == "both" end
 
--- Adds the student's values of a class: `n` values here, `share` of them updated here. Narrow masters are for quantized linears: what
--- is multiplied with as it is stays F32, with a BF16 copy for products.
+-- Adds the student's values of a class: `n` values here, `share` of them updated here. Narrow masters and copies are for quantized
+-- linears: what is multiplied with as it is stays F32, with a BF16 copy for products.
 local function student(out, class, combo, n, share)
-  local wide, copy = combo.weights == "f32", 0
+  local wide, copy = combo.copies == "f32", class.trained and class.matrix and 2 or 0
   if class.quantized then
-    out.fakequant = out.fakequant + n * (wide and 4 or combo.weights == "bf16" and 2 or packed)
+    out.fakequant = out.fakequant + n * (wide and 4 or combo.copies == "bf16" and 2 or packed)
     copy = wide and 2 or 0
-  elseif class.trained and class.matrix then
-    copy = 2
   end
   out.student = out.student + n * copy
   if not class.trained then return end
-  local whole = not class.quantized and (wide or not class.matrix) -- the forward reads the master itself
+  local whole = not class.quantized -- the forward reads the master itself
   local master = class.quantized and master_bytes[combo.master] * share or 4 * (whole and n or share)
   local moments = moment_bytes[class.vector and "f32" or combo.moments] * share
   out.gradients = out.gradients + value_bytes[combo.gradients] * n
@@ -79,7 +77,7 @@ function ranks.bytes(model, combo, layout)
   for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end
   for _, class in ipairs(model.classes) do
     local n, copies = held(class, layout)
-    local teacher = n * ((combo.weights ~= "f32" or class.stacked) and 2 or class.matrix and 6 or 4) -- it is BF16 as published
+    local teacher = n * (class.stacked and 2 or class.matrix and 6 or 4) -- it is BF16 as published
     if combo.cached and class.trained then teacher = 0 end -- frozen ones are the student's
     if offloads(combo, "teacher") and class.block then
       out.host, out.stream = out.host + teacher, out.stream + teacher
@@ -93,7 +91,7 @@ function ranks.bytes(model, combo, layout)
   local shrink = combo.activations == "bf16" and 0.5 or 1
   out.activations, out.scratch = work.activations * shrink, (work.scratch - work.operands) * shrink
   if combo.activations == "f32" then out.scratch = out.scratch + work.operands end
-  if combo.weights == "packed" then out.scratch = out.scratch + 2 * model.quantized_block / layout.experts end
+  if combo.copies == "packed" then out.scratch = out.scratch + 2 * model.quantized_block / layout.experts end
   out.logits, out.cka, out.total = work.logits, work.cka, 0
   for _, purpose in ipairs(ranks.purposes) do out.total = out.total + out[purpose] end
   return out
@@ -124,7 +122,7 @@ local function sent(class, combo, layout)
   local n, copies = held(class, layout)
   if not class.trained or copies == 1 then return 0, 0, copies end
   local part = n * (copies - 1) / copies
-  return part * value_bytes[combo.gradients], part * (class.quantized and packed or combo.weights == "f32" and 4 or 2), copies
+  return part * value_bytes[combo.gradients], part * (class.quantized and packed or 4), copies
 end
 
 -- What a rank sends to experts on other ranks and back: teacher 2 ways, forward 2, backward 2, forward again 2.
@@ -169,7 +167,7 @@ local function update(model, combo, layout, rates)
   for _, class in ipairs(model.classes) do
     if class.trained then
       local n, copies = held(class, layout)
-      local copy = class.quantized and (combo.weights == "f32" and 6 or combo.weights == "bf16" and 2 or packed) or 2
+      local copy = class.quantized and (combo.copies == "f32" and 6 or combo.copies == "bf16" and 2 or packed) or 2
       local master = class.quantized and master_bytes[combo.master] or 4
       bytes = bytes + n / copies * (2 * master + 2 * moment_bytes[combo.moments] + value_bytes[combo.gradients] + copy)
     end
@@ -187,7 +185,7 @@ function ranks.seconds(model, combo, layout, step, rates, bytes)
   local out = { compute = (tokens * o.total + micros * model.cka_operations) / rate, update = update(model, combo, layout, rates) }
   local opened = 0
   for _, class in ipairs(model.classes) do
-    if class.quantized and combo.weights == "packed" then opened = opened + held(class, layout) * (packed + 2) end
+    if class.quantized and combo.copies == "packed" then opened = opened + held(class, layout) * (packed + 2) end
   end
   out.unpack = micros * opened * (combo.recompute == "yes" and 3 or 2) / rates.copy
   out.between = layout.gpus > 1 and between(model, combo, layout, step, rates) or 0
@@ -227,14 +225,14 @@ function ranks.layouts(gpus, experts)
   return list
 end
 
-local trouble = { packed = 1, bf16 = 1, teacher = 1, optimizer = 1, both = 2 } -- of `weights` and `offload`
+local trouble = { packed = 1, bf16 = 1, teacher = 1, optimizer = 1, both = 2 } -- of `copies` and `offload`
 
 -- What the list is sorted by: fitting ones first, then the nearest; faster; within 5 % the more exact, then what this program has, then
 -- the simpler, then the smaller.
 local function cost(r)
   local time = math.floor(math.log(r.seconds.total) / math.log(1.05))
   local short = r.fits and 0 or 1e12 + 1e3 * (r.short + r.short_host)
-  local simple = (trouble[r.combo.weights] or 0) + (trouble[r.combo.offload] or 0) + (r.layout.experts > 1 and 1 or 0)
+  local simple = (trouble[r.combo.copies] or 0) + (trouble[r.combo.offload] or 0) + (r.layout.experts > 1 and 1 or 0)
   return short + time * 1e6 + r.loss * 1e5 + r.missing * 1e4 + simple * 1e3 + math.min(999, r.bytes.total / 2 ^ 30)
 end
 

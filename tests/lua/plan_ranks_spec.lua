@@ -40,7 +40,7 @@ local function qwen()
 end
 
 local function combo(changes)
-  local c = { freeze = "none", weights = "f32", master = "f32", gradients = "f32", moments = "f32", activations = "f32", recompute = "no",
+  local c = { freeze = "none", copies = "f32", master = "f32", gradients = "f32", moments = "f32", activations = "f32", recompute = "no",
     offload = "none" }
   for key, value in pairs(changes or {}) do c[key] = value end
   return c
@@ -86,9 +86,9 @@ describe("plan_ranks", function()
 
   it("gives the memory of Qwen3-4B's four variants in GiB", function()
     for want, c in pairs {
-      [74.9] = combo { weights = "bf16" }, [67.4] = combo { weights = "bf16", gradients = "bf16" },
-      [52.4] = combo { weights = "bf16", gradients = "bf16", moments = "bf16" },
-      [45.1] = combo { weights = "bf16", gradients = "bf16", moments = "8bit" },
+      [74.9] = combo { copies = "bf16" }, [67.4] = combo { copies = "bf16", gradients = "bf16" },
+      [52.4] = combo { copies = "bf16", gradients = "bf16", moments = "bf16" },
+      [45.1] = combo { copies = "bf16", gradients = "bf16", moments = "8bit" },
     } do
       near(want, ranks.bytes(qwen(), c, one).total / 2 ^ 30, 3e-3)
     end
@@ -97,19 +97,19 @@ describe("plan_ranks", function()
   it("deals out experts and shards what several ranks hold", function()
     local m = nano()
     m.classes = { m.classes[1] }
-    local n, c = m.classes[1].n, combo { weights = "bf16" }
+    local n, c = m.classes[1].n, combo { copies = "bf16" }
     assert.equal(n * (2 + 2 + 4 + 4 + 8), ranks.bytes(m, c, one).total)
     assert.equal(n / 8 * 20, ranks.bytes(m, c, { gpus = 8, experts = 8 }).total)
     assert.equal(n * 8 + n / 8 * 12, ranks.bytes(m, c, { gpus = 8, experts = 1 }).total)
     local b = ranks.bytes(m, c, { gpus = 16, experts = 8 })
     assert.equal(n / 8, b.gradients / 4)
     assert.equal(n / 16, b.moments / 8)
-    assert.equal(n * 2, ranks.bytes(m, combo { weights = "bf16" }, one).teacher)
-    assert.equal(0.5625 * n, ranks.bytes(m, combo { weights = "packed" }, one).fakequant)
+    assert.equal(n * 2, ranks.bytes(m, combo { copies = "bf16" }, one).teacher)
+    assert.equal(0.5625 * n, ranks.bytes(m, combo { copies = "packed" }, one).fakequant)
   end)
 
   it("keeps one copy of frozen experts", function()
-    local m, c = nano(true), combo { weights = "packed" }
+    local m, c = nano(true), combo { copies = "packed" }
     local b = ranks.bytes(m, c, one)
     near(63.156e9, b.teacher, 1e-4)
     local trained = 31577937344 - 29374808064
@@ -121,7 +121,7 @@ describe("plan_ranks", function()
   end)
 
   it("needs no teacher beside a cache, but what is frozen", function()
-    local plain, cached = combo { weights = "packed" }, combo { weights = "packed", cached = true }
+    local plain, cached = combo { copies = "packed" }, combo { copies = "packed", cached = true }
     assert.equal(0, ranks.bytes(nano(), cached, one).teacher)
     assert.equal(2 * 29374808064, ranks.bytes(nano(true), cached, one).teacher)
     local a, b = ranks.operations(qwen(), plain, 4096), ranks.operations(qwen(), cached, 4096)
@@ -131,11 +131,11 @@ describe("plan_ranks", function()
   end)
 
   it("moves master and moments, or the teacher's blocks, to the host", function()
-    local m, c = nano(true), combo { weights = "packed" }
-    local kept, moved = ranks.bytes(m, c, one), ranks.bytes(m, combo { weights = "packed", offload = "optimizer" }, one)
+    local m, c = nano(true), combo { copies = "packed" }
+    local kept, moved = ranks.bytes(m, c, one), ranks.bytes(m, combo { copies = "packed", offload = "optimizer" }, one)
     assert.equal(0, moved.moments)
     near(kept.total - moved.total, moved.host, 1e-9)
-    local far = ranks.bytes(m, combo { weights = "packed", offload = "teacher" }, one)
+    local far = ranks.bytes(m, combo { copies = "packed", offload = "teacher" }, one)
     near(2 * (31577937344 - 2 * V * D), far.host, 1e-9)
     near(4 * V * D + 4 * m.block, far.teacher, 1e-9)
   end)
@@ -146,7 +146,7 @@ describe("plan_ranks", function()
     near(6 * 742e3 * 1000 * 7 / 8, moved.tokens, 1e-3)
     near(8 / 6 * moved.tokens, ranks.moved(nano(), combo { activations = "bf16", recompute = "yes" }, { gpus = 8, experts = 8 },
       step).tokens, 1e-9)
-    local data = ranks.moved(qwen(), combo { weights = "bf16" }, { gpus = 4, experts = 1 }, step)
+    local data = ranks.moved(qwen(), combo { copies = "bf16" }, { gpus = 4, experts = 1 }, step)
     near(4022468096 * 4 * 3 / 4, data.reduce, 1e-9)
     near((3633315840 * 0.5625 + (4022468096 - 3633315840) * 2) * 3 / 4, data.gather, 1e-9)
     assert.equal(0, ranks.moved(qwen(), combo(), one, step).total)
@@ -192,7 +192,7 @@ describe("plan_ranks", function()
     for _, r in ipairs(list) do
       if not r.fits then seen_short = true end
       assert.is_true(r.fits or seen_short)
-      assert.equal(r.combo.weights == "packed", r.lacks.weights == true)
+      assert.equal(r.combo.copies == "packed", r.lacks.copies == true)
     end
     assert.is_true(seen_short)
     for i = 2, #list do
