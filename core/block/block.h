@@ -29,12 +29,12 @@ typedef struct cq_linear {
     cq_tensor grad; ///< no data when none is trainable
     cq_tensor fq16; ///< fq in BF16 where products on a device are BF16, else no data
     cq_tensor codes, scales; ///< packed fq: [held * n, k / 2], [held * n, k / 16]; fq has no data
-    cq_tensor amax_w; ///< [n_parts] maxima of the parts where the kernels run
-    bool half;        ///< products read BF16 weights and these lie as they want them
-    bool quantized;   ///< all parts are
-    bool act_quant; ///< inputs are fake-quantized too
-    float *amax_x;  ///< [groups] frozen input maxima
-    cq_tensor amax; ///< [groups] the same where the kernels run
+    cq_tensor amax_w;        ///< [n_parts] maxima of the parts where the kernels run
+    bool half;               ///< products read BF16 weights and these lie as they want them
+    bool quantized;          ///< all parts are
+    bool act_quant;          ///< inputs are fake-quantized too
+    float *amax_x;           ///< [groups] frozen input maxima
+    cq_tensor amax;          ///< [groups] the same where the kernels run
 } cq_linear;
 
 /// What the documents of a pass of generation go on from. Each layer keeps keys and values, or its

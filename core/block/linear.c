@@ -77,8 +77,8 @@ int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
     CQ_TRY(weights(l, w, s, &b));
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
-                  .a = x, .lda = w->k, .b = b.wide, .ldb = w->k, .c = y, .ldc = ldy,
-                  .alpha = 1, .beta = beta, .b16 = b.half);
+                  .a = x, .lda = w->k, .b = b.wide, .ldb = w->k, .c = y, .ldc = ldy, .alpha = 1,
+                  .beta = beta, .b16 = b.half);
 }
 
 int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,

@@ -16,10 +16,10 @@ typedef struct cq_param {
     const char *reason; ///< why a linear is not quantized, else NULL
     cq_tensor value;    ///< master weight; BF16 where the optimizer keeps it in fewer bits
     cq_tensor low;      ///< [rows, 2 cols] bytes: low halves of a split master, else no data
-    cq_tensor
-        fq; ///< what forward multiplies with: the fake-quantized copy, or the same memory as value;
-            ///< BF16 where the copy is kept as such. Whatever its form: cq_param_copy
-    cq_tensor codes, scales; ///< packed fq [rows, cols / 2] and [rows, cols / 16]; then fq has no data
+    cq_tensor fq; ///< what forward multiplies with: the fake-quantized copy, or the same memory as
+                  ///< value; BF16 where the copy is kept as such. Whatever its form: cq_param_copy
+    cq_tensor codes,
+        scales;        ///< packed fq [rows, cols / 2] and [rows, cols / 16]; then fq has no data
     cq_tensor grad;    ///< no data when not trainable
     cq_tensor fq16;    ///< fq in BF16 where products on a device are BF16, else no data
     float amax;        ///< frozen weight maximum, shared in fused groups

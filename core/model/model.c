@@ -297,6 +297,13 @@ static bool stack_only_16(const cq_model *m, const cq_plan *p, const cq_linear *
     return only && w->k % 8 == 0 && w->n % 8 == 0;
 }
 
+/* The same of a head with a matrix of its own. */
+static bool head_only_16(const cq_model *m, const cq_plan *p) {
+    const cq_shape *shape = &m->head->shape;
+    return wants_16(m, p) && !m->teacher && !m->trained && !m->nvfp4 && m->head != m->embed &&
+           m->head->disk == CQ_BF16 && shape->dim[0] % 8 == 0 && shape->dim[1] % 8 == 0;
+}
+
 static bool part_here(const cq_linear *w, int64_t i) {
     return w->held == w->groups || (i >= w->first && i < w->first + w->held);
 }
@@ -347,10 +354,11 @@ int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
         cq_param *q = m->param[i];
         if (cq_param_stacked(m, q))
             continue;
+        bool half = q == m->head && head_only_16(m, p);
+        cq_dtype t = half ? CQ_BF16 : q->buffer ? CQ_F32 : m->env.dtype;
         if (q->trainable || !shares(m))
-            CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, q->buffer ? CQ_F32 : m->env.dtype,
-                               q->shape));
-        if (q == m->head && wants_16(m, p) && (q->trainable || !shares(m)))
+            CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, t, q->shape));
+        if (q == m->head && !half && wants_16(m, p) && (q->trainable || !shares(m)))
             CQ_TRY(cq_plan_add(p, &q->fq16, weights, q->name, CQ_BF16, q->shape));
         if (trained && q->trainable)
             CQ_TRY(cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape));
@@ -378,7 +386,8 @@ int cq_model_bind(cq_model *m) {
             w->fq = w->value;
         if (cq_linear_only_16(w))
             w->fq16 = w->fq;
-        if (!w->fq16.data && !w->codes.data && stack_shared(m, w)) /* no data in the teacher: none here */
+        if (!w->fq16.data && !w->codes.data &&
+            stack_shared(m, w)) /* no data in the teacher: none here */
             w->fq16 = (cq_tensor){cq_model_find(m->teacher, w->part[w->first]->name)->fq16.data,
                                   shape, CQ_BF16};
         int64_t row = -w->first * w->n;
@@ -408,6 +417,8 @@ int cq_model_bind(cq_model *m) {
             p->fq16 = shared->fq16;
         }
         p->fq = p->value;
+        if (p->fq.dtype == CQ_BF16)
+            p->fq16 = p->fq;
     }
     if (m->n_params && !m->param[0]->value.data)
         return cq_fail(CQ_EUSAGE, "model: %s is used before its plan is committed", m->dir);

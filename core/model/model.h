@@ -61,6 +61,8 @@ CQ_API void cq_model_set_master(cq_model *m, cq_master master);
 /// or a copy in new memory, *owned, which the caller frees (NULL for none). CQ_EUSAGE for an expert
 /// that another rank has.
 CQ_API int cq_param_master(cq_tensor *out, void **owned, const cq_param *p);
+/// What a product reads of a weight besides `fq16`: `fq`, or NULL where that is BF16 itself.
+CQ_API const void *cq_param_wide(const cq_param *p);
 /// A parameter's fake-quantized weight on the host in FP32 (F64 in such a model), whatever form it
 /// is kept in; *owned as in cq_param_master. Of one that is not quantized: the weight itself.
 CQ_API int cq_param_copy(cq_tensor *out, void **owned, const cq_param *p);

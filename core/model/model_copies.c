@@ -14,8 +14,7 @@ int cq_model_plan_copy(cq_model *m, cq_plan *p, cq_linear *w) {
     w->fq = w->codes = w->scales = (cq_tensor){0};
     if (m->copies != CQ_COPIES_F32 && m->env.dtype != CQ_F32)
         return cq_fail(CQ_EUSAGE, "plan: copies of weights in %s, wanted F32 in a model of %s",
-                       m->copies == CQ_COPIES_BF16 ? "BF16" : "NVFP4",
-                       cq_dtype_name(m->env.dtype));
+                       m->copies == CQ_COPIES_BF16 ? "BF16" : "NVFP4", cq_dtype_name(m->env.dtype));
     if (m->copies == CQ_COPIES_BF16 && !(m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p)))
         return cq_fail(CQ_EUSAGE, "plan: copies of weights in BF16 without BF16 products on a "
                                   "device, wanted f32 or packed");
@@ -27,6 +26,8 @@ int cq_model_plan_copy(cq_model *m, cq_plan *p, cq_linear *w) {
     return cq_plan_add(p, &w->fq, purpose, name, half ? CQ_BF16 : m->env.dtype,
                        CQ_SHAPE2(rows, w->k));
 }
+
+const void *cq_param_wide(const cq_param *p) { return p->fq.dtype == CQ_BF16 ? NULL : p->fq.data; }
 
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

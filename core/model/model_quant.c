@@ -211,7 +211,7 @@ int cq_model_round_weights(cq_model *m, cq_stream *s, bool trained_only) {
             CQ_TRY(round_tensor(s, w->fq, w->fq16));
     }
     const cq_param *head = m->head;
-    return head->fq16.data && (head->grad.data || !trained_only)
+    return head->fq16.data && head->fq16.data != head->fq.data && (head->grad.data || !trained_only)
                ? round_tensor(s, head->fq, head->fq16)
                : CQ_OK;
 }

@@ -188,8 +188,8 @@ int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf, int64_
     int64_t dim = m->config.hidden, vocab = m->config.vocab;
     const char *x = (const char *)xf->data + begin * dim * cq_dtype_bytes(m->env.dtype);
     return CQ_RUN(s, matmul, .dtype = m->env.dtype, .tb = true, .m = n, .n = vocab, .k = dim,
-                  .a = x, .lda = dim, .b = m->head->fq.data, .ldb = dim, .c = logits, .ldc = vocab,
-                  .alpha = 1, .b16 = m->head->fq16.data);
+                  .a = x, .lda = dim, .b = cq_param_wide(m->head), .ldb = dim, .c = logits,
+                  .ldc = vocab, .alpha = 1, .b16 = m->head->fq16.data);
 }
 
 int cq_model_forward(cq_model *m, cq_stream *s, const cq_batch *b) {

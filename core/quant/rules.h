@@ -16,8 +16,8 @@ typedef struct cq_quant_options {
     bool weights_only;      ///< W4A16: activations stay as they are
     cq_scale_method scales; ///< max (dynamic), mse or four_over_six (static, weights only)
     cq_copies copies;
-    const char *freeze;     ///< globs of parameters that are not trained and share the teacher's
-                            ///< storage, or NULL
+    const char *freeze; ///< globs of parameters that are not trained and share the teacher's
+                        ///< storage, or NULL
 } cq_quant_options;
 
 /// Decides for the module `name` (for example backbone.layers.3.mixer.experts.0.up_proj) of a model

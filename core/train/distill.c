@@ -350,7 +350,7 @@ static int head_chunk(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t at
                       .scale = scale, .gradient = true, .sum = d->sums.data,
                       .correct = d->counts.data));
     CQ_TRY(CQ_RUN(s, matmul, .dtype = d->dtype, .m = n, .n = d->dim, .k = d->vocab, .a = d->zs.data,
-                  .lda = d->vocab, .b = head->fq.data, .ldb = d->dim,
+                  .lda = d->vocab, .b = cq_param_wide(head), .ldb = d->dim,
                   .c = (char *)d->dxf.data + at * d->dim * size, .ldc = d->dim, .alpha = 1,
                   .b16 = head->fq16.data));
     void *grad = d->o.many ? d->dhead.data : head->grad.data;

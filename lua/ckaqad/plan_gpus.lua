@@ -56,7 +56,7 @@ function gpus.imagine(opt)
   d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = true, true, "cuda", "bf16", C.CQ_COMPUTE_BF16
 end
 
-local kinds = { "expert", "quantized", "trained", "matrix", "stacked", "product", "vector", "block" }
+local kinds = { "expert", "quantized", "trained", "matrix", "linear", "product", "vector", "block" }
 
 -- Parameters by what decides their bytes and operations; the values of the largest block, and of that with most quantized ones.
 local function classes(student)
@@ -67,7 +67,7 @@ local function classes(student)
     local matrix = p.linear or p == head
     local is = {
       expert = name:find(".experts.", 1, true) ~= nil, quantized = p.quantized, trained = p.trainable, matrix = matrix,
-      stacked = p.linear and p ~= head,
+      linear = p.linear, -- a teacher has its BF16 form alone
       product = matrix or name:find("gate.weight", 1, true) ~= nil, block = p.block >= 0,
       vector = p.shape.rank < 2 or n < 4096, -- core/train/adamw.c keeps their moments in F32
     }

@@ -69,7 +69,7 @@ local function student(out, class, combo, n, share)
 end
 
 -- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
--- copy), stacked (in a block), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values
+-- copy), linear (not what embeds, too), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block = values
 -- of the largest block, quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands:
 -- of scratch, what rounding to BF16 takes).
 function ranks.bytes(model, combo, layout)
@@ -77,7 +77,7 @@ function ranks.bytes(model, combo, layout)
   for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end
   for _, class in ipairs(model.classes) do
     local n, copies = held(class, layout)
-    local teacher = n * (class.stacked and 2 or class.matrix and 6 or 4) -- it is BF16 as published
+    local teacher = n * (class.linear and 2 or class.matrix and 6 or 4) -- it is BF16 as published
     if combo.cached and class.trained then teacher = 0 end -- frozen ones are the student's
     if offloads(combo, "teacher") and class.block then
       out.host, out.stream = out.host + teacher, out.stream + teacher
