@@ -15,9 +15,6 @@ int cq_model_plan_copy(cq_model *m, cq_plan *p, cq_linear *w) {
     if (m->copies != CQ_COPIES_F32 && m->env.dtype != CQ_F32)
         return cq_fail(CQ_EUSAGE, "plan: copies of weights in %s, wanted F32 in a model of %s",
                        m->copies == CQ_COPIES_BF16 ? "BF16" : "NVFP4", cq_dtype_name(m->env.dtype));
-    if (m->copies == CQ_COPIES_BF16 && !(m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p)))
-        return cq_fail(CQ_EUSAGE, "plan: copies of weights in BF16 without BF16 products on a "
-                                  "device, wanted f32 or packed");
     if (m->copies == CQ_COPIES_PACKED) {
         CQ_TRY(cq_plan_add(p, &w->codes, purpose, name, CQ_U8, CQ_SHAPE2(rows, w->k / 2)));
         return cq_plan_add(p, &w->scales, purpose, name, CQ_U8, CQ_SHAPE2(rows, w->k / 16));

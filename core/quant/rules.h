@@ -5,7 +5,7 @@
 /// How a student keeps the fake-quantized copies of its weights, those that products multiply with.
 typedef enum cq_copies {
     CQ_COPIES_F32,   ///< 4 bytes a value, and 2 more where products on a device are BF16
-    CQ_COPIES_BF16,  ///< 2, where products on a device are BF16
+    CQ_COPIES_BF16,  ///< 2 where products on a device are BF16, else as F32
     CQ_COPIES_PACKED ///< 4.5 bits: NVFP4 codes and block scales, opened before each product
 } cq_copies;
 

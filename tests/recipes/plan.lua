@@ -10,9 +10,9 @@ local C = native.C
 
 local weights = { teacher = 0, student = 1, fakequant = 2, gradients = 3, moments = 4 } -- numbers in core/tensor/plan.h
 
-local function prepare(dir, freeze)
+local function prepare(dir, freeze, copies)
   local teacher = cq.model.open(dir)
-  local student = teacher:quantize { preset = "all", freeze = freeze }
+  local student = teacher:quantize { preset = "all", freeze = freeze, copies = copies }
   local adam = cq.optim.adamw(student, {})
   local terms = { cq.loss.kl {}, cq.loss.cka { tokens = 32 } }
   return { teacher = teacher, student = student, adam = adam, terms = terms, tokens = 256, longest = 128, eval = true }
@@ -48,6 +48,16 @@ for _, dir in ipairs(arg) do
       assert(math.abs(sum.total - declared.total) <= 3 * slack)
     end
 
+    for _, copies in ipairs { "bf16", "packed" } do
+      local narrow, c = gpus.model(plan.prepare(prepare(dir, freeze, copies))), combination "yes"
+      c.copies = copies
+      local sum, declared = ranks.bytes(narrow, c, { gpus = 1, experts = 1 }), narrow.planned.yes
+      for name in pairs(weights) do
+        local off = declared[name] - sum[name]
+        assert(off >= 0 and off <= slack, ("%s, freeze %q, copies %s: %s is %d declared, %d added up"):format(dir, freeze, copies, name,
+          declared[name], sum[name]))
+      end
+    end
     for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_compute(m.c, C.CQ_COMPUTE_F32) end
     local counted = plan.count(o, C.CQ_MODE_SAVE)
     for name, purpose in pairs(weights) do
