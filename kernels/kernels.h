@@ -40,7 +40,8 @@ typedef struct cq_memory {
     /// Makes s->queue and s->device for device `index`; close frees them.
     int (*open)(cq_stream *s, int index);
     void (*close)(cq_stream *s);
-    /// Zeroed memory of the open device. `shared` memory is the host's too, for a few scalars.
+    /// Zeroed memory of the open device. `shared` memory is the host's, pinned, and the device
+    /// reaches it, too.
     int (*take)(void **out, int64_t bytes, bool shared);
     void (*give)(void *memory, int64_t bytes, bool shared);
     /// Either side may be host memory; when it returns, host memory may be read or changed.
@@ -48,6 +49,11 @@ typedef struct cq_memory {
     int (*zero)(cq_stream *s, void *to, int64_t bytes);
     /// Waits until all that was asked of the stream is done; an error of any of it is reported.
     int (*wait)(cq_stream *s);
+    /// Copies shared memory to the device beside the operations that are asked from now on, but
+    /// after those asked before; `arrived` makes what is asked after it wait for that. Slots are 0
+    /// and 1.
+    int (*fetch)(cq_stream *s, int slot, void *to, const void *from, int64_t bytes);
+    int (*arrived)(cq_stream *s, int slot);
     int (*available)(int64_t *bytes);
     /// "NVIDIA H200, compute capability 9.0" into text[size].
     int (*describe)(char *text, int64_t size);

@@ -236,6 +236,11 @@ void cq_model_input_only(cq_model *m, bool on) { m->env.input_only = on; }
 cq_dtype cq_model_dtype(const cq_model *m) { return m->env.dtype; }
 cq_param *cq_model_head(cq_model *m) { return m->head; }
 void cq_model_set_master(cq_model *m, cq_master master) { m->master = master; }
+void cq_model_set_offload(cq_model *m, cq_offload offload) { m->offload = offload; }
+cq_purpose cq_model_moments_purpose(const cq_model *m, const cq_plan *p) {
+    bool host = (m->offload & CQ_OFFLOAD_OPTIMIZER) && cq_plan_on_device(p);
+    return host ? CQ_FOR_HOST_OPTIMIZER : CQ_FOR_MOMENTS;
+}
 void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
 
 int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {
@@ -313,10 +318,15 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     cq_shape shape = CQ_SHAPE2(w->held * w->n, w->k);
     const char *name = w->part[0]->name;
     bool narrow = stack_narrow(m, w), only_16 = stack_only_16(m, p, w);
+    bool apart =
+        stack_trained(m, w) && w->quantized && m->teacher; /* only the optimizer reads it */
+    cq_purpose master = apart && cq_model_moments_purpose(m, p) == CQ_FOR_HOST_OPTIMIZER
+                            ? CQ_FOR_HOST_OPTIMIZER
+                            : weights;
     if (!stack_shared(m, w))
-        CQ_TRY(cq_plan_add(p, &w->value, weights, name, narrow || only_16 ? CQ_BF16 : t, shape));
+        CQ_TRY(cq_plan_add(p, &w->value, master, name, narrow || only_16 ? CQ_BF16 : t, shape));
     if (narrow && m->master == CQ_MASTER_SPLIT)
-        CQ_TRY(cq_plan_add(p, &w->low, weights, name, CQ_U8, CQ_SHAPE2(w->held * w->n, 2 * w->k)));
+        CQ_TRY(cq_plan_add(p, &w->low, master, name, CQ_U8, CQ_SHAPE2(w->held * w->n, 2 * w->k)));
     w->half = wants_16(m, p) && w->k % 8 == 0 && w->n % 8 == 0;
     if (w->quantized && !m->nvfp4)
         CQ_TRY(cq_model_plan_copy(m, p, w));
@@ -336,34 +346,48 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
 
 bool cq_param_stacked(const cq_model *m, const cq_param *p) { return p->linear && p != m->head; }
 
+static int plan_param(cq_model *m, cq_plan *p, cq_param *q, cq_purpose weights) {
+    bool half = q == m->head && head_only_16(m, p);
+    cq_dtype t = half ? CQ_BF16 : q->buffer ? CQ_F32 : m->env.dtype;
+    if (q->trainable || !shares(m))
+        CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, t, q->shape));
+    if (q == m->head && !half && wants_16(m, p) && (q->trainable || !shares(m)))
+        CQ_TRY(cq_plan_add(p, &q->fq16, weights, q->name, CQ_BF16, q->shape));
+    return m->trained && q->trainable
+               ? cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape)
+               : CQ_OK;
+}
+
+/* The parameters of a block lie together; -1: embedding, final norm and head. */
+static int plan_block(cq_model *m, cq_plan *p, int32_t block, cq_purpose weights) {
+    if (m->streamed && block >= 0)
+        weights = CQ_FOR_HOST_TEACHER;
+    for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->part[0]->block == block)
+            CQ_TRY(plan_linear(m, p, m->linear[i], weights));
+    for (int64_t i = 0; i < m->n_params; i++)
+        if (m->param[i]->block == block && !cq_param_stacked(m, m->param[i]))
+            CQ_TRY(plan_param(m, p, m->param[i], weights));
+    return CQ_OK;
+}
+
 int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained) {
     cq_purpose weights = m->teacher || trained ? CQ_FOR_STUDENT : CQ_FOR_TEACHER;
     if (trained && m->nvfp4)
         return cq_fail(CQ_EUSAGE, "model: %s holds NVFP4 weights, wanted BF16 ones to train",
                        m->dir);
     m->trained = trained;
+    m->streamed =
+        (m->offload & CQ_OFFLOAD_TEACHER) && cq_plan_on_device(p) && !m->teacher && !trained;
     bool quantized = false;
-    for (int64_t i = 0; i < m->n_linears; i++) {
-        CQ_TRY(plan_linear(m, p, m->linear[i], weights));
+    for (int64_t i = 0; i < m->n_linears; i++)
         quantized = quantized || m->linear[i]->quantized;
-    }
     if (quantized)
         CQ_TRY(cq_plan_add(p, &m->env.saturated, CQ_FOR_FAKEQUANT, "saturated blocks", CQ_I64,
                            CQ_SHAPE1(1)));
-    for (int64_t i = 0; i < m->n_params; i++) {
-        cq_param *q = m->param[i];
-        if (cq_param_stacked(m, q))
-            continue;
-        bool half = q == m->head && head_only_16(m, p);
-        cq_dtype t = half ? CQ_BF16 : q->buffer ? CQ_F32 : m->env.dtype;
-        if (q->trainable || !shares(m))
-            CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, t, q->shape));
-        if (q == m->head && !half && wants_16(m, p) && (q->trainable || !shares(m)))
-            CQ_TRY(cq_plan_add(p, &q->fq16, weights, q->name, CQ_BF16, q->shape));
-        if (trained && q->trainable)
-            CQ_TRY(cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape));
-    }
-    return CQ_OK;
+    for (int32_t block = -1; block < m->config.n_blocks; block++)
+        CQ_TRY(plan_block(m, p, block, weights));
+    return m->streamed ? cq_model_plan_windows(m, p) : CQ_OK;
 }
 
 /* Rows of part i, which begins at `row` of the groups that are here; no data for another. */
@@ -375,6 +399,7 @@ static cq_tensor part_of(const cq_linear *w, cq_tensor here, int64_t i, int64_t 
 }
 
 int cq_model_bind(cq_model *m) {
+    m->in_window[0] = m->in_window[1] = -1;
     for (int64_t i = 0; i < m->n_linears; i++) {
         cq_linear *w = m->linear[i];
         cq_shape shape = CQ_SHAPE2(w->held * w->n, w->k);

@@ -57,6 +57,17 @@ CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
 /// How the master weights of trained quantized linears are kept (kernels/formats.h); before
 /// plan_params. The optimizer says it. All else stays F32: the forward reads it as it is.
 CQ_API void cq_model_set_master(cq_model *m, cq_master master);
+/// What a model on a device keeps in pinned host memory; before plan_params.
+typedef enum cq_offload {
+    CQ_OFFLOAD_NONE = 0,
+    CQ_OFFLOAD_TEACHER =
+        1, ///< the blocks of a model that only runs forward: fetched block by block
+    CQ_OFFLOAD_OPTIMIZER = 2, ///< moments, and master weights of quantized linears: used in place
+    CQ_OFFLOAD_BOTH = 3
+} cq_offload;
+CQ_API void cq_model_set_offload(cq_model *m, cq_offload offload);
+/// Where the plan puts its moments.
+CQ_API cq_purpose cq_model_moments_purpose(const cq_model *m, const cq_plan *p);
 /// A parameter's master weight on the host in the dtype its model computes in: the tensor itself,
 /// or a copy in new memory, *owned, which the caller frees (NULL for none). CQ_EUSAGE for an expert
 /// that another rank has.

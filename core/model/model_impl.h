@@ -15,8 +15,13 @@ struct cq_model {
     cq_scale_method scales;
     cq_compute compute;
     cq_copies copies;
-    cq_master master; ///< form of the master weights of trained quantized linears
-    bool widened;     ///< while calibrating: `fq` holds the F32 form of narrow master weights
+    int offload;          ///< cq_offload
+    bool streamed;        ///< its blocks lie on the host and are fetched as a forward comes to them
+    cq_tensor window[2];  ///< [bytes] where block b is during its forward: window b % 2
+    int64_t in_window[2]; ///< block, or -1
+    ptrdiff_t moved;      ///< of the pointers of the block that runs
+    cq_master master;     ///< form of the master weights of trained quantized linears
+    bool widened;         ///< while calibrating: `fq` holds the F32 form of narrow master weights
     cq_layer_env env;
     cq_param **param;
     int64_t n_params, cap_params;
@@ -49,6 +54,12 @@ int cq_model_send_amax(cq_model *m);
 /// The master weight where the kernels run, in the model's dtype: itself, or widened into the
 /// parameter's `fq`, or where that is no place for it, into the scratch for opened stacks.
 int cq_model_master_now(cq_model *m, cq_stream *s, const cq_param *p, const void **out);
+/// Where the blocks are streamed: has block `block` in its window, asks for the next one, and
+/// points its layers there; `out` points them back. `out` after `in`, whatever failed between them.
+int cq_model_block_in(cq_model *m, cq_stream *s, int64_t block);
+int cq_model_block_out(cq_model *m, cq_stream *s, int64_t block);
+/// Declares the windows, after the blocks.
+int cq_model_plan_windows(cq_model *m, cq_plan *p);
 /// Declares the copy of a quantized stack, in its form.
 int cq_model_plan_copy(cq_model *m, cq_plan *p, cq_linear *w);
 /// Bytes of scratch that opening stacks, and writing copies, takes.

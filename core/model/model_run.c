@@ -163,11 +163,11 @@ int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t
     (void)b;
     CQ_TRY(cq_stop_check());
     cq_model_bind_stream(m, s);
-    for (int64_t i = m->first_layer[block]; i < m->first_layer[block + 1]; i++)
-        CQ_TRY(
-            in_block(cq_layer_forward(&m->layer[i], s, &m->now, layer_in(m, i), layer_in(m, i + 1)),
-                     block, "forward"));
-    return CQ_OK;
+    int status = m->streamed ? cq_model_block_in(m, s, block) : CQ_OK;
+    for (int64_t i = m->first_layer[block]; i < m->first_layer[block + 1] && !status; i++)
+        status = cq_layer_forward(&m->layer[i], s, &m->now, layer_in(m, i), layer_in(m, i + 1));
+    int after = m->streamed ? cq_model_block_out(m, s, block) : CQ_OK;
+    return in_block(status ? status : after, block, "forward");
 }
 
 const cq_tensor *cq_model_hidden(const cq_model *m, int64_t block) {

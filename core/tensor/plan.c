@@ -50,6 +50,8 @@ static const char *const purpose_names[CQ_N_PURPOSES] = {
     [CQ_FOR_CKA] = "CKA",
     [CQ_FOR_RESULTS] = "results",
     [CQ_FOR_GENERATION] = "generation",
+    [CQ_FOR_HOST_TEACHER] = "teacher blocks, host",
+    [CQ_FOR_HOST_OPTIMIZER] = "optimizer, host",
 };
 
 const char *cq_purpose_name(cq_purpose purpose) {
@@ -73,12 +75,18 @@ bool cq_plan_on_device(const cq_plan *plan) { return plan->stream.table || plan-
 /* A purpose with only empty tensors gets one line, so that no slot is NULL. */
 static int64_t region_bytes(const region *r) { return r->peak ? r->peak : ALIGN; }
 
+static bool on_host(int purpose) {
+    return purpose == CQ_FOR_HOST_TEACHER || purpose == CQ_FOR_HOST_OPTIMIZER;
+}
+/* Memory of a device's plan that the host reaches, too. */
+static bool is_shared(int purpose) { return purpose == CQ_FOR_RESULTS || on_host(purpose); }
+
 static void unmap(cq_plan *plan) {
     for (int i = 0; i < CQ_N_PURPOSES; i++) {
         region *r = &plan->regions[i];
         if (r->base && cq_plan_on_device(plan)) {
             cq_region_remove(r->base);
-            plan->stream.table->memory->give(r->base, region_bytes(r), i == CQ_FOR_RESULTS);
+            plan->stream.table->memory->give(r->base, region_bytes(r), is_shared(i));
         } else if (r->base)
             munmap(r->base, (size_t)region_bytes(r));
         r->base = NULL;
@@ -90,10 +98,9 @@ static int map_region(cq_plan *plan, int purpose) {
     int64_t bytes = region_bytes(r);
     void *base = NULL;
     if (cq_plan_on_device(plan)) {
-        bool shared = purpose == CQ_FOR_RESULTS;
-        CQ_TRY(plan->stream.table->memory->take(&base, bytes, shared));
-        r->base = base;
-        return shared ? CQ_OK : cq_region_add(base, bytes, &plan->stream);
+        CQ_TRY(plan->stream.table->memory->take(&base, bytes, is_shared(purpose)));
+        r->base = base; /* results are read after a wait, all else in the stream's order */
+        return purpose == CQ_FOR_RESULTS ? CQ_OK : cq_region_add(base, bytes, &plan->stream);
     }
     base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED)
@@ -164,7 +171,7 @@ int64_t cq_plan_bytes(const cq_plan *plan, cq_purpose purpose) {
         return plan->regions[purpose].peak;
     int64_t total = 0;
     for (int i = 0; i < CQ_N_PURPOSES; i++) /* a sum beyond 2^63 fits nowhere: say the largest */
-        if (__builtin_add_overflow(total, plan->regions[i].peak, &total))
+        if (!on_host(i) && __builtin_add_overflow(total, plan->regions[i].peak, &total))
             return INT64_MAX;
     return total;
 }
@@ -207,6 +214,14 @@ int cq_plan_commit(cq_plan *plan, int64_t limit_bytes) {
                                               : cq_memory_available();
     if (cq_plan_bytes(plan, CQ_N_PURPOSES) > limit)
         return refuse(plan, limit, limit_bytes > 0 ? "(the limit)" : "(available memory)");
+    int64_t host =
+        plan->regions[CQ_FOR_HOST_TEACHER].peak + plan->regions[CQ_FOR_HOST_OPTIMIZER].peak;
+    if (host > cq_memory_available())
+        return cq_fail(
+            CQ_ENOMEM,
+            "memory plan: %.1f MiB planned on the host beside the device, wanted at most %.1f "
+            "MiB (available memory)",
+            mib(host), mib(cq_memory_available()));
     for (int i = 0; i < CQ_N_PURPOSES; i++) {
         region *r = &plan->regions[i];
         if (!r->used)

@@ -8,18 +8,20 @@
 #include "kernels/kernels.h"
 
 typedef enum cq_purpose {
-    CQ_FOR_TEACHER = 0,     ///< teacher weights
-    CQ_FOR_STUDENT = 1,     ///< student master weights
-    CQ_FOR_FAKEQUANT = 2,   ///< fake-quantized copies of the weights
-    CQ_FOR_GRADIENT = 3,    ///< parameter gradients
-    CQ_FOR_MOMENTS = 4,     ///< AdamW moments
-    CQ_FOR_ACTIVATIONS = 5, ///< values saved for backward
-    CQ_FOR_SCRATCH = 6,     ///< block and kernel scratch
-    CQ_FOR_LOGITS = 7,      ///< one chunk of logits of each model
-    CQ_FOR_CKA = 8,         ///< Grams and sampled rows
-    CQ_FOR_RESULTS = 9,     ///< scalars that kernels write and the host reads after a wait
-    CQ_FOR_GENERATION = 10, ///< keys, values and states of sequences, their logits
-    CQ_N_PURPOSES = 11
+    CQ_FOR_TEACHER = 0,         ///< teacher weights
+    CQ_FOR_STUDENT = 1,         ///< student master weights
+    CQ_FOR_FAKEQUANT = 2,       ///< fake-quantized copies of the weights
+    CQ_FOR_GRADIENT = 3,        ///< parameter gradients
+    CQ_FOR_MOMENTS = 4,         ///< AdamW moments
+    CQ_FOR_ACTIVATIONS = 5,     ///< values saved for backward
+    CQ_FOR_SCRATCH = 6,         ///< block and kernel scratch
+    CQ_FOR_LOGITS = 7,          ///< one chunk of logits of each model
+    CQ_FOR_CKA = 8,             ///< Grams and sampled rows
+    CQ_FOR_RESULTS = 9,         ///< scalars that kernels write and the host reads after a wait
+    CQ_FOR_GENERATION = 10,     ///< keys, values and states of sequences, their logits
+    CQ_FOR_HOST_TEACHER = 11,   ///< of a device: teacher blocks in pinned host memory
+    CQ_FOR_HOST_OPTIMIZER = 12, ///< of a device: moments and master weights there
+    CQ_N_PURPOSES = 13
 } cq_purpose;
 
 typedef struct cq_plan cq_plan;
@@ -43,12 +45,13 @@ CQ_API int cq_plan_add(cq_plan *plan, cq_tensor *slot, cq_purpose purpose, const
 CQ_API int64_t cq_plan_mark(const cq_plan *plan, cq_purpose purpose);
 /// Lets the next declarations of `purpose` reuse the bytes from `mark` on.
 CQ_API void cq_plan_rewind(cq_plan *plan, cq_purpose purpose, int64_t mark);
-/// Planned bytes of a purpose, or of all with CQ_N_PURPOSES.
+/// Planned bytes of a purpose, or of all but the CQ_FOR_HOST ones with CQ_N_PURPOSES.
 CQ_API int64_t cq_plan_bytes(const cq_plan *plan, cq_purpose purpose);
 /// "teacher weights", "scratch" and so on; "all" with CQ_N_PURPOSES.
 CQ_API const char *cq_purpose_name(cq_purpose purpose);
 /// Allocates and binds. Fails with CQ_ENOMEM, naming planned, largest and available MiB, when the
-/// total exceeds `limit_bytes` (0: what the system says is available).
+/// total exceeds `limit_bytes` (0: what the system says is available), or the CQ_FOR_HOST purposes
+/// what the host has.
 CQ_API int cq_plan_commit(cq_plan *plan, int64_t limit_bytes);
 CQ_API bool cq_plan_committed(const cq_plan *plan);
 /// VmHWM of this process in bytes, and what the system says is available for new memory.

@@ -80,10 +80,11 @@ static int plan_moment(cq_adamw *a, cq_plan *p, int64_t i, int k) {
     cq_dtype dtype = form == CQ_MOMENTS_BF16   ? CQ_BF16
                      : form == CQ_MOMENTS_8BIT ? CQ_U8
                                                : cq_model_dtype(a->model);
-    CQ_TRY(cq_plan_add(p, &a->moment[i][k], CQ_FOR_MOMENTS, q->name, dtype, q->shape));
+    cq_purpose purpose = cq_model_moments_purpose(a->model, p);
+    CQ_TRY(cq_plan_add(p, &a->moment[i][k], purpose, q->name, dtype, q->shape));
     int64_t blocks = (cq_shape_elems(q->shape) + 255) / 256;
     return form == CQ_MOMENTS_8BIT
-               ? cq_plan_add(p, &a->scale[i][k], CQ_FOR_MOMENTS, q->name, CQ_F32, CQ_SHAPE1(blocks))
+               ? cq_plan_add(p, &a->scale[i][k], purpose, q->name, CQ_F32, CQ_SHAPE1(blocks))
                : CQ_OK;
 }
 

@@ -18,6 +18,8 @@ enum { RING_BYTES = 8 << 20, LARGEST_STAGED = 1 << 20 };
 struct device : cq_cuda_device {
     char *ring; ///< pinned
     int64_t ring_at;
+    cudaStream_t fetches; ///< made when the first fetch is asked for, as the events are
+    cudaEvent_t asked, done[2];
 };
 
 device *of(cq_stream *s) { return static_cast<device *>(s->device); }
@@ -85,6 +87,12 @@ void close_stream(cq_stream *s) {
     cudaFreeHost(d->ring);
     if (d->queue)
         cudaStreamDestroy(d->queue);
+    if (d->fetches) {
+        cudaStreamDestroy(d->fetches);
+        cudaEventDestroy(d->asked);
+        cudaEventDestroy(d->done[0]);
+        cudaEventDestroy(d->done[1]);
+    }
     free(d);
     s->device = s->queue = NULL;
 }
@@ -194,6 +202,33 @@ int wait(cq_stream *s) {
                                      e);
 }
 
+int open_fetches(device *d) {
+    cudaError_t e = cudaStreamCreateWithFlags(&d->fetches, cudaStreamNonBlocking);
+    cudaEvent_t *events[] = {&d->asked, &d->done[0], &d->done[1]};
+    for (int i = 0; i < 3 && e == cudaSuccess; i++)
+        e = cudaEventCreateWithFlags(events[i], cudaEventDisableTiming);
+    return e == cudaSuccess ? CQ_OK : failed("opening a second stream", e);
+}
+
+int fetch(cq_stream *s, int slot, void *to, const void *from, int64_t bytes) {
+    device *d = of(s);
+    if (!d->fetches)
+        CQ_TRY(open_fetches(d));
+    cudaError_t e = cudaEventRecord(d->asked, d->queue);
+    if (e == cudaSuccess)
+        e = cudaStreamWaitEvent(d->fetches, d->asked, 0);
+    if (e == cudaSuccess)
+        e = cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, d->fetches);
+    if (e == cudaSuccess)
+        e = cudaEventRecord(d->done[slot], d->fetches);
+    return e == cudaSuccess ? CQ_OK : failed("fetching", e);
+}
+
+int arrived(cq_stream *s, int slot) {
+    cudaError_t e = cudaStreamWaitEvent(of(s)->queue, of(s)->done[slot], 0);
+    return e == cudaSuccess ? CQ_OK : failed("waiting for what was fetched", e);
+}
+
 int available(int64_t *bytes) {
     size_t free_bytes = 0, total = 0;
     cudaError_t e = cudaMemGetInfo(&free_bytes, &total);
@@ -227,8 +262,8 @@ bool waits_always() {
 
 extern "C" {
 extern const cq_memory cq_cuda_memory;
-const cq_memory cq_cuda_memory = {open_stream, close_stream, take,      give,     copy,
-                                  zero,        wait,         available, describe, count};
+const cq_memory cq_cuda_memory = {open_stream, close_stream, take,    give,      copy,     zero,
+                                  wait,        fetch,        arrived, available, describe, count};
 }
 
 extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes) {

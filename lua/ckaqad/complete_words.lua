@@ -15,6 +15,7 @@ complete.values = {
   cka = { "all", "mamba", "attention", "moe", "mlp", "first:", "last:", "every:", "none" }, estimator = { "unbiased", "biased" },
   balance = { "ratio", "gradnorm", "fixed:", "none" }, kernels = { "cpu", "ref" }, storage = { "f16", "f32" },
   moments = { "f32", "bf16", "8bit" }, master = { "f32", "split", "bf16" }, copies = { "f32", "bf16", "packed" },
+  offload = { "none", "teacher", "optimizer", "both" },
   suite = { "aime25", "gpqa", "lcb" }, mix = { "sft", "rl", "test", "easy" }, part = { "validation", "test" },
   arms = { "all", "main", "short" }, family = { "nemotron_h", "qwen3" },
   device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },

@@ -26,8 +26,20 @@ local function wrap(c, extra)
   for key, value in pairs(extra or {}) do m[key] = value end
   C.cq_model_set_compute(c, m.device.stream.compute)
   if ranks.moe == "ranks" and not m.device.imagined then call.cq_model_share_experts(c, native.comm) end
-  return setmetatable(m, Model)
+  setmetatable(m, Model)
+  m:set_offload(m.device.offload)
+  return m
 end
+
+local offloads = { none = "CQ_OFFLOAD_NONE", teacher = "CQ_OFFLOAD_TEACHER", optimizer = "CQ_OFFLOAD_OPTIMIZER", both = "CQ_OFFLOAD_BOTH" }
+
+--- What the model keeps in pinned host memory where it runs on a GPU: "none", "teacher" (of a model that only runs forward, its blocks,
+--- fetched as the forward comes to them), "optimizer" (moments, and master weights of quantized linears), "both". Before the plan;
+--- --offload says it for all models of a run.
+---
+--- Example:
+---     teacher:set_offload "teacher"
+function Model:set_offload(what) C.cq_model_set_offload(self.c, C[offloads[what]]) end
 
 local dtypes = { f32 = "CQ_F32", f64 = "CQ_F64" }
 

@@ -69,6 +69,7 @@ function plan.count(o, mode)
   return bytes
 end
 
+local function on_host(p) return tonumber(C.cq_plan_bytes(p, C.CQ_FOR_HOST_TEACHER) + C.cq_plan_bytes(p, C.CQ_FOR_HOST_OPTIMIZER)) end
 local function total(p) return tonumber(C.cq_plan_bytes(p, C.CQ_N_PURPOSES)) end
 
 -- oneDNN packs operands in buffers of its own, outside the plan: about 8 MiB a thread, measured.
@@ -85,7 +86,7 @@ local function lines_of(self)
   end
   if self.mapped > 0 then rows[#rows + 1] = { "file of the cache", text.bytes(self.mapped) } end
   if self.library > 0 then rows[#rows + 1] = { "oneDNN's own, about", text.bytes(self.library) } end
-  rows[#rows + 1] = { "total", text.bytes(self.bytes) }
+  rows[#rows + 1] = { self.host > 0 and "total on the GPU" or "total", text.bytes(self.bytes) }
   local choice = not self.trained and "forward only" or self.mode == C.CQ_MODE_SAVE and "activations saved" or
     "activations recomputed: saving them would need " .. text.bytes(self.saved_bytes)
   local lines = { ("memory plan, %d tokens a micro-batch, %s:"):format(self.tokens, choice) }
@@ -135,7 +136,7 @@ function plan.plan(options)
   end
   local library, mapped = library_bytes(o.student.device), o.teacher and o.teacher.cached and o.teacher:largest() or 0
   local self = {
-    c = p, mode = mode, bytes = total(p) + library + mapped, library = library, mapped = mapped, saved_bytes = saved_bytes,
+    c = p, mode = mode, bytes = total(p) + library + mapped, library = library, mapped = mapped, host = on_host(p), saved_bytes = saved_bytes,
     trained = o.trained, tokens = o.tokens,
     before = native.peak_bytes(), free = o.student.device.on_device and tonumber(C.cq_stream_available(o.student.device.stream)),
   }

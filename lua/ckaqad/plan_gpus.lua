@@ -53,7 +53,8 @@ end
 function gpus.imagine(opt)
   if not opt.dry_run then errors.usage("option --gpus: goes with --dry-run, nothing runs on GPUs that are not here") end
   local d = device.current()
-  d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = true, true, "cuda", "bf16", C.CQ_COMPUTE_BF16
+  d.offload, d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = opt.offload, true, true, "cuda", "bf16",
+    C.CQ_COMPUTE_BF16
 end
 
 local kinds = { "expert", "quantized", "trained", "matrix", "linear", "product", "vector", "block" }
@@ -113,6 +114,8 @@ local function planned(o, mode)
     out[name] = count[tonumber(purpose)]
     out.total = out.total + out[name]
   end
+  out.stream, out.optimizer = count[tonumber(C.CQ_FOR_HOST_TEACHER)], count[tonumber(C.CQ_FOR_HOST_OPTIMIZER)]
+  out.host = out.stream + out.optimizer
   return out
 end
 
@@ -149,6 +152,7 @@ local function variant(o, options, globs, changes)
   for key, value in pairs(o.adam.options) do adam[key] = changes[key] or value end
   quant.freeze, quant.copies = globs or quant.freeze, changes.copies or quant.copies
   copy.student = o.teacher:quantize(quant)
+  for _, m in ipairs { o.teacher, copy.student } do m:set_offload(changes.offload or "none") end
   copy.adam = optim.adamw(copy.student, adam)
   return plan.prepare(copy)
 end
@@ -205,7 +209,8 @@ local function declared(r, o, options, search)
   if r.layout.gpus > 1 or r.missing > 0 then return end
   local globs = r.combo.freeze == "experts" and "*.experts.*" or nil
   local sum = r.bytes
-  r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master, copies = r.combo.copies }), r.combo.recompute)
+  r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master, copies = r.combo.copies,
+    offload = r.combo.offload }), r.combo.recompute)
   if search.cached then r.bytes.teacher, r.bytes.total = sum.teacher, r.bytes.total - r.bytes.teacher + sum.teacher end
   r.short = math.max(0, r.bytes.total - search.limit)
   r.fits = r.short == 0

@@ -315,6 +315,31 @@ static int wait_stream(cq_stream *s) {
     (void)s;
     return cq_emu_status("an operation failed on the device");
 }
+/* A fetch happens as late as it may; until then NaN lies there. */
+struct fetched {
+    void *to;
+    const void *from;
+    int64_t bytes;
+};
+static fetched waiting[2];
+static int fetch(cq_stream *s, int slot, void *to, const void *from, int64_t bytes) {
+    (void)s;
+    int64_t left;
+    CQ_TRY(check_range(to, bytes, "fetching to"));
+    CQ_TRY(check_range(from, bytes, "fetching from"));
+    if (!cq_emu_memory_has(from, &left))
+        return cq_fail(CQ_EIO, "cuda: fetching from the host's own memory, wanted shared memory");
+    waiting[slot] = fetched{to, from, bytes};
+    cq_emu_memory_unlock();
+    memset(to, 0xff, (size_t)bytes);
+    cq_emu_memory_lock();
+    return CQ_OK;
+}
+static int arrived(cq_stream *s, int slot) {
+    fetched f = waiting[slot];
+    waiting[slot].bytes = 0;
+    return copy(s, f.to, f.from, f.bytes);
+}
 static int available(int64_t *bytes) {
     *bytes = (int64_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
     return CQ_OK;
@@ -325,8 +350,8 @@ static int describe(char *text, int64_t size) {
 }
 extern "C" {
 extern const cq_memory cq_emu_memory;
-const cq_memory cq_emu_memory = {open_stream, close_stream, take,      give,     copy,
-                                 zero,        wait_stream,  available, describe, count};
+const cq_memory cq_emu_memory = {open_stream, close_stream, take,    give,      copy,     zero,
+                                 wait_stream, fetch,        arrived, available, describe, count};
 }
 
 /* The content is NaN at each call: what an operation does not write it must not read. */
