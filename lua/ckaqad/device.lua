@@ -43,15 +43,16 @@ local function open(o)
 end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
---- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on, `copies` for students (see `teacher:quantize`), `offload`
---- ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and Inf.
+--- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on, `copies` for students (see `teacher:quantize`),
+--- `offload` ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and Inf.
 --- A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
 ---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
-  local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", copies = "f32", offload = "none", check = false })
+  local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", copies = "f32", offload = "none",
+    check = false })
   if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
     errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
   end
@@ -74,7 +75,8 @@ function device.device(given)
   call.cq_stream_describe(stream, text, 128)
   local name = native.string(text)
   current = {
-    stream = stream, kernels = kernels, compute = o.compute, copies = o.copies, offload = o.offload, threads = tonumber(stream.threads), on_device = stream.table.memory ~= nil,
+    stream = stream, kernels = kernels, compute = o.compute, copies = o.copies, offload = o.offload, threads = tonumber(stream.threads),
+    on_device = stream.table.memory ~= nil,
     isa = name ~= "" and name or kernels == "cpu" and native.string(C.cq_cpu_isa()) or "scalar",
   }
   return current

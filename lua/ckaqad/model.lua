@@ -87,8 +87,8 @@ local scale_methods = { max = "CQ_SCALE_MAX", mse = "CQ_SCALE_MSE", four_over_si
 --- The 4-bit student of a teacher.
 --- Options: `preset` (nemotron_nano, qwen3, all, experts, mlp, none), `scales` (max, mse, four_over_six), `exclude`, `include` and
 --- `freeze` (comma-separated globs of module or parameter names), `weights_only` (W4A16), `copies`: how the fake-quantized weights
---- are kept (as --copies says): "f32" (4 bytes a value; 6 where a GPU's products are BF16), "bf16" (2, there only) or "packed" (0.56: NVFP4 codes and
---- scales, opened before each product). The bits of training are the same.
+--- are kept (as --copies says): "f32" (4 bytes a value; 6 where a GPU's products are BF16), "bf16" (2, there only) or "packed" (0.56: NVFP4
+--- codes and scales, opened before each product). The bits of training are the same.
 ---
 --- Example:
 ---     local w4a16 = teacher:quantize { preset = "experts", scales = "mse", freeze = "*.gate.weight", weights_only = true }

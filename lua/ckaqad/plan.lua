@@ -136,7 +136,8 @@ function plan.plan(options)
   end
   local library, mapped = library_bytes(o.student.device), o.teacher and o.teacher.cached and o.teacher:largest() or 0
   local self = {
-    c = p, mode = mode, bytes = total(p) + library + mapped, library = library, mapped = mapped, host = on_host(p), saved_bytes = saved_bytes,
+    c = p, mode = mode, bytes = total(p) + library + mapped, library = library, mapped = mapped, host = on_host(p),
+    saved_bytes = saved_bytes,
     trained = o.trained, tokens = o.tokens,
     before = native.peak_bytes(), free = o.student.device.on_device and tonumber(C.cq_stream_available(o.student.device.stream)),
   }

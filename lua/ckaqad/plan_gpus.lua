@@ -53,7 +53,7 @@ end
 function gpus.imagine(opt)
   if not opt.dry_run then errors.usage("option --gpus: goes with --dry-run, nothing runs on GPUs that are not here") end
   local d = device.current()
-  d.offload, d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = opt.offload, true, true, "cuda", "bf16",
+  d.offload, d.on_device, d.imagined, d.kernels, d.compute, d.stream.compute = opt.offload or "none", true, true, "cuda", "bf16",
     C.CQ_COMPUTE_BF16
 end
 

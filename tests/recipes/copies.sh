@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # --copies: packed or BF16 copies of the weights train the same bits as F32 ones, with every form of master weights, frozen experts, many
-# ranks, and on a device (the emulated one); take the memory that the plan says; are exported as they are.
+# ranks, and on a device (the emulated one), there also with teacher and optimizer in the host's memory (--offload).
 set -eu
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d /tmp/ckaqad-copies-XXXXXX); trap 'rm -rf "$work"' EXIT
@@ -40,13 +40,13 @@ if [ -x build/ckaqad_on_cpu ]; then
   more=(--device=cuda --compute=bf16 --master=split --steps=1)
   go device build/ckaqad_on_cpu & one=$!
   more+=(--copies=bf16); go device-bf16 build/ckaqad_on_cpu
-  more+=(--copies=packed); go device-packed build/ckaqad_on_cpu
+  more+=(--copies=packed --offload=both); go device-packed build/ckaqad_on_cpu
   wait $one
   same device device-bf16 device-packed
   what="$what, device"
 fi
-for bad in --copies=bf16 --copies=fp4; do
+for bad in --copies=bf16 --copies=fp4 --offload=both --offload=disk; do
   rc=0; build/ckaqad recipes/nemotron_nano.lua --dry-run $bad >/dev/null 2>"$work/err" || rc=$?
-  { [ $rc = 2 ] && [ "$(wc -l <"$work/err")" = 1 ] && grep -q "^ckaqad: option --copies: " "$work/err"; } || fail "$bad: exit $rc: $(cat "$work/err")"
+  { [ $rc = 2 ] && [ "$(wc -l <"$work/err")" = 1 ] && grep -q "^ckaqad: option ${bad%=*}: " "$work/err"; } || fail "$bad: exit $rc: $(cat "$work/err")"
 done
-echo "packed and BF16 copies of the weights: the bits of F32 ones ($what)"
+echo "packed and BF16 copies of the weights, teacher and optimizer on the host: the bits of F32 ones ($what)"
