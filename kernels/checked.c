@@ -56,6 +56,10 @@ CHECKED(matmul_grouped, {
     if (a->mode == CQ_GROUPED_WEIGHT)
         DENSE(w, a->groups * a->n, a->k);
 }) /* the number of rows is known to the device only */
+CHECKED(matmul_nvfp4, {
+    if (!a->c_bf16)
+        OUT(c, a->m, a->n, a->ldc);
+})
 CHECKED(rmsnorm_forward, DENSE(y, a->rows, a->dim); DENSE(yq, a->rows, a->dim))
 CHECKED(rmsnorm_backward, DENSE(dx, a->rows, a->dim); DENSE(dw, 1, a->dim))
 CHECKED(gatednorm_forward, DENSE(out, a->rows, a->dim); DENSE(outq, a->rows, a->dim))

@@ -28,6 +28,8 @@ typedef struct cq_stream {
     int64_t scratch_bytes; ///< per thread; an operation that needs more fails with CQ_ENOMEM
     void *bf16_scratch;    ///< operands of one matmul in BF16, or NULL; owned by the plan
     int64_t bf16_scratch_bytes;
+    bool fp4; ///< of a device, where compute is BF16: products of a quantized linear's forward may
+              ///< be matmul_nvfp4
     bool by_row;  ///< FP32 products C = A W' sum every row of C in an order that the other rows do
                   ///< not change: a row's bits are the same in any batch (generation)
     void *queue;  ///< of a device: its CUDA stream
@@ -59,6 +61,8 @@ typedef struct cq_memory {
     int (*describe)(char *text, int64_t size);
     /// Devices of this machine; an error where none can be used.
     int (*count)(int *n);
+    /// Whether the stream's device has FP4 tensor cores.
+    bool (*has_fp4)(const cq_stream *s);
 } cq_memory;
 
 /// Fake quantization of rows: groups of consecutive rows each with their own frozen maximum.
@@ -102,6 +106,22 @@ typedef struct cq_matmul_grouped_args {
     const void *w16; ///< w rounded to BF16, as b16 of matmul; not read in mode WEIGHT; may be NULL
     bool x_bf16, y_bf16; ///< on a device: x, y hold BF16
 } cq_matmul_grouped_args;
+
+/// C[m, n] = A B' + beta C of matrices as `pack` leaves them: codes [., k / 2], scales [., k / 16]
+/// and the maximum [1] of each; those of A are dynamic. k is a multiple of 32. On a device with FP4
+/// tensor cores products of codes are exact and added up in FP32; elsewhere both are opened to
+/// BF16.
+typedef struct cq_matmul_nvfp4_args {
+    cq_dtype dtype; ///< of c
+    int64_t m, n, k;
+    const uint8_t *a_codes, *a_scales, *b_codes, *b_scales;
+    const float *a_amax, *b_amax;
+    float b_top; ///< 448, or what the static scales of B were made for
+    void *c;
+    int64_t ldc;
+    double beta;
+    bool c_bf16; ///< on a device: c holds BF16
+} cq_matmul_nvfp4_args;
 
 /// y = w * x / sqrt(mean(x^2) + eps); yq = fake quantization of y. y or yq may be NULL.
 typedef struct cq_rmsnorm_forward_args {
@@ -390,6 +410,7 @@ typedef struct cq_pack_args {
     float top;
     uint8_t *codes;  ///< [rows, cols / 2], the first of two values in the low half
     uint8_t *scales; ///< [rows, cols / 16] E4M3
+    cq_dtype act;    ///< of x
 } cq_pack_args;
 /// y = code * (e4m3(scale) * amax[g] / (6 top)), evaluated in FP32: what fake_quant wrote. The rows
 /// are n_groups groups of rows / n_groups each; `top` is 448 for dynamic scales.

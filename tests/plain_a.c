@@ -1,5 +1,6 @@
 /* plain_a.c - plain FP32 loops: matrix products, activations, norms, attention, convolution, SSD.
  */
+#include "kernels/nvfp4.h"
 #include "tests/plain_kernels.h"
 
 #define real float
@@ -13,6 +14,7 @@
 
 CQ_PLAIN_OP(matmul)
 CQ_PLAIN_OP(matmul_grouped)
+CQ_PLAIN_OP(matmul_nvfp4)
 CQ_PLAIN_OP(rmsnorm_forward)
 CQ_PLAIN_OP(rmsnorm_backward)
 CQ_PLAIN_OP(gatednorm_forward)

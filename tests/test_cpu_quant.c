@@ -1,6 +1,7 @@
 /* test_cpu_quant.c - fake quantization in the cpu backend, alone and fused, bit for bit against the
    codec of kernels/nvfp4.h, under every instruction set the machine has; with WAYS_CUDA the same of
    a device. */
+#include "core/tensor/device.h"
 #include "kernels/nvfp4.h"
 #include "kernels/update.h"
 #include "tests/three_ways.h"
@@ -171,6 +172,75 @@ Test(cpu_quant, packed_values_are_those_of_fake_quantization) {
                              form == 0   ? 0
                              : form == 1 ? 448
                                          : 256);
+}
+
+/* The product of two packed matrices. A GPU without FP4 tensor cores opens both to BF16, which is
+   no more exact than that. */
+static uint8_t *packed(uint64_t stream, int64_t rows, int64_t cols, float *amax) {
+    uint8_t *out = malloc((size_t)(rows * cols / 16 * 9));
+    float *x = floats(rows * cols);
+    cr_assert_not_null(out);
+    for (int64_t i = 0; i < rows * cols; i++)
+        x[i] = (float)cq_random_normal(5, stream, (uint64_t)i);
+    cq_pack_args a = {.dtype = CQ_F32,
+                      .rows = rows,
+                      .cols = cols,
+                      .x = x,
+                      .fq = {.amax = amax},
+                      .codes = out,
+                      .scales = out + rows * cols / 2};
+    cr_assert_eq(cq_ref_pack(NULL, &a), CQ_OK, "%s", cq_error());
+    free(x);
+    return out;
+}
+static bool has_fp4(void) {
+#if defined(WAYS_CUDA) && !defined(WAYS_EMULATED)
+    cq_stream s = {0};
+    bool has = cq_stream_open(&s, WAYS_TABLE, 0) == CQ_OK && cq_stream_has_fp4(&s);
+    cq_stream_close(&s);
+    return has;
+#else
+    return true;
+#endif
+}
+Test(cpu_quant, products_of_packed_matrices_are_those_of_their_values) {
+    static const struct {
+        int64_t m, n, k;
+        double beta;
+    } shape[] = {{1, 8, 32, 0}, {70, 136, 96, 1}, {130, 24, 32 * 5, 0.5}};
+    float a_amax = 4.0f, b_amax = 2.5f;
+    if (!has_fp4())
+        cr_skip_test("no FP4 tensor cores");
+    for (size_t i = 0; i < sizeof(shape) / sizeof(*shape); i++) {
+        int64_t m = shape[i].m, n = shape[i].n, k = shape[i].k;
+        uint8_t *a = packed(2 * i, m, k, &a_amax), *b = packed(2 * i + 1, n, k, &b_amax);
+        for (int at = -1; ways_next(&at);) {
+            ways w = {.scratch_bytes = 1 << 20, .at = at, .seed = 4};
+            snprintf(w.what, sizeof(w.what), "%s matmul_nvfp4 %zu", ways_name(at), i);
+            WAYS_OUT(&w, matmul_nvfp4, c, m, n, n + 8, 2);
+            cq_matmul_nvfp4_args args = {.m = m,
+                                         .n = n,
+                                         .k = k,
+                                         .a_codes = a,
+                                         .a_scales = a + m * k / 2,
+                                         .b_codes = b,
+                                         .b_scales = b + n * k / 2,
+                                         .a_amax = &a_amax,
+                                         .b_amax = &b_amax,
+                                         .b_top = 448.0f,
+                                         .ldc = n + 8,
+                                         .beta = shape[i].beta};
+            WAYS_RAW(&w, matmul_nvfp4, a_codes, m * k / 2);
+            WAYS_RAW(&w, matmul_nvfp4, a_scales, m * k / 16);
+            WAYS_RAW(&w, matmul_nvfp4, b_codes, n * k / 2);
+            WAYS_RAW(&w, matmul_nvfp4, b_scales, n * k / 16);
+            WAYS_RAW(&w, matmul_nvfp4, a_amax, 4);
+            WAYS_RAW(&w, matmul_nvfp4, b_amax, 4);
+            WAYS_RUN(&w, matmul_nvfp4, args);
+            ways_judge(&w);
+        }
+        free(a), free(b);
+    }
 }
 
 static const int64_t offsets[] = {0, 0, 5, 40, 40, 64};

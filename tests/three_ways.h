@@ -63,7 +63,7 @@ typedef struct ways {
     int n_fields;
     ways_tally tally[MOST_FIELDS];
     int n_tallies;
-    ways_raw raw[4]; ///< pointers that are the same in every way
+    ways_raw raw[6]; ///< pointers that are the same in every way
     int n_raw;
     int at; ///< of ways_next
     uint64_t seed, drawn;

@@ -68,14 +68,15 @@ typedef struct cq_layer_env {
     const cq_config *config;
     cq_dtype dtype;
     cq_mode mode;
-    bool calibrating;         ///< unquantized, recording input maxima
-    bool input_only;          ///< backward without parameter gradients
-    bool again;               ///< a forward that is done again: nothing is counted
-    cq_tensor saturated;      ///< [1] blocks whose scale was clamped, I64; no data: not counted
-    cq_tensor opened;         ///< [bytes] one stack opened for the product at hand
-    int64_t tokens;           ///< planned capacity
-    int64_t longest;          ///< planned longest document
-    const cq_past *past;      ///< documents go on from slots; NULL: each starts anew
+    bool calibrating;    ///< unquantized, recording input maxima
+    bool input_only;     ///< backward without parameter gradients
+    bool again;          ///< a forward that is done again: nothing is counted
+    cq_tensor saturated; ///< [1] blocks whose scale was clamped, I64; no data: not counted
+    cq_tensor opened;    ///< [bytes] one stack opened for the product at hand
+    cq_tensor x_codes;   ///< [bytes] codes and scales of its input, where products are of codes
+    int64_t tokens;      ///< planned capacity
+    int64_t longest;     ///< planned longest document
+    const cq_past *past; ///< documents go on from slots; NULL: each starts anew
     cq_expert_ranks *experts; ///< experts are dealt out; NULL: all are here
 } cq_layer_env;
 

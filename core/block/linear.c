@@ -71,10 +71,33 @@ int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
                   .amax = w->amax.data);
 }
 
+/* Whether a product of this linear's forward is one of codes. */
+static bool codes_alone(const cq_layer *l, const cq_linear *w, const cq_stream *s, const void *y,
+                        int64_t ldy) {
+    bool aligned = w->k % 32 == 0 && w->n % 8 == 0 && ldy % 8 == 0 && ((uintptr_t)y & 15) == 0;
+    return s->fp4 && w->codes.data && w->groups == 1 && cq_linear_acts(l, w) && aligned;
+}
+
+/* y = beta y + x W' of codes: those of x are made again, its blocks are what quantization left. */
+static int multiply_codes(const cq_layer *l, const cq_linear *w, cq_stream *s, const void *x,
+                          int64_t rows, void *y, int64_t ldy, double beta) {
+    uint8_t *codes = l->env->x_codes.data, *scales = codes + rows * w->k / 2;
+    const cq_param *p = w->part[0];
+    CQ_TRY(CQ_RUN(s, pack, .dtype = l->env->dtype, .rows = rows, .cols = w->k, .x = x,
+                  .fq = {.amax = w->amax.data, .n_groups = 1}, .top = 448.0f, .codes = codes,
+                  .scales = scales));
+    return CQ_RUN(s, matmul_nvfp4, .dtype = l->env->dtype, .m = rows, .n = w->n, .k = w->k,
+                  .a_codes = codes, .a_scales = scales, .a_amax = w->amax.data,
+                  .b_codes = w->codes.data, .b_scales = w->scales.data, .b_amax = w->amax_w.data,
+                  .b_top = p->block_amax.data ? p->top : 448.0f, .c = y, .ldc = ldy, .beta = beta);
+}
+
 int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
                       int64_t ldy, double beta) {
     operand b;
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
+    if (codes_alone(l, w, s, y, ldy))
+        return multiply_codes(l, w, s, x, rows, y, ldy, beta);
     CQ_TRY(weights(l, w, s, &b));
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
                   .a = x, .lda = w->k, .b = b.wide, .ldb = w->k, .c = y, .ldc = ldy, .alpha = 1,

@@ -241,6 +241,7 @@ cq_purpose cq_model_moments_purpose(const cq_model *m, const cq_plan *p) {
     bool host = (m->offload & CQ_OFFLOAD_OPTIMIZER) && cq_plan_on_device(p);
     return host ? CQ_FOR_HOST_OPTIMIZER : CQ_FOR_MOMENTS;
 }
+void cq_model_set_fp4(cq_model *m, bool on) { m->fp4 = on; }
 void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
 
 int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {

@@ -14,6 +14,7 @@ struct cq_model {
     bool weights_only;
     cq_scale_method scales;
     cq_compute compute;
+    bool fp4; ///< products of packed weights with quantized inputs are those of codes
     cq_copies copies;
     int offload;          ///< cq_offload
     bool streamed;        ///< its blocks lie on the host and are fetched as a forward comes to them

@@ -28,6 +28,7 @@ int cq_model_quantize(cq_model **student, cq_model *teacher, const cq_quant_opti
     m->scales = o->scales;
     m->copies = o->copies;
     m->compute = teacher->compute;
+    m->fp4 = teacher->fp4;
     int status = cq_model_build(m, o);
     if (status) {
         cq_model_close(m);

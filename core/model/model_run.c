@@ -43,6 +43,15 @@ static int64_t bf16_bytes(const cq_model *m, int64_t tokens) {
     return bytes;
 }
 
+/* Columns of the widest input of a quantized linear that is no expert's. */
+static int64_t widest_input(const cq_model *m) {
+    int64_t k = 16;
+    for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->act_quant && m->linear[i]->groups == 1)
+            k = max64(k, m->linear[i]->k);
+    return k;
+}
+
 static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     cq_dtype t = m->env.dtype;
     int64_t rows = m->env.tokens, dim = m->config.hidden;
@@ -66,6 +75,9 @@ static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     if (cq_model_opened_bytes(m) > 0)
         CQ_TRY(cq_plan_add(p, &m->env.opened, CQ_FOR_SCRATCH, "opened weights", CQ_U8,
                            CQ_SHAPE1(cq_model_opened_bytes(m))));
+    if (m->fp4 && m->copies == CQ_COPIES_PACKED)
+        CQ_TRY(cq_plan_add(p, &m->env.x_codes, CQ_FOR_SCRATCH, "codes of inputs", CQ_U8,
+                           CQ_SHAPE1(rows * widest_input(m) / 16 * 9)));
     if (m->compute == CQ_COMPUTE_BF16)
         CQ_TRY(cq_plan_add(p, &m->bf16_scratch, CQ_FOR_SCRATCH, "bf16 operands", CQ_U8,
                            CQ_SHAPE1(bf16_bytes(m, rows))));
@@ -105,6 +117,7 @@ void cq_model_bind_stream(cq_model *m, cq_stream *s) {
     s->bf16_scratch = m->bf16_scratch.data;
     s->bf16_scratch_bytes = m->bf16_scratch.data ? m->bf16_scratch.shape.dim[0] : 0;
     s->compute = m->compute;
+    s->fp4 = m->fp4 && m->env.x_codes.data;
 }
 
 static int check_batch(const cq_model *m, const cq_batch *b) {

@@ -55,6 +55,10 @@ int64_t cq_stream_available(const cq_stream *s) {
     return s->table->memory->available(&bytes) == CQ_OK ? bytes : 0;
 }
 
+bool cq_stream_has_fp4(const cq_stream *s) {
+    return s->table->memory && s->table->memory->has_fp4(s);
+}
+
 int cq_stream_wait(cq_stream *s) { return s->table->memory ? s->table->memory->wait(s) : CQ_OK; }
 
 int cq_region_add(void *base, int64_t bytes, const cq_stream *s) {

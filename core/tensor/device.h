@@ -17,6 +17,8 @@ CQ_API int cq_device_count(int *n, const char *kernels);
 CQ_API int cq_stream_describe(const cq_stream *s, char *text, int64_t size);
 /// Free bytes of the stream's device, or of the host.
 CQ_API int64_t cq_stream_available(const cq_stream *s);
+/// Whether the stream's device has FP4 tensor cores.
+CQ_API bool cq_stream_has_fp4(const cq_stream *s);
 /// Waits until the stream's device has done everything asked of it; reports what failed there.
 CQ_API int cq_stream_wait(cq_stream *s);
 

@@ -125,6 +125,14 @@ void bench_fake_quant(bench *b) {
             .x = bench_floats(b, BIG / 64), .y = bench_floats(b, BIG / 64),
             .fq = {.amax = bench_float(b, 1.0f)});
 }
+void bench_matmul_nvfp4(bench *b) {
+    enum { M = 64, N = 512, K = 512 };
+    MEASURE(b, matmul_nvfp4, "64 x 512 x 512", 2.0 * M * N * K, 0, .m = M, .n = N, .k = K,
+            .a_codes = bench_zeros(b, M * K / 2), .a_scales = bench_zeros(b, M * K / 16),
+            .a_amax = bench_float(b, 1.0f), .b_codes = bench_zeros(b, N * K / 2),
+            .b_scales = bench_zeros(b, N * K / 16), .b_amax = bench_float(b, 1.0f), .b_top = 448.0f,
+            .c = bench_floats(b, M * N), .ldc = N);
+}
 void bench_pack(bench *b) {
     MEASURE(b, pack, "64 MiB", 0, 4.5625 * BIG, .rows = BIG / 1024, .cols = 1024,
             .x = bench_floats(b, BIG), .fq = {.amax = bench_float(b, 1.0f)},

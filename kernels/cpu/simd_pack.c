@@ -61,3 +61,8 @@ int CQ_OP(unpack)(cq_stream *s, const cq_unpack_args *a) {
     }
     return CQ_OK;
 }
+
+/* of devices: on the processor products are those of opened weights */
+int CQ_OP(matmul_nvfp4)(cq_stream *s, const cq_matmul_nvfp4_args *a) {
+    return cq_ref_matmul_nvfp4(s, a);
+}

@@ -83,6 +83,7 @@ void close_stream(cq_stream *s) {
         return;
     cudaSetDevice(d->index);
     cq_cuda_matmul_close(d);
+    free(d->nvfp4_shapes);
     cudaFree(d->scratch);
     cudaFreeHost(d->ring);
     if (d->queue)
@@ -249,6 +250,11 @@ int describe(char *text, int64_t size) {
     return CQ_OK;
 }
 
+bool has_fp4(const cq_stream *s) {
+    const device *d = static_cast<const device *>(s->device);
+    return d->capability_major == 10 || d->capability_major == 12;
+}
+
 bool waits_always() {
     static int on = -1;
     if (on < 0) {
@@ -262,8 +268,9 @@ bool waits_always() {
 
 extern "C" {
 extern const cq_memory cq_cuda_memory;
-const cq_memory cq_cuda_memory = {open_stream, close_stream, take,    give,      copy,     zero,
-                                  wait,        fetch,        arrived, available, describe, count};
+const cq_memory cq_cuda_memory = {open_stream, close_stream, take,   give,    copy,
+                                  zero,        wait,         fetch,  arrived, available,
+                                  describe,    count,        has_fp4};
 }
 
 extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes) {

@@ -14,7 +14,8 @@ typedef struct cq_cuda_device {
     void *lt;           ///< cublasLtHandle_t
     void *workspace;    ///< of cuBLASLt, device memory; calls on the queue share it
     size_t workspace_bytes;
-    void *algos; ///< the algorithm of each shape seen so far
+    void *algos;        ///< the algorithm of each shape seen so far
+    void *nvfp4_shapes; ///< of matmul_nvfp4.cu, malloc's
     void *scratch;
     int64_t scratch_bytes; ///< what cq_cuda_scratch has at hand
     int capability_major, capability_minor;

@@ -11,9 +11,10 @@ namespace {
 enum { THREADS = 256, EACH = 8 };
 
 /// One thread takes one block of 16.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    pack(int64_t blocks, const float *x, cq_fq fq, const float *block_amax, float top,
-         uint8_t *codes, uint8_t *scales, bool aligned) {
+    pack(int64_t blocks, const T *x, cq_fq fq, const float *block_amax, float top, uint8_t *codes,
+         uint8_t *scales, bool aligned) {
     int64_t b = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     int saturated = 0;
     if (b < blocks) {
@@ -35,6 +36,13 @@ __global__ void __launch_bounds__(THREADS)
         scales[b] = s8;
     }
     cq_fake_count(fq.saturated, saturated);
+}
+
+template <typename T> void launch_pack(cq_stream *s, const cq_pack_args *a) {
+    int64_t blocks = a->rows * a->cols / 16;
+    if (blocks > 0)
+        CQ_LAUNCH((pack<T>), cq_blocks(blocks, THREADS), THREADS, 0, s, blocks, (const T *)a->x,
+                  a->fq, a->block_amax, a->top, a->codes, a->scales, cq_aligned16(a->x));
 }
 
 /// A magnitude in the lowest two bits of the exponent and the highest of the fraction is that value
@@ -78,12 +86,12 @@ template <typename T> void launch_unpack(cq_stream *s, const cq_unpack_args *a) 
 } // namespace
 
 extern "C" int cq_cuda_pack(cq_stream *s, const cq_pack_args *a) {
-    CQ_CUDA_F32("pack", a);
+    CQ_CUDA_ACT("pack", a);
     CQ_TRY(cq_fake_columns(a->fq, a->cols));
-    int64_t blocks = a->rows * a->cols / 16;
-    if (blocks > 0)
-        CQ_LAUNCH(pack, cq_blocks(blocks, THREADS), THREADS, 0, s, blocks, (const float *)a->x,
-                  a->fq, a->block_amax, a->top, a->codes, a->scales, cq_aligned16(a->x));
+    if (a->act == CQ_BF16)
+        launch_pack<__nv_bfloat16>(s, a);
+    else
+        launch_pack<float>(s, a);
     CQ_CUDA_END("pack");
 }
 

@@ -1,4 +1,5 @@
 /* matmul.c - matrix products in F32 and F64; the text is in matmul.inc.h. */
+#include "kernels/nvfp4.h"
 #include "kernels/ref/ref.h"
 
 #define CQ_REF_BODY "kernels/ref/matmul.inc.h"
@@ -6,3 +7,4 @@
 
 CQ_REF_OP(matmul)
 CQ_REF_OP(matmul_grouped)
+CQ_REF_OP(matmul_nvfp4)

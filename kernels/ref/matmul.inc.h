@@ -43,3 +43,28 @@ static int CQ_FN(matmul_grouped)(const cq_matmul_grouped_args *a) {
     }
     return CQ_OK;
 }
+
+static int CQ_FN(matmul_nvfp4)(const cq_matmul_nvfp4_args *a) {
+    real *c = a->c;
+    int64_t blocks = a->k / 16;
+    float a_scale = cq_nvfp4_tensor_scale(*a->a_amax, 448.0f);
+    float b_scale = cq_nvfp4_tensor_scale(*a->b_amax, a->b_top);
+    if (a->k % 32)
+        return cq_fail(CQ_ESHAPE, "matmul_nvfp4: k is %lld, wanted a multiple of 32",
+                       (long long)a->k);
+    for (int64_t i = 0; i < a->m; i++)
+        for (int64_t j = 0; j < a->n; j++) {
+            acc sum = 0;
+            for (int64_t b = 0; b < blocks; b++) {
+                float x[16], y[16];
+                int64_t at = i * blocks + b, bt = j * blocks + b;
+                cq_nvfp4_block_decode(x, a->a_codes + 8 * at, a->a_scales[at], a_scale);
+                cq_nvfp4_block_decode(y, a->b_codes + 8 * bt, a->b_scales[bt], b_scale);
+                for (int64_t k = 0; k < 16; k++)
+                    sum += (acc)x[k] * (acc)y[k];
+            }
+            real *to = c + i * a->ldc + j;
+            *to = (real)(a->beta == 0 ? sum : sum + (acc)a->beta * (acc)*to);
+        }
+    return CQ_OK;
+}

@@ -43,9 +43,9 @@ local function open(o)
 end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
---- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on, `copies` for students (see `teacher:quantize`),
---- `offload` ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and Inf.
---- A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
+--- ranks of a machine share) and compute ("f32", "bf16", "nvfp4") for models opened from now on, `copies` for students (see `teacher:quantize`),
+--- `offload` ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and
+--- Inf. A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
@@ -56,7 +56,7 @@ function device.device(given)
   if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
     errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
   end
-  errors.choose("option --compute", o.compute, { "f32", "bf16" })
+  errors.choose("option --compute", o.compute, { "f32", "bf16", "nvfp4" })
   errors.choose("option --copies", o.copies, { "f32", "bf16", "packed" })
   errors.choose("option --offload", o.offload, { "none", "teacher", "optimizer", "both" })
   if o.threads < 0 or o.threads ~= math.floor(o.threads) then
@@ -69,14 +69,21 @@ function device.device(given)
   if o.check then stream.table = C.cq_kernels_checked(stream.table) end
   if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
   stream.threads = C.cq_threads_set(o.threads > 0 and o.threads or ranks.threads())
-  stream.compute = o.compute == "bf16" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
+  if o.compute == "nvfp4" then
+    if not C.cq_stream_has_fp4(stream) then
+      errors.usage("option --compute: nvfp4 wants a GPU of compute capability 10 or 12 (--device=cuda), wanted bf16 or f32")
+    elseif o.copies ~= "packed" then
+      errors.usage("option --compute: nvfp4 multiplies packed weights, wanted --copies=packed")
+    end
+  end
+  stream.compute = o.compute ~= "f32" and C.CQ_COMPUTE_BF16 or C.CQ_COMPUTE_F32
   call.cq_comm_attach(native.comm, stream)
   local text = native.new "char[128]"
   call.cq_stream_describe(stream, text, 128)
   local name = native.string(text)
   current = {
-    stream = stream, kernels = kernels, compute = o.compute, copies = o.copies, offload = o.offload, threads = tonumber(stream.threads),
-    on_device = stream.table.memory ~= nil,
+    stream = stream, kernels = kernels, compute = o.compute, copies = o.copies, offload = o.offload,
+    threads = tonumber(stream.threads), on_device = stream.table.memory ~= nil,
     isa = name ~= "" and name or kernels == "cpu" and native.string(C.cq_cpu_isa()) or "scalar",
   }
   return current

@@ -25,6 +25,7 @@ local function wrap(c, extra)
   m.family = config.family == C.CQ_NEMOTRON_H and "nemotron_h" or "qwen3"
   for key, value in pairs(extra or {}) do m[key] = value end
   C.cq_model_set_compute(c, m.device.stream.compute)
+  C.cq_model_set_fp4(c, m.device.compute == "nvfp4")
   if ranks.moe == "ranks" and not m.device.imagined then call.cq_model_share_experts(c, native.comm) end
   setmetatable(m, Model)
   m:set_offload(m.device.offload)

@@ -69,7 +69,7 @@ local function student(out, class, combo, n, share)
 end
 
 -- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
--- copy), linear (not what embeds, too), product (a token meets it in a matrix product), trained, vector, block (it lies in one) }, block =
+-- copy), linear (not what embeds, too), product (a token meets it in a product), trained, vector, block (it lies in one) }, block =
 -- values of the largest block, quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands:
 -- of scratch, what rounding to BF16 takes).
 function ranks.bytes(model, combo, layout)

@@ -73,6 +73,72 @@ int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a) {
     return status;
 }
 
+/* Block scales back from the order in which FP4 tensor cores read them; NaN where padding is not
+ * zero. */
+static uint8_t *untiled(const uint8_t *tiled, int64_t rows, int64_t cols) {
+    int64_t col_tiles = (cols + 3) / 4, all = (rows + 127) / 128 * 128;
+    uint8_t *out = malloc((size_t)(rows * cols + 1));
+    for (int64_t r = 0; out && r < all; r++)
+        for (int64_t c = 0; c < 4 * col_tiles; c++) {
+            uint8_t v = tiled[(r / 128 * col_tiles + c / 4) * 512 + 16 * (r % 32) +
+                              4 * (r % 128 / 32) + c % 4];
+            if (r < rows && c < cols)
+                out[r * cols + c] = v;
+            else if (v)
+                out[0] = 0x7f;
+        }
+    return out;
+}
+static int64_t tiled_bytes(int64_t rows, int64_t cols) {
+    return (rows + 127) / 128 * ((cols + 3) / 4) * 512;
+}
+int cq_cuda_tile_scales(cq_stream *s, int64_t rows, int64_t cols, const uint8_t *scales, void *out)
+    __attribute__((weak));
+int cq_cuda_nvfp4_factors(cq_stream *s, const cq_matmul_nvfp4_args *a, float *out)
+    __attribute__((weak));
+void *cq_cuda_scratch(cq_stream *s, int64_t bytes);
+static int nvfp4_product(cq_stream *s, const cq_matmul_nvfp4_args *a) {
+    int64_t cols = a->k / 16, a_bytes = tiled_bytes(a->m, cols), b_bytes = tiled_bytes(a->n, cols);
+    char *room = cq_cuda_scratch(s, a_bytes + b_bytes + 8);
+    CQ_TRY(room ? CQ_OK : CQ_ENOMEM);
+    float *factors = (float *)(void *)(room + a_bytes + b_bytes);
+    CQ_TRY(cq_cuda_tile_scales(s, a->m, cols, a->a_scales, room));
+    CQ_TRY(cq_cuda_tile_scales(s, a->n, cols, a->b_scales, room + a_bytes));
+    CQ_TRY(cq_cuda_nvfp4_factors(s, a, factors));
+    cq_emu_memory_unlock();
+    cq_matmul_nvfp4_args b = *a;
+    float one = 2688.0f; /* a maximum whose tensor scale is 1 */
+    uint8_t *x = untiled((uint8_t *)room, a->m, cols);
+    uint8_t *y = untiled((uint8_t *)room + a_bytes, a->n, cols);
+    float *c = calloc((size_t)(a->m * a->n + 1), sizeof(*c));
+    b.a_scales = x, b.b_scales = y, b.a_amax = b.b_amax = &one, b.b_top = 448.0f;
+    b.c = c, b.ldc = a->n, b.beta = 0;
+    int status =
+        x && y && c ? cq_ref_matmul_nvfp4(s, &b) : cq_fail(CQ_ENOMEM, "matmul_nvfp4: no memory");
+    cq_dtype type = a->c_bf16 ? CQ_BF16 : CQ_F32;
+    for (int64_t i = 0; i < a->m && !status; i++)
+        for (int64_t j = 0; j < a->n && !status; j++) {
+            char *to = (char *)a->c + (i * a->ldc + j) * cq_dtype_bytes(type);
+            float before = 0, v = factors[0] * c[i * a->n + j];
+            if (a->beta != 0)
+                cq_convert(&before, CQ_F32, to, type, 1);
+            v += factors[1] * before;
+            status = cq_convert(to, type, &v, CQ_F32, 1);
+        }
+    cq_emu_memory_lock();
+    free(x);
+    free(y);
+    free(c);
+    return status;
+}
+int cq_cuda_matmul_nvfp4(cq_stream *s, const cq_matmul_nvfp4_args *a) {
+    if (a->dtype != CQ_F32 || a->k % 32)
+        return cq_ref_matmul_nvfp4(s, a); /* which words the error */
+    if (!cq_cuda_tile_scales)
+        return cq_fail(CQ_EUSAGE, "cuda: operation matmul_nvfp4 is not in this build");
+    return nvfp4_product(s, a);
+}
+
 static int grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     cq_matmul_grouped_args b = *a;
     if (s->compute != CQ_COMPUTE_BF16)

@@ -344,14 +344,21 @@ static int available(int64_t *bytes) {
     *bytes = (int64_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
     return CQ_OK;
 }
+/* CKAQAD_CUDA_FP4=1: it seems to have FP4 tensor cores. */
+static bool has_fp4(const cq_stream *s) {
+    (void)s;
+    const char *text = getenv("CKAQAD_CUDA_FP4");
+    return text && text[0] == '1';
+}
 static int describe(char *text, int64_t size) {
     snprintf(text, (size_t)size, "emulated GPU, thread by thread on the CPU");
     return CQ_OK;
 }
 extern "C" {
 extern const cq_memory cq_emu_memory;
-const cq_memory cq_emu_memory = {open_stream, close_stream, take,    give,      copy,     zero,
-                                 wait_stream, fetch,        arrived, available, describe, count};
+const cq_memory cq_emu_memory = {open_stream, close_stream, take,   give,    copy,
+                                 zero,        wait_stream,  fetch,  arrived, available,
+                                 describe,    count,        has_fp4};
 }
 
 /* The content is NaN at each call: what an operation does not write it must not read. */

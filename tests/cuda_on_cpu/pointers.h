@@ -35,6 +35,8 @@
 #define CQ_EMU_POINTERS_relu2_forward P(x) P(h) P(hq) P(fq.amax) P(fq.offsets) P(fq.saturated)
 #define CQ_EMU_POINTERS_relu2_backward P(x) P(dh) P(dx)
 #define CQ_EMU_POINTERS_fake_quant P(x) P(y) P(fq.amax) P(fq.offsets) P(fq.saturated) P(block_amax)
+#define CQ_EMU_POINTERS_matmul_nvfp4                                                               \
+    P(a_codes) P(a_scales) P(b_codes) P(b_scales) P(a_amax) P(b_amax) P(c)
 #define CQ_EMU_POINTERS_pack P(x) P(fq.amax) P(fq.saturated) P(block_amax) P(codes) P(scales)
 #define CQ_EMU_POINTERS_unpack P(codes) P(scales) P(amax) P(y)
 #define CQ_EMU_POINTERS_amax P(x) P(offsets) P(amax)
