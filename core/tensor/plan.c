@@ -200,8 +200,9 @@ static int refuse(const cq_plan *plan, int64_t limit, const char *what) {
     char largest[160];
     largest_text(largest, sizeof largest, plan);
     return cq_fail(CQ_ENOMEM,
-                   "memory plan: %.1f MiB planned (largest: %s), wanted at most %.1f MiB %s",
-                   mib(cq_plan_bytes(plan, CQ_N_PURPOSES)), largest, mib(limit), what);
+                   "memory plan: %.1f MiB planned (largest: %s), wanted at most %.1f MiB %s%s",
+                   mib(cq_plan_bytes(plan, CQ_N_PURPOSES)), largest, mib(limit), what,
+                   cq_plan_on_device(plan) ? "; --dry-run --gpus=1 lists what fits a GPU" : "");
 }
 
 int cq_plan_commit(cq_plan *plan, int64_t limit_bytes) {

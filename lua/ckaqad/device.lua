@@ -43,8 +43,8 @@ local function open(o)
 end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
---- ranks of a machine share) and compute ("f32", "bf16", "nvfp4") for models opened from now on, `copies` for students (see `teacher:quantize`),
---- `offload` ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and
+--- ranks of a machine share) and compute ("f32", "bf16", "nvfp4") for models opened from now on, `copies` for students (see
+--- `teacher:quantize`), `offload` ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and
 --- Inf. A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:

@@ -12,7 +12,7 @@ local common = {
   { "threads", 0, "processor threads (0: all cores)" },
   { "device", "cpu", "cpu, cuda (under mpirun one for each rank), cuda:N, or auto (a GPU where there is one)" },
   { "kernels", "cpu", "kernel table: cpu, or ref (the slow specification)" },
-  { "compute", "f32", "matrix products: f32, bf16 operands with f32 sums, or nvfp4 (forward on FP4 tensor cores: Blackwell, packed copies)" },
+  { "compute", "f32", "matrix products: f32, bf16 operands with f32 sums, or nvfp4 (forward on FP4 tensor cores, packed copies)" },
   { "offload", "none", "on a GPU, what stays in pinned host memory: teacher (its blocks, fetched in turn), optimizer, both, or none" },
   { "copies", "f32", "fake-quantized weights: f32, bf16 (half; for bf16 products on a GPU), packed (NVFP4, opened before each product)" },
   { "check", false, "look at every operation's result for NaN and Inf and name the first (slow)" },

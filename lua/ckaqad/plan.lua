@@ -144,7 +144,7 @@ function plan.plan(options)
   self.lines = lines_of(self)
   if o.show then o.show(self) end
   if o.dry then return self end
-  call.cq_plan_commit(p, limit)
+  call.cq_plan_commit(p, o.limit)
   if not o.generate then generate.replanned(o.student) end
   if o.teacher and not o.teacher.cached then generate.replanned(o.teacher) end
   o.student.plan, o.student.adam = self, o.adam

@@ -70,8 +70,8 @@ end
 
 -- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
 -- copy), linear (not what embeds, too), product (a token meets it in a product), trained, vector, block (it lies in one) }, block =
--- values of the largest block, quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands:
--- of scratch, what rounding to BF16 takes).
+-- values of the largest block, quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of
+-- scratch, what rounding to BF16 takes).
 function ranks.bytes(model, combo, layout)
   local out = { host = 0, optimizer = 0, stream = 0 }
   for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end

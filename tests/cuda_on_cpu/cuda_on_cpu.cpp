@@ -856,7 +856,14 @@ extern "C" const char *cq_emu_error(void) {
     E.error[0] = 0;
     return E.read;
 }
+/* CKAQAD_CUDA_LOST=PATH: the device is lost as soon as this file is there. */
+static bool lost() {
+    static const char *path = getenv("CKAQAD_CUDA_LOST");
+    return path && access(path, F_OK) == 0;
+}
 extern "C" int cq_emu_status(const char *op) {
+    if (lost())
+        return cq_fail(CQ_EIO, "cuda: %s: the device was lost (an injected fault)", op);
     if (!E.error[0])
         return CQ_OK;
     return cq_fail(CQ_EIO, "cuda: %s: %s", op, cq_emu_error());

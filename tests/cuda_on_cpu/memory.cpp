@@ -152,8 +152,21 @@ extern "C" bool cq_emu_memory_explain(const void *p, char *text, size_t size) {
     return true;
 }
 
+/* CKAQAD_CUDA_MEMORY=BYTES: what the device has. */
+static int64_t free_bytes() {
+    const char *text = getenv("CKAQAD_CUDA_MEMORY");
+    int64_t all =
+        text ? atoll(text) : (int64_t)sysconf(_SC_AVPHYS_PAGES) * (int64_t)sysconf(_SC_PAGESIZE);
+    for (auto &p : R.pieces)
+        all -= text ? p.second.bytes : 0;
+    return all > 0 ? all : 0;
+}
+
 static int take(void **out, int64_t bytes, bool shared) {
     int64_t n = bytes > 0 ? bytes : 1;
+    if (!shared && n > free_bytes())
+        return cq_fail(CQ_ENOMEM, "cuda: %lld bytes wanted, %lld are free", (long long)n,
+                       (long long)free_bytes());
     if (shared) {
         void *at = nullptr;
         if (posix_memalign(&at, ALIGN, up((uintptr_t)n, ALIGN)) != 0)
@@ -341,7 +354,7 @@ static int arrived(cq_stream *s, int slot) {
     return copy(s, f.to, f.from, f.bytes);
 }
 static int available(int64_t *bytes) {
-    *bytes = (int64_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    *bytes = free_bytes();
     return CQ_OK;
 }
 /* CKAQAD_CUDA_FP4=1: it seems to have FP4 tensor cores. */
