@@ -337,7 +337,7 @@ function gpus.show(say, opt, options)
   local typed = rawget(opt, "freeze") ~= nil and opt.freeze ~= ""
   local search = {
     step = { batch = data.batch, seq = data.seq, micro = data.micro }, limit = opt.gpu_memory - RESERVE, host = opt.host_memory,
-    rates = gpus.rates(opt.rates), has = has(opt), has_ranks = function() return rawget(opt, "expert_parallel") ~= nil end, fixed = {},
+    rates = gpus.rates(opt.rates), has = has(opt), has_ranks = function(layout) return layout.experts == 1 end, fixed = {},
     student = o.student, tokens = o.tokens, cached = (rawget(opt, "teacher_cache") or "") ~= "",
   }
   for _, knob in ipairs(ranks.knobs) do

@@ -3,8 +3,9 @@
 -- Arithmetic on counts, no C: `plan_gpus.lua` counts a model's parameters and plans its work buffers with the code that allocates. A
 -- combination names how values are stored (knobs below; the first value of each is how this program began: all F32, products from BF16
 -- copies). A layout is { gpus, experts }: rows of a step go round all GPUs, routed experts are dealt out over `experts` of them, so
--- gpus / experts ranks hold the same expert and all hold the same of everything else. Master weights and moments of what several
--- ranks hold are sharded over them: gradients are reduce-scattered, the new weights gathered, quantized ones packed.
+-- gpus / experts ranks hold the same expert and all hold the same of everything else. Moments of what several ranks
+-- hold are sharded over them, master weights are whole on each: gradients are reduce-scattered, with a sum of the step's at their owner,
+-- and the new weights gathered, quantized ones packed.
 local ranks = {}
 
 -- loss: 0 exact, else how far the stored values are from F32. What `today` cannot do, `plan_gpus` finds out by asking the options.
@@ -57,9 +58,9 @@ local function student(out, class, combo, n, share)
   out.student = out.student + n * copy
   if not class.trained then return end
   local whole = not class.quantized -- the forward reads the master itself
-  local master = class.quantized and master_bytes[combo.master] * share or 4 * (whole and n or share)
+  local master = class.quantized and master_bytes[combo.master] * n or 4 * n
   local moments = moment_bytes[class.vector and "f32" or combo.moments] * share
-  out.gradients = out.gradients + value_bytes[combo.gradients] * n
+  out.gradients = out.gradients + value_bytes[combo.gradients] * (n + (share < n and share or 0))
   if offloads(combo, "optimizer") then
     local moved = moments + (whole and 0 or master)
     out.host, out.optimizer = out.host + moved, out.optimizer + moved
