@@ -24,28 +24,63 @@ static float *rounded_copy(const float *x, int64_t rows, int64_t cols, int64_t l
     return y;
 }
 
+static float widened(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &u, sizeof(x));
+    return x;
+}
 static float *widened_copy(const uint16_t *x, int64_t n) {
     float *y = malloc((size_t)(n + 1) * sizeof(*y));
-    for (int64_t i = 0; y && i < n; i++) {
-        uint32_t u = (uint32_t)x[i] << 16;
-        memcpy(&y[i], &u, sizeof(u));
-    }
+    for (int64_t i = 0; y && i < n; i++)
+        y[i] = widened(x[i]);
     return y;
 }
 /* Values of an operand, [a, b] or across; of its last row only its own. */
 static int64_t values(bool across, int64_t a, int64_t b, int64_t ld) {
     return across ? (b - 1) * ld + a : (a - 1) * ld + b;
 }
+/* An operand [rows, cols] as BF16 holds it, which it may be already. */
+static float *operand(const void *x, bool bf16, int64_t rows, int64_t cols, int64_t ld) {
+    int64_t n = rows > 0 ? values(false, rows, cols, ld) : 0;
+    return bf16 ? widened_copy(x, n) : rounded_copy(x, rows, cols, ld);
+}
+/* C in BF16 is written once, from the FP32 one. */
+static int product_into_16(cq_stream *s, const cq_matmul_args *a) {
+    uint16_t *c = a->c;
+    cq_matmul_args b = *a;
+    float *wide = widened_copy(c, values(false, a->m, a->n, a->ldc));
+    b.c = wide;
+    int status = wide ? cq_ref_matmul(s, &b) : cq_fail(CQ_ENOMEM, "matmul: no memory");
+    for (int64_t i = 0; i < a->m && !status; i++)
+        for (int64_t j = 0; j < a->n; j++) {
+            float x = rounded(wide[i * a->ldc + j]);
+            uint32_t u;
+            memcpy(&u, &x, sizeof(u));
+            c[i * a->ldc + j] = (uint16_t)(u >> 16);
+        }
+    free(wide);
+    return status;
+}
 static int product(cq_stream *s, const cq_matmul_args *a) {
+    if (s->compute != CQ_COMPUTE_BF16 && (a->a_bf16 || a->b_bf16 || a->c_bf16))
+        return cq_fail(CQ_EUSAGE, "cuda: matmul: matrices in BF16, wanted BF16 products for them");
     if (s->compute != CQ_COMPUTE_BF16 || a->dtype != CQ_F32)
         return cq_ref_matmul(s, a);
+    if (a->m == 0 || a->n == 0)
+        return CQ_OK;
     cq_matmul_args b = *a;
-    float *x = rounded_copy(a->a, a->ta ? a->k : a->m, a->ta ? a->m : a->k, a->lda);
-    float *y = a->b ? rounded_copy(a->b, a->tb ? a->n : a->k, a->tb ? a->k : a->n, a->ldb)
-                    : widened_copy(a->b16, values(a->tb, a->k, a->n, a->ldb));
+    bool only_16 = !a->b; /* b16 alone */
+    float *x = operand(a->a, a->a_bf16, a->ta ? a->k : a->m, a->ta ? a->m : a->k, a->lda);
+    float *y = operand(only_16 ? a->b16 : a->b, a->b_bf16 || only_16, a->tb ? a->n : a->k,
+                       a->tb ? a->k : a->n, a->ldb);
     b.a = x;
     b.b = y;
-    int status = x && y ? cq_ref_matmul(s, &b) : cq_fail(CQ_ENOMEM, "matmul: no memory");
+    int status = CQ_OK;
+    if (!x || !y)
+        status = cq_fail(CQ_ENOMEM, "matmul: no memory");
+    else
+        status = a->c_bf16 ? product_into_16(s, &b) : cq_ref_matmul(s, &b);
     free(x);
     free(y);
     return status;
@@ -75,6 +110,8 @@ int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a) {
 
 static int grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     cq_matmul_grouped_args b = *a;
+    if (a->x_bf16 || a->y_bf16)
+        return cq_fail(CQ_EUSAGE, "cuda: matmul_grouped: rows in BF16 want grouped.cu");
     if (s->compute != CQ_COMPUTE_BF16)
         return cq_ref_matmul_grouped(s, a);
     int64_t rows = a->offsets[a->groups], status = CQ_ENOMEM;
