@@ -237,6 +237,7 @@ cq_dtype cq_model_dtype(const cq_model *m) { return m->env.dtype; }
 cq_param *cq_model_head(cq_model *m) { return m->head; }
 void cq_model_set_master(cq_model *m, cq_master master) { m->master = master; }
 void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
+void cq_model_set_activations(cq_model *m, cq_dtype act) { m->env.act = act; }
 
 int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {
     int64_t n = 0;

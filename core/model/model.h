@@ -54,6 +54,9 @@ CQ_API bool cq_model_is_nvfp4(const cq_model *m);
 CQ_API int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained);
 /// Precision of matrix products; before plan_work. Default CQ_COMPUTE_F32.
 CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
+/// How activations inside of layers are stored (core/block/block.h): CQ_F32 (default), as values of
+/// the model, or CQ_BF16, on a device with CQ_COMPUTE_BF16; before plan_work.
+CQ_API void cq_model_set_activations(cq_model *m, cq_dtype act);
 /// How the master weights of trained quantized linears are kept (kernels/formats.h); before
 /// plan_params. The optimizer says it. All else stays F32: the forward reads it as it is.
 CQ_API void cq_model_set_master(cq_model *m, cq_master master);

@@ -17,7 +17,7 @@ complete.values = {
   moments = { "f32", "bf16", "8bit" }, master = { "f32", "split", "bf16" },
   suite = { "aime25", "gpqa", "lcb" }, mix = { "sft", "rl", "test", "easy" }, part = { "validation", "test" },
   arms = { "all", "main", "short" }, family = { "nemotron_h", "qwen3" },
-  device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" },
+  device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16" }, activations = { "f32", "bf16" },
   gram = { "micro", "ranks" }, moe = { "local", "ranks" }, template = { "auto", "nano3", "qwen3-thinking" },
   stream = { "auto", "yes", "no" },
 }

@@ -43,22 +43,29 @@ local function open(o)
 end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
---- ranks of a machine share) and compute ("f32", "bf16") for models opened from now on; `check` looks at every result for NaN and Inf.
+--- ranks of a machine share), compute ("f32", "bf16") and activations ("f32"; "bf16": inside of blocks, on a GPU with compute "bf16")
+--- for models opened from now on; `check` looks at every result for NaN and Inf.
 --- A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
 ---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
-  local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", check = false })
+  local o = errors.fill("device", given,
+    { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", activations = "f32", check = false })
   if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
     errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
   end
   errors.choose("option --compute", o.compute, { "f32", "bf16" })
+  errors.choose("option --activations", o.activations, { "f32", "bf16" })
   if o.threads < 0 or o.threads ~= math.floor(o.threads) then
     errors.usage("option --threads: got %g, wanted a whole number, 0 or more", o.threads)
   end
   local stream, kernels = open(o)
+  if o.activations == "bf16" and (stream.table.memory == nil or o.compute ~= "bf16") then
+    errors.usage("option --activations: bf16 needs a GPU and --compute=bf16, got %s and --compute=%s",
+      stream.table.memory == nil and "the processor" or "a GPU", o.compute)
+  end
   if o.check then stream.table = C.cq_kernels_checked(stream.table) end
   if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
   stream.threads = C.cq_threads_set(o.threads > 0 and o.threads or ranks.threads())
@@ -68,7 +75,8 @@ function device.device(given)
   call.cq_stream_describe(stream, text, 128)
   local name = native.string(text)
   current = {
-    stream = stream, kernels = kernels, compute = o.compute, threads = tonumber(stream.threads), on_device = stream.table.memory ~= nil,
+    stream = stream, kernels = kernels, compute = o.compute, activations = o.activations, threads = tonumber(stream.threads),
+    on_device = stream.table.memory ~= nil,
     isa = name ~= "" and name or kernels == "cpu" and native.string(C.cq_cpu_isa()) or "scalar",
   }
   return current

@@ -25,6 +25,7 @@ local function wrap(c, extra)
   m.family = config.family == C.CQ_NEMOTRON_H and "nemotron_h" or "qwen3"
   for key, value in pairs(extra or {}) do m[key] = value end
   C.cq_model_set_compute(c, m.device.stream.compute)
+  C.cq_model_set_activations(c, m.device.activations == "bf16" and C.CQ_BF16 or C.CQ_F32)
   if ranks.moe == "ranks" and not m.device.imagined then call.cq_model_share_experts(c, native.comm) end
   return setmetatable(m, Model)
 end

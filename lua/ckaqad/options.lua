@@ -13,6 +13,7 @@ local common = {
   { "device", "cpu", "cpu, cuda (under mpirun one for each rank), cuda:N, or auto (a GPU where there is one)" },
   { "kernels", "cpu", "kernel table: cpu, or ref (the slow specification)" },
   { "compute", "f32", "matrix products: f32, or bf16 operands with f32 sums" },
+  { "activations", "f32", "inside of blocks: f32, or bf16 (2 bytes each; needs a GPU and --compute=bf16)" },
   { "check", false, "look at every operation's result for NaN and Inf and name the first (slow)" },
   { "memory", 0, "bytes the plan may use, for example 4GiB (0: what the system has)" },
   { "template", "auto", "chat template: nano3, qwen3-thinking, or auto (by its hash)" },
