@@ -143,28 +143,37 @@ Test(cpu_sequence, attention_does_not_see_later_tokens_or_other_documents) {
     ways_stream_free(&s);
 }
 
-static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packing p,
-                     uint64_t seed) {
-    int64_t tokens = p.starts[p.n_docs], ldx = channels + 9, lddx = channels + 2;
-    snprintf(w->what, sizeof(w->what), "conv %lld channels, width %lld, %lld tokens, seed %llu",
-             (long long)channels, (long long)width, (long long)tokens, (unsigned long long)seed);
+typedef struct conv_case {
+    int64_t channels, width;
+    bool bias;
+    int64_t more; ///< columns between the rows of x; twice that between those of dx
+    packing p;
+} conv_case;
+
+static void run_conv(ways *w, const conv_case *c, uint64_t seed) {
+    int64_t tokens = c->p.starts[c->p.n_docs], channels = c->channels, width = c->width;
+    int64_t ldx = channels + c->more, lddx = ldx + c->more;
+    snprintf(w->what, sizeof(w->what),
+             "conv %lld channels, width %lld, %lld tokens, act %d, seed %llu", (long long)channels,
+             (long long)width, (long long)tokens, w->act, (unsigned long long)seed);
     cq_conv_forward_args f = {.tokens = tokens,
-                              .n_docs = p.n_docs,
-                              .starts = p.starts,
+                              .n_docs = c->p.n_docs,
+                              .starts = c->p.starts,
                               .channels = channels,
                               .width = width,
                               .ldx = ldx};
     WAYS_IN(w, conv_forward, x, tokens, channels, ldx, 1.0);
     WAYS_IN(w, conv_forward, w, channels, width, width, 0.7);
-    if (bias)
+    if (c->bias)
         WAYS_IN(w, conv_forward, b, 1, channels, channels, 0.5);
     WAYS_OUT(w, conv_forward, y, tokens, channels, channels, 2);
-    WAYS_RAW(w, conv_forward, starts, (p.n_docs + 1) * 8);
+    WAYS_RAW(w, conv_forward, starts, (c->p.n_docs + 1) * 8);
+    f.act = ways_act(w, "x y");
     WAYS_RUN(w, conv_forward, f);
 
     cq_conv_backward_args b = {.tokens = tokens,
-                               .n_docs = p.n_docs,
-                               .starts = p.starts,
+                               .n_docs = c->p.n_docs,
+                               .starts = c->p.starts,
                                .channels = channels,
                                .width = width,
                                .ldx = ldx,
@@ -173,31 +182,42 @@ static void run_conv(ways *w, int64_t channels, int64_t width, bool bias, packin
     WAYS_IN(w, conv_backward, w, channels, width, width, 0.7);
     WAYS_IN(w, conv_backward, dy, tokens, channels, channels, 1.0);
     WAYS_OUT(w, conv_backward, dx, tokens, channels, lddx, 3);
-    if (bias) {
+    if (c->bias) {
         WAYS_IN(w, conv_backward, b, 1, channels, channels, 0.5);
         WAYS_OUT(w, conv_backward, dw, channels, width, width, 3);
         WAYS_OUT(w, conv_backward, db, 1, channels, channels, 3);
     }
-    WAYS_RAW(w, conv_backward, starts, (p.n_docs + 1) * 8);
+    WAYS_RAW(w, conv_backward, starts, (c->p.n_docs + 1) * 8);
+    b.act = ways_act(w, "x dy dx");
     WAYS_RUN(w, conv_backward, b);
 }
 
-static void check_conv(int64_t channels, int64_t width, bool bias, packing p, uint64_t seed) {
-    ways w = {.seed = 0};
+static void check_conv(cq_dtype act, const conv_case *c, uint64_t seed) {
+    ways w = {.act = act};
     for (w.at = -1; ways_next(&w.at); ways_judge(&w))
         for (w.seed = seed; w.seed < seed + SEEDS; w.seed++, w.drawn = 0)
-            run_conv(&w, channels, width, bias, p, w.seed);
+            run_conv(&w, c, w.seed);
 }
 
 Test(cpu_sequence, conv_agrees_with_ref_for_any_width) {
-    check_conv(40, 4, true, PACK(1, 2, 3, 4, 5, 64, 130, 1), 11);
-    check_conv(384, 4, true, PACK(300, 211), 12);
-    check_conv(33, 4, false, PACK(17), 13);
-    check_conv(7, 1, true, PACK(9, 1, 65), 14);
-    check_conv(70, 3, true, PACK(2, 1, 70), 15);
-    check_conv(35, 16, true, PACK(5, 40, 1), 16);
-    check_conv(5, 21, true, PACK(5, 40, 1), 17);
+    check_conv(CQ_F32, &(conv_case){40, 4, true, 9, PACK(1, 2, 3, 4, 5, 64, 130, 1)}, 11);
+    check_conv(CQ_F32, &(conv_case){384, 4, true, 9, PACK(300, 211)}, 12);
+    check_conv(CQ_F32, &(conv_case){33, 4, false, 9, PACK(17)}, 13);
+    check_conv(CQ_F32, &(conv_case){7, 1, true, 9, PACK(9, 1, 65)}, 14);
+    check_conv(CQ_F32, &(conv_case){70, 3, true, 9, PACK(2, 1, 70)}, 15);
+    check_conv(CQ_F32, &(conv_case){35, 16, true, 9, PACK(5, 40, 1)}, 16);
+    check_conv(CQ_F32, &(conv_case){5, 21, true, 9, PACK(5, 40, 1)}, 17);
+    check_conv(CQ_F32, &(conv_case){72, 4, true, 4, PACK(1, 2, 3, 4, 5, 64, 130, 1)}, 18);
+    check_conv(CQ_F32, &(conv_case){20, 3, true, 8, PACK(66, 1, 7)}, 19);
 }
+#ifdef WAYS_CUDA
+Test(cpu_sequence, conv_of_values_in_bf16) {
+    check_conv(CQ_BF16, &(conv_case){72, 4, true, 4, PACK(1, 2, 3, 4, 5, 64, 130, 1)}, 111);
+    check_conv(CQ_BF16, &(conv_case){20, 3, false, 8, PACK(66, 1, 7)}, 112);
+    check_conv(CQ_BF16, &(conv_case){33, 4, true, 9, PACK(17, 1, 40)}, 113);
+    check_conv(CQ_BF16, &(conv_case){5, 21, true, 9, PACK(5, 40, 1)}, 114);
+}
+#endif
 
 typedef struct ssd_case {
     int64_t heads, dim, groups, state, chunk;
