@@ -267,20 +267,23 @@ Test(cpu_dense, norms_of_activations_in_bf16) {
 }
 #endif
 
+/* `even`: rows that can be read four values at a time. */
 static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool norm, bool turn,
-                         int64_t most) {
-    int64_t width = heads * dim, ld = width + 5;
+                         int64_t most, bool even) {
+    int64_t width = heads * dim, ld = width + (even ? 8 : 5);
+    int64_t ldy = width + (even ? 0 : 1), lddy = width + (even ? 4 : 3);
     int32_t *positions = malloc((size_t)rows * sizeof(*positions));
     cr_assert_not_null(positions);
     for (int64_t r = 0; r < rows; r++)
         positions[r] = (int32_t)cq_random_below(w->seed, 99, (uint64_t)r, most);
-    snprintf(w->what, sizeof(w->what), "%s headnorm %lldx%lldx%lld norm %d turn %d, seed %llu",
-             ways_name(w->at), (long long)rows, (long long)heads, (long long)dim, norm, turn,
+    snprintf(w->what, sizeof(w->what),
+             "%s headnorm %lldx%lldx%lld norm %d turn %d act %d, seed %llu", ways_name(w->at),
+             (long long)rows, (long long)heads, (long long)dim, norm, turn, w->act,
              (unsigned long long)w->seed);
     WAYS_IN(w, headnorm_forward, x, rows, width, ld, 2.0);
     if (norm)
         WAYS_IN(w, headnorm_forward, w, 1, dim, dim, 1.0);
-    WAYS_OUT(w, headnorm_forward, y, rows, width, width + 1, 2);
+    WAYS_OUT(w, headnorm_forward, y, rows, width, ldy, 2);
     cq_headnorm_forward_args f = {.rows = rows,
                                   .heads = heads,
                                   .head_dim = dim,
@@ -288,13 +291,14 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
                                   .eps = 1e-6,
                                   .positions = turn ? positions : NULL,
                                   .theta = 1e6,
-                                  .ldy = width + 1};
+                                  .ldy = ldy,
+                                  .act = ways_act(w, "x y")};
     WAYS_RAW(w, headnorm_forward, positions, rows * 4);
     WAYS_RUN(w, headnorm_forward, f);
     WAYS_IN(w, headnorm_backward, x, rows, width, ld, 2.0);
     if (norm)
         WAYS_IN(w, headnorm_backward, w, 1, dim, dim, 1.0);
-    WAYS_IN(w, headnorm_backward, dy, rows, width, width + 3, 1.0);
+    WAYS_IN(w, headnorm_backward, dy, rows, width, lddy, 1.0);
     WAYS_OUT(w, headnorm_backward, dx, rows, width, ld, 3);
     if (norm)
         WAYS_OUT(w, headnorm_backward, dw, 1, dim, dim, 3);
@@ -305,19 +309,32 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
                                    .eps = 1e-6,
                                    .positions = turn ? positions : NULL,
                                    .theta = 1e6,
-                                   .lddy = width + 3,
-                                   .lddx = ld};
+                                   .lddy = lddy,
+                                   .lddx = ld,
+                                   .act = ways_act(w, "x dy dx")};
     WAYS_RAW(w, headnorm_backward, positions, rows * 4);
     WAYS_RUN(w, headnorm_backward, b);
     free(positions);
 }
 Test(cpu_dense, head_norm_and_rotation_together_and_alone) {
-    EVERY_ISA(111, run_headnorm(&w, 40, 3, 10, true, true, 300);)
-    EVERY_ISA(121, run_headnorm(&w, 300, 6, 32, true, true, 40000);)
-    EVERY_ISA(131, run_headnorm(&w, 21, 2, 33, true, false, 1);)
-    EVERY_ISA(141, run_headnorm(&w, 33, 5, 128, false, true, 2000000);)
-    EVERY_ISA(151, run_headnorm(&w, 5, 1, 8, false, false, 1);)
+    EVERY_ISA(111, run_headnorm(&w, 40, 3, 10, true, true, 300, false);)
+    EVERY_ISA(121, run_headnorm(&w, 300, 6, 32, true, true, 40000, false);)
+    EVERY_ISA(131, run_headnorm(&w, 21, 2, 33, true, false, 1, false);)
+    EVERY_ISA(141, run_headnorm(&w, 33, 5, 128, false, true, 2000000, false);)
+    EVERY_ISA(151, run_headnorm(&w, 5, 1, 8, false, false, 1, false);)
+    EVERY_ISA(152, run_headnorm(&w, 17, 3, 40, true, true, 300, true);)
 }
+#ifdef WAYS_CUDA
+Test(cpu_dense, head_norm_and_rotation_of_values_in_bf16) {
+    EVERY_ISA(153, w.act = CQ_BF16; run_headnorm(&w, 40, 3, 10, true, true, 30, false);)
+    EVERY_ISA(154, w.act = CQ_BF16; run_headnorm(&w, 21, 2, 33, true, false, 1, false);)
+    EVERY_ISA(155, w.act = CQ_BF16; run_headnorm(&w, 5, 1, 8, false, false, 1, false);)
+    EVERY_ISA(156, w.act = CQ_BF16; run_headnorm(&w, 35, 5, 32, true, true, 30, true);)
+    EVERY_ISA(157, w.act = CQ_BF16; run_headnorm(&w, 17, 3, 64, true, false, 1, true);)
+    EVERY_ISA(158, w.act = CQ_BF16; run_headnorm(&w, 9, 2, 128, false, true, 30, true);)
+    EVERY_ISA(159, w.act = CQ_BF16; run_headnorm(&w, 5, 2, 136, true, true, 30, true);)
+}
+#endif
 
 Test(cpu_dense, rotations_by_a_million_tokens_keep_their_digits) {
     enum { ROWS = 64, DIM = 64 };
