@@ -111,7 +111,7 @@ static int headnorm_back(cq_layer *l, cq_stream *s, const cq_batch *b) {
     for (int k = 0; k < 2; k++) {
         cq_headnorm_forward_args f = headnorm_args(l, b, k);
         char *d = (char *)l->dproj.data +
-                  (k ? c->heads * c->head_dim * cq_dtype_bytes(l->env->dtype) : 0);
+                  (k ? c->heads * c->head_dim * cq_dtype_bytes(cq_layer_act(l->env)) : 0);
         CQ_TRY(CQ_RUN(s, headnorm_backward, .dtype = f.dtype, .rows = f.rows, .heads = f.heads,
                       .head_dim = f.head_dim, .x = f.x, .ldx = f.ldx, .w = f.w, .eps = f.eps,
                       .positions = f.positions, .theta = f.theta, .dy = d, .lddy = f.ldx, .dx = d,
