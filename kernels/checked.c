@@ -14,6 +14,11 @@ static const cq_kernels *base;
 static cq_kernels table;
 
 static double value(cq_dtype dtype, const void *x, int64_t i) {
+    float wide;
+    if (dtype == CQ_BF16) {
+        cq_convert(&wide, CQ_F32, (const char *)x + i * cq_dtype_bytes(CQ_BF16), CQ_BF16, 1);
+        return (double)wide;
+    }
     return dtype == CQ_F64 ? ((const double *)x)[i] : (double)((const float *)x)[i];
 }
 
@@ -38,10 +43,14 @@ static int look(cq_stream *s, const char *op, const char *name, cq_dtype dtype, 
     return status;
 }
 
-#define OUT(field, rows, cols, ld)                                                                 \
+#define OF(type, field, rows, cols, ld)                                                            \
     if (status == CQ_OK)                                                                           \
-    status = look(s, op_, #field, a->dtype, a->field, (rows), (cols), (ld))
+    status = look(s, op_, #field, (type), a->field, (rows), (cols), (ld))
+#define OUT(field, rows, cols, ld) OF(a->dtype, field, rows, cols, ld)
 #define DENSE(field, rows, cols) OUT(field, rows, cols, cols)
+/* The same of an activation. */
+#define ACT(field, rows, cols, ld) OF(a->act == CQ_BF16 ? CQ_BF16 : a->dtype, field, rows, cols, ld)
+#define ACTS(field, rows, cols) ACT(field, rows, cols, cols)
 #define CHECKED(op, ...)                                                                           \
     static int checked_##op(cq_stream *s, const cq_##op##_args *a) {                               \
         const char *op_ = #op;                                                                     \
@@ -51,7 +60,7 @@ static int look(cq_stream *s, const char *op, const char *name, cq_dtype dtype, 
         return status;                                                                             \
     }
 
-CHECKED(matmul, OUT(c, a->m, a->n, a->ldc))
+CHECKED(matmul, OF(a->c_bf16 ? CQ_BF16 : a->dtype, c, a->m, a->n, a->ldc))
 CHECKED(matmul_grouped, {
     if (a->mode == CQ_GROUPED_WEIGHT)
         DENSE(w, a->groups * a->n, a->k);
@@ -60,36 +69,36 @@ CHECKED(matmul_nvfp4, {
     if (!a->c_bf16)
         OUT(c, a->m, a->n, a->ldc);
 })
-CHECKED(rmsnorm_forward, DENSE(y, a->rows, a->dim); DENSE(yq, a->rows, a->dim))
+CHECKED(rmsnorm_forward, ACTS(y, a->rows, a->dim); ACTS(yq, a->rows, a->dim))
 CHECKED(rmsnorm_backward, DENSE(dx, a->rows, a->dim); DENSE(dw, 1, a->dim))
-CHECKED(gatednorm_forward, DENSE(out, a->rows, a->dim); DENSE(outq, a->rows, a->dim))
-CHECKED(gatednorm_backward, DENSE(dy, a->rows, a->dim); OUT(dz, a->rows, a->dim, a->lddz);
+CHECKED(gatednorm_forward, ACTS(out, a->rows, a->dim); ACTS(outq, a->rows, a->dim))
+CHECKED(gatednorm_backward, ACTS(dy, a->rows, a->dim); ACT(dz, a->rows, a->dim, a->lddz);
         DENSE(dw, 1, a->dim))
-CHECKED(headnorm_forward, OUT(y, a->rows, a->heads * a->head_dim, a->ldy))
-CHECKED(headnorm_backward, OUT(dx, a->rows, a->heads * a->head_dim, a->lddx);
+CHECKED(headnorm_forward, ACT(y, a->rows, a->heads * a->head_dim, a->ldy))
+CHECKED(headnorm_backward, ACT(dx, a->rows, a->heads * a->head_dim, a->lddx);
         DENSE(dw, 1, a->head_dim))
-CHECKED(attention_forward, DENSE(out, a->tokens, a->heads * a->head_dim);
+CHECKED(attention_forward, ACTS(out, a->tokens, a->heads * a->head_dim);
         DENSE(lse, a->tokens, a->heads))
-CHECKED(attention_backward, OUT(dq, a->tokens, a->heads * a->head_dim, a->lddq);
-        OUT(dk, a->tokens, a->kv_heads * a->head_dim, a->lddk);
-        OUT(dv, a->tokens, a->kv_heads * a->head_dim, a->lddv))
-CHECKED(attention_cached, DENSE(out, a->tokens, a->heads * a->head_dim))
-CHECKED(conv_forward, DENSE(y, a->tokens, a->channels))
-CHECKED(conv_backward, OUT(dx, a->tokens, a->channels, a->lddx); DENSE(dw, a->channels, a->width);
+CHECKED(attention_backward, ACT(dq, a->tokens, a->heads * a->head_dim, a->lddq);
+        ACT(dk, a->tokens, a->kv_heads * a->head_dim, a->lddk);
+        ACT(dv, a->tokens, a->kv_heads * a->head_dim, a->lddv))
+CHECKED(attention_cached, ACTS(out, a->tokens, a->heads * a->head_dim))
+CHECKED(conv_forward, ACTS(y, a->tokens, a->channels))
+CHECKED(conv_backward, ACT(dx, a->tokens, a->channels, a->lddx); DENSE(dw, a->channels, a->width);
         DENSE(db, 1, a->channels))
-CHECKED(conv_cached, DENSE(y, a->tokens, a->channels))
-CHECKED(ssd_forward, DENSE(y, a->tokens, a->heads * a->head_dim))
-CHECKED(ssd_backward, OUT(dx, a->tokens, a->heads * a->head_dim, a->lddx);
-        OUT(dB, a->tokens, a->groups * a->state, a->lddB);
-        OUT(dC, a->tokens, a->groups * a->state, a->lddC);
-        OUT(ddt_raw, a->tokens, a->heads, a->ldd_dt); DENSE(ddt_bias, 1, a->heads);
+CHECKED(conv_cached, ACTS(y, a->tokens, a->channels))
+CHECKED(ssd_forward, ACTS(y, a->tokens, a->heads * a->head_dim))
+CHECKED(ssd_backward, ACT(dx, a->tokens, a->heads * a->head_dim, a->lddx);
+        ACT(dB, a->tokens, a->groups * a->state, a->lddB);
+        ACT(dC, a->tokens, a->groups * a->state, a->lddC);
+        ACT(ddt_raw, a->tokens, a->heads, a->ldd_dt); DENSE(ddt_bias, 1, a->heads);
         DENSE(da_log, 1, a->heads); DENSE(dd, 1, a->heads))
-CHECKED(ssd_cached, DENSE(y, a->tokens, a->heads * a->head_dim))
-CHECKED(swiglu_forward, DENSE(h, a->rows, a->dim); DENSE(hq, a->rows, a->dim))
-CHECKED(swiglu_backward, DENSE(dgu, a->rows, 2 * a->dim))
-CHECKED(relu2_forward, DENSE(h, a->rows, a->dim); DENSE(hq, a->rows, a->dim))
-CHECKED(relu2_backward, DENSE(dx, a->rows, a->dim))
-CHECKED(fake_quant, DENSE(y, a->rows, a->cols))
+CHECKED(ssd_cached, ACTS(y, a->tokens, a->heads * a->head_dim))
+CHECKED(swiglu_forward, ACTS(h, a->rows, a->dim); ACTS(hq, a->rows, a->dim))
+CHECKED(swiglu_backward, ACTS(dgu, a->rows, 2 * a->dim))
+CHECKED(relu2_forward, ACTS(h, a->rows, a->dim); ACTS(hq, a->rows, a->dim))
+CHECKED(relu2_backward, ACTS(dx, a->rows, a->dim))
+CHECKED(fake_quant, ACTS(y, a->rows, a->cols))
 CHECKED(pack, )
 CHECKED(unpack, {
     if (a->dtype != CQ_BF16)
@@ -102,9 +111,9 @@ CHECKED(amax, {
 CHECKED(route_forward, DENSE(weight, a->tokens, a->top_k))
 CHECKED(route_backward, DENSE(dlogits, a->tokens, a->experts))
 CHECKED(route_sort, )
-CHECKED(gather_rows, DENSE(y, a->rows, a->dim); DENSE(yq, a->rows, a->dim))
+CHECKED(gather_rows, ACTS(y, a->rows, a->dim); ACTS(yq, a->rows, a->dim))
 CHECKED(combine_forward, DENSE(out, a->tokens, a->dim))
-CHECKED(combine_backward, DENSE(dy, a->tokens * a->top_k, a->dim);
+CHECKED(combine_backward, ACTS(dy, a->tokens * a->top_k, a->dim);
         DENSE(dweight, a->tokens, a->top_k))
 CHECKED(ungather_rows, DENSE(dx, a->tokens, a->dim))
 CHECKED(embed_forward, DENSE(h, a->tokens, a->dim))

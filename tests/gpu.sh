@@ -64,6 +64,12 @@ golden_bf16() { # MODEL: errors at most twice those of the processor's own BF16 
   paste "$out/bf16-$1-cpu.txt" "$out/bf16-$1-cuda.txt"
   awk -f tests/golden/bf16.awk "$out/bf16-$1-cpu.txt" "$out/bf16-$1-cuda.txt"
 }
+golden_act() { # MODEL: activations in BF16; errors at most twice those of the plain evaluation that is kept beside it
+  "$dir/ckaqad" tests/golden/check.lua --device=cuda --compute=bf16 --activations=bf16 --report --model="tests/golden/$1" \
+    --golden="tests/golden/$1.golden.safetensors" >"$out/act-$1.txt" || return 1
+  paste "tests/golden/$1.bf16.txt" "$out/act-$1.txt"
+  awk -f tests/golden/bf16.awk "tests/golden/$1.bf16.txt" "$out/act-$1.txt"
+}
 recipe() { # COMPUTE: the embedded run on both devices: the same lines, close numbers
   local where
   for where in cpu cuda; do
@@ -75,10 +81,11 @@ recipe() { # COMPUTE: the embedded run on both devices: the same lines, close nu
       printf "KL of step 1 differs by %.2g of itself, of 20 steps by at most %.2g\n", first, most; exit !(n[f] == n[g] && n[f] == 20 && first < 0.02) }' \
     "$out/run-cpu-$1/metrics.jsonl" "$out/run-cuda-$1/metrics.jsonl"
 }
-repeat() { # two runs, the same bits
+repeat() { # ACTIVATIONS: two runs, the same bits
   local i
   for i in 1 2; do
-    "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --compute=bf16 --steps=10 --out="$out/again-$i" --fresh >"$out/again-$i.txt" 2>&1 || { tail -n 3 "$out/again-$i.txt"; return 1; }
+    "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --compute=bf16 --activations="$1" --steps=10 --out="$out/again-$i" --fresh >"$out/again-$i.txt" 2>&1 ||
+      { tail -n 3 "$out/again-$i.txt"; return 1; }
   done
   cmp "$out/again-1/nvfp4/model.safetensors" "$out/again-2/nvfp4/model.safetensors" && echo "two runs of 10 steps, the same bits"
 }
@@ -129,10 +136,12 @@ part golden "golden: quantizer" 60 golden_quantizer
 for model in nemotron_h_tiny qwen3_tiny; do
   part golden "golden: $model, f32" 60 golden $model
   part golden "golden: $model, bf16" 60 golden_bf16 $model
+  part golden "golden: $model, bf16 activations" 60 golden_act $model
 done
 part recipe "recipe: cpu and cuda, f32" 90 recipe f32
 part recipe "recipe: cpu and cuda, bf16" 90 recipe bf16
-part repeat "repeat: two runs" 60 repeat
+part repeat "repeat: two runs" 60 repeat f32
+part repeat "repeat: two runs, bf16 activations" 60 repeat bf16
 if [ -x "$dir/device_ranks" ]; then
   part nccl "nccl: one rank" 60 nccl
   gpus=$(nvidia-smi -L | wc -l)

@@ -38,7 +38,8 @@ static const product_case products[] = {
     {3, 300, 17, 3, false, false, 1, 2},   {192, 96, 1000, 0, true, false, 1, 1},
     {512, 70, 300, 0, true, false, 2, 1},  {512, 65, 270, 0, true, true, 1, 0.5},
 };
-static void run_product(ways *w, const product_case *c) {
+/* acts: those of a, b and c that w->act is of */
+static void run_product(ways *w, const product_case *c, const char *acts) {
     snprintf(w->what, sizeof(w->what), "%s matmul %lldx%lldx%lld ta %d tb %d, seed %llu",
              ways_name(w->at), (long long)c->m, (long long)c->n, (long long)c->k, c->ta, c->tb,
              (unsigned long long)w->seed);
@@ -54,7 +55,11 @@ static void run_product(ways *w, const product_case *c) {
     }
     WAYS_OUT(w, matmul, c, c->m, c->n, c->n + c->more,
              w->compute == CQ_COMPUTE_BF16 ? TENSOR_TIMES : 2);
-    cq_matmul_args args = {.ta = c->ta,
+    bool narrow = ways_act(w, acts) == CQ_BF16;
+    cq_matmul_args args = {.a_bf16 = narrow && strchr(acts, 'a'),
+                           .b_bf16 = narrow && strchr(acts, 'b'),
+                           .c_bf16 = narrow && strchr(acts, 'c'),
+                           .ta = c->ta,
                            .tb = c->tb,
                            .m = c->m,
                            .n = c->n,
@@ -68,15 +73,40 @@ static void run_product(ways *w, const product_case *c) {
 }
 Test(cpu_dense, matrix_products_of_every_transposition_and_stride) {
     for (size_t i = 0; i < sizeof(products) / sizeof(*products); i++)
-        EVERY_ISA(100 * i + 1, w.by_team = true; run_product(&w, &products[i]);)
+        EVERY_ISA(100 * i + 1, w.by_team = true; run_product(&w, &products[i], "");)
 }
 Test(cpu_dense, bf16_products_of_bf16_operands_are_as_exact_as_fp32_ones) {
     for (size_t i = 0; i < sizeof(products) / sizeof(*products); i++)
         EVERY_ISA(100 * i + 2, w.by_team = true; w.compute = CQ_COMPUTE_BF16;
                   /* enough for a third of k at a time */
                   w.bf16_bytes = 4 * (products[i].m + products[i].n) * (products[i].k / 3 + 16);
-                  run_product(&w, &products[i]);)
+                  run_product(&w, &products[i], "");)
 }
+#ifdef WAYS_CUDA
+Test(cpu_dense, products_of_matrices_that_are_stored_as_bf16) {
+    static const char *const acts[] = {"a", "b", "c", "a b", "a c", "b c", "a b c"};
+    for (size_t i = 0; i < sizeof(products) / sizeof(*products); i++)
+        for (int k = 0; k < 7; k++) {
+            const product_case c = products[i];
+            EVERY_ISA(100 * i + 3, w.compute = CQ_COMPUTE_BF16; w.act = CQ_BF16;
+                      w.bf16_bytes = 4 * (c.m + c.n + 16) * (c.k + 16);
+                      run_product(&w, &c, acts[k]);)
+        }
+}
+Test(cpu_dense, matrices_in_bf16_want_bf16_products) {
+    uint16_t a = 0, c = 0;
+    float b = 1.0f;
+    ways w = {.seed = 0};
+    cq_stream s = ways_stream(&w, CPU_WAY);
+    cq_matmul_args args = {
+        .m = 1, .n = 1, .k = 1, .lda = 1, .ldb = 1, .ldc = 1, .a = &a, .b = &b, .c = &c};
+    args.a_bf16 = args.c_bf16 = true;
+    cr_expect_eq(WAYS_CALL(&s, matmul, args, WAYS_AT(a, 2), WAYS_AT(b, 4), WAYS_AT(c, 2)),
+                 CQ_EUSAGE);
+    cr_expect(strstr(cq_error(), "BF16"), "%s", cq_error());
+    ways_stream_free(&s);
+}
+#endif
 Test(cpu_dense, bf16_products_round_their_operands_to_the_nearest_even) {
     /* 1 + 2^-8 is a tie and goes down to 1, 1 + 3 2^-8 goes up to 1 + 2^-6 */
     float a[2] = {1.0f + 0x1p-8f, 1.0f + 3 * 0x1p-8f}, b[1] = {1.0f}, c[2];
@@ -106,7 +136,7 @@ Test(cpu_dense, bf16_products_round_their_operands_to_the_nearest_even) {
 }
 
 static const int64_t group_offsets[] = {0, 0, 5, 90, 90, 91, 160, 300, 300};
-static void run_grouped(ways *w, cq_grouped mode, int64_t n, int64_t k) {
+static void run_grouped(ways *w, cq_grouped mode, int64_t n, int64_t k, bool w16_too) {
     enum { GROUPS = 8, ROWS = 300 };
     snprintf(w->what, sizeof(w->what), "%s grouped mode %d [%lld, %lld], seed %llu",
              ways_name(w->at), (int)mode, (long long)n, (long long)k, (unsigned long long)w->seed);
@@ -125,19 +155,41 @@ static void run_grouped(ways *w, cq_grouped mode, int64_t n, int64_t k) {
         for (int64_t i = 0; i < GROUPS * n * k; i++)
             weight[i] = vec_bf16(weight[i]);
     }
-    cq_matmul_grouped_args args = {
-        .mode = mode, .groups = GROUPS, .n = n, .k = k, .offsets = group_offsets};
+    bool narrow = ways_act(w, "x y") == CQ_BF16;
+    cq_matmul_grouped_args args = {.mode = mode,
+                                   .groups = GROUPS,
+                                   .n = n,
+                                   .k = k,
+                                   .offsets = group_offsets,
+                                   .x_bf16 = narrow,
+                                   .y_bf16 = narrow};
+    uint16_t *w16 = narrow && w16_too ? malloc((size_t)(GROUPS * n * k) * 2) : NULL;
+    if (w16) {
+        cq_convert(w16, CQ_BF16, weight, CQ_F32, GROUPS * n * k);
+        WAYS_RAW(w, matmul_grouped, w16, GROUPS * n * k * 2);
+        args.w16 = w16;
+    }
     WAYS_RAW(w, matmul_grouped, offsets, sizeof(group_offsets));
     WAYS_RUN(w, matmul_grouped, args);
+    free(w16);
 }
 Test(cpu_dense, grouped_products_in_every_mode_with_empty_groups) {
     for (int mode = 0; mode < 3; mode++) {
-        EVERY_ISA(11, w.by_team = true; run_grouped(&w, (cq_grouped)mode, 33, 70);)
-        EVERY_ISA(21, w.by_team = true; run_grouped(&w, (cq_grouped)mode, 96, 192);)
+        EVERY_ISA(11, w.by_team = true; run_grouped(&w, (cq_grouped)mode, 33, 70, false);)
+        EVERY_ISA(21, w.by_team = true; run_grouped(&w, (cq_grouped)mode, 96, 192, false);)
         EVERY_ISA(31, w.by_team = true; w.compute = CQ_COMPUTE_BF16;
-                  run_grouped(&w, (cq_grouped)mode, 40, 64);)
+                  run_grouped(&w, (cq_grouped)mode, 40, 64, false);)
     }
 }
+#ifdef WAYS_CUDA
+Test(cpu_dense, grouped_products_of_rows_in_bf16) {
+    static const int64_t sizes[][2] = {{33, 70}, {36, 60}, {40, 64}, {264, 136}};
+    for (int mode = 0; mode < 3; mode++)
+        for (int i = 0; i < 8; i++)
+            EVERY_ISA(35, w.by_team = true; w.compute = CQ_COMPUTE_BF16; w.act = CQ_BF16;
+                      run_grouped(&w, (cq_grouped)mode, sizes[i / 2][0], sizes[i / 2][1], i % 2);)
+}
+#endif
 
 static void run_rmsnorm(ways *w, int64_t rows, int64_t dim, bool accumulate) {
     snprintf(w->what, sizeof(w->what), "%s rmsnorm %lldx%lld, seed %llu", ways_name(w->at),
@@ -146,7 +198,7 @@ static void run_rmsnorm(ways *w, int64_t rows, int64_t dim, bool accumulate) {
     WAYS_IN(w, rmsnorm_forward, w, 1, dim, dim, 1.0);
     WAYS_OUT(w, rmsnorm_forward, y, rows, dim, dim, 2);
     WAYS_OUT(w, rmsnorm_forward, rstd, 1, rows, rows, 2);
-    cq_rmsnorm_forward_args f = {.rows = rows, .dim = dim, .eps = 1e-5};
+    cq_rmsnorm_forward_args f = {.rows = rows, .dim = dim, .eps = 1e-5, .act = ways_act(w, "y")};
     WAYS_RUN(w, rmsnorm_forward, f);
     WAYS_IN(w, rmsnorm_backward, x, rows, dim, dim, 2.0);
     WAYS_IN(w, rmsnorm_backward, w, 1, dim, dim, 1.0);
@@ -164,8 +216,8 @@ Test(cpu_dense, rmsnorm_of_odd_and_wide_rows) {
     EVERY_ISA(71, run_rmsnorm(&w, 9, 5003, true);)
 }
 
-static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups) {
-    int64_t ldz = dim + 7;
+static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups, int64_t more) {
+    int64_t ldz = dim + more, lddz = dim + (more == 7 ? 2 : more);
     snprintf(w->what, sizeof(w->what), "%s gatednorm %lldx%lld in %lld, seed %llu",
              ways_name(w->at), (long long)rows, (long long)dim, (long long)groups,
              (unsigned long long)w->seed);
@@ -174,8 +226,12 @@ static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups) {
     WAYS_IN(w, gatednorm_forward, w, 1, dim, dim, 1.0);
     WAYS_OUT(w, gatednorm_forward, out, rows, dim, dim, 2);
     WAYS_OUT(w, gatednorm_forward, rstd, rows, groups, groups, 2);
-    cq_gatednorm_forward_args f = {
-        .rows = rows, .dim = dim, .groups = groups, .ldz = ldz, .eps = 1e-5};
+    cq_gatednorm_forward_args f = {.rows = rows,
+                                   .dim = dim,
+                                   .groups = groups,
+                                   .ldz = ldz,
+                                   .eps = 1e-5,
+                                   .act = ways_act(w, "y z out")};
     WAYS_RUN(w, gatednorm_forward, f);
     WAYS_IN(w, gatednorm_backward, y, rows, dim, dim, 1.0);
     WAYS_IN(w, gatednorm_backward, z, rows, dim, ldz, 3.0);
@@ -184,32 +240,50 @@ static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups) {
              0);
     WAYS_IN(w, gatednorm_backward, dout, rows, dim, dim, 1.0);
     WAYS_OUT(w, gatednorm_backward, dy, rows, dim, dim, 3);
-    WAYS_OUT(w, gatednorm_backward, dz, rows, dim, dim + 2, 3);
+    WAYS_OUT(w, gatednorm_backward, dz, rows, dim, lddz, 3);
     WAYS_OUT(w, gatednorm_backward, dw, 1, dim, dim, 3);
-    cq_gatednorm_backward_args b = {
-        .rows = rows, .dim = dim, .groups = groups, .ldz = ldz, .lddz = dim + 2};
+    cq_gatednorm_backward_args b = {.rows = rows,
+                                    .dim = dim,
+                                    .groups = groups,
+                                    .ldz = ldz,
+                                    .lddz = lddz,
+                                    .act = ways_act(w, "y z dout dy dz")};
     WAYS_RUN(w, gatednorm_backward, b);
 }
 Test(cpu_dense, gated_norm_by_group_with_a_strided_gate) {
-    EVERY_ISA(81, run_gatednorm(&w, 1, 4, 4);)
-    EVERY_ISA(91, run_gatednorm(&w, 53, 99, 3);)
-    EVERY_ISA(101, run_gatednorm(&w, WAYS_PICK(150, 700), 384, 8);)
+    EVERY_ISA(81, run_gatednorm(&w, 1, 4, 4, 7);)
+    EVERY_ISA(91, run_gatednorm(&w, 53, 99, 3, 7);)
+    EVERY_ISA(101, run_gatednorm(&w, WAYS_PICK(150, 700), 384, 8, 7);)
 }
+#ifdef WAYS_CUDA
+Test(cpu_dense, norms_of_activations_in_bf16) {
+    EVERY_ISA(45, w.act = CQ_BF16; run_rmsnorm(&w, 37, 83, true);)
+    EVERY_ISA(55, w.act = CQ_BF16; run_rmsnorm(&w, WAYS_PICK(200, 1100), 192, false);)
+    EVERY_ISA(65, w.act = CQ_BF16; run_rmsnorm(&w, 9, 5004, true);)
+    EVERY_ISA(85, w.act = CQ_BF16; run_gatednorm(&w, 53, 99, 3, 7);)
+    EVERY_ISA(95, w.act = CQ_BF16; run_gatednorm(&w, 70, 384, 8, 4);)
+    EVERY_ISA(105, w.act = CQ_BF16; run_gatednorm(&w, 70, 1536, 3, 12);)
+    EVERY_ISA(108, w.act = CQ_BF16; run_gatednorm(&w, 5, 400, 2, 8);)
+}
+#endif
 
+/* `even`: rows that can be read four values at a time. */
 static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool norm, bool turn,
-                         int64_t most) {
-    int64_t width = heads * dim, ld = width + 5;
+                         int64_t most, bool even) {
+    int64_t width = heads * dim, ld = width + (even ? 8 : 5);
+    int64_t ldy = width + (even ? 0 : 1), lddy = width + (even ? 4 : 3);
     int32_t *positions = malloc((size_t)rows * sizeof(*positions));
     cr_assert_not_null(positions);
     for (int64_t r = 0; r < rows; r++)
         positions[r] = (int32_t)cq_random_below(w->seed, 99, (uint64_t)r, most);
-    snprintf(w->what, sizeof(w->what), "%s headnorm %lldx%lldx%lld norm %d turn %d, seed %llu",
-             ways_name(w->at), (long long)rows, (long long)heads, (long long)dim, norm, turn,
+    snprintf(w->what, sizeof(w->what),
+             "%s headnorm %lldx%lldx%lld norm %d turn %d act %d, seed %llu", ways_name(w->at),
+             (long long)rows, (long long)heads, (long long)dim, norm, turn, w->act,
              (unsigned long long)w->seed);
     WAYS_IN(w, headnorm_forward, x, rows, width, ld, 2.0);
     if (norm)
         WAYS_IN(w, headnorm_forward, w, 1, dim, dim, 1.0);
-    WAYS_OUT(w, headnorm_forward, y, rows, width, width + 1, 2);
+    WAYS_OUT(w, headnorm_forward, y, rows, width, ldy, 2);
     cq_headnorm_forward_args f = {.rows = rows,
                                   .heads = heads,
                                   .head_dim = dim,
@@ -217,13 +291,14 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
                                   .eps = 1e-6,
                                   .positions = turn ? positions : NULL,
                                   .theta = 1e6,
-                                  .ldy = width + 1};
+                                  .ldy = ldy,
+                                  .act = ways_act(w, "x y")};
     WAYS_RAW(w, headnorm_forward, positions, rows * 4);
     WAYS_RUN(w, headnorm_forward, f);
     WAYS_IN(w, headnorm_backward, x, rows, width, ld, 2.0);
     if (norm)
         WAYS_IN(w, headnorm_backward, w, 1, dim, dim, 1.0);
-    WAYS_IN(w, headnorm_backward, dy, rows, width, width + 3, 1.0);
+    WAYS_IN(w, headnorm_backward, dy, rows, width, lddy, 1.0);
     WAYS_OUT(w, headnorm_backward, dx, rows, width, ld, 3);
     if (norm)
         WAYS_OUT(w, headnorm_backward, dw, 1, dim, dim, 3);
@@ -234,19 +309,32 @@ static void run_headnorm(ways *w, int64_t rows, int64_t heads, int64_t dim, bool
                                    .eps = 1e-6,
                                    .positions = turn ? positions : NULL,
                                    .theta = 1e6,
-                                   .lddy = width + 3,
-                                   .lddx = ld};
+                                   .lddy = lddy,
+                                   .lddx = ld,
+                                   .act = ways_act(w, "x dy dx")};
     WAYS_RAW(w, headnorm_backward, positions, rows * 4);
     WAYS_RUN(w, headnorm_backward, b);
     free(positions);
 }
 Test(cpu_dense, head_norm_and_rotation_together_and_alone) {
-    EVERY_ISA(111, run_headnorm(&w, 40, 3, 10, true, true, 300);)
-    EVERY_ISA(121, run_headnorm(&w, 300, 6, 32, true, true, 40000);)
-    EVERY_ISA(131, run_headnorm(&w, 21, 2, 33, true, false, 1);)
-    EVERY_ISA(141, run_headnorm(&w, 33, 5, 128, false, true, 2000000);)
-    EVERY_ISA(151, run_headnorm(&w, 5, 1, 8, false, false, 1);)
+    EVERY_ISA(111, run_headnorm(&w, 40, 3, 10, true, true, 300, false);)
+    EVERY_ISA(121, run_headnorm(&w, 300, 6, 32, true, true, 40000, false);)
+    EVERY_ISA(131, run_headnorm(&w, 21, 2, 33, true, false, 1, false);)
+    EVERY_ISA(141, run_headnorm(&w, 33, 5, 128, false, true, 2000000, false);)
+    EVERY_ISA(151, run_headnorm(&w, 5, 1, 8, false, false, 1, false);)
+    EVERY_ISA(152, run_headnorm(&w, 17, 3, 40, true, true, 300, true);)
 }
+#ifdef WAYS_CUDA
+Test(cpu_dense, head_norm_and_rotation_of_values_in_bf16) {
+    EVERY_ISA(153, w.act = CQ_BF16; run_headnorm(&w, 40, 3, 10, true, true, 30, false);)
+    EVERY_ISA(154, w.act = CQ_BF16; run_headnorm(&w, 21, 2, 33, true, false, 1, false);)
+    EVERY_ISA(155, w.act = CQ_BF16; run_headnorm(&w, 5, 1, 8, false, false, 1, false);)
+    EVERY_ISA(156, w.act = CQ_BF16; run_headnorm(&w, 35, 5, 32, true, true, 30, true);)
+    EVERY_ISA(157, w.act = CQ_BF16; run_headnorm(&w, 17, 3, 64, true, false, 1, true);)
+    EVERY_ISA(158, w.act = CQ_BF16; run_headnorm(&w, 9, 2, 128, false, true, 30, true);)
+    EVERY_ISA(159, w.act = CQ_BF16; run_headnorm(&w, 5, 2, 136, true, true, 30, true);)
+}
+#endif
 
 Test(cpu_dense, rotations_by_a_million_tokens_keep_their_digits) {
     enum { ROWS = 64, DIM = 64 };
@@ -290,27 +378,34 @@ static void run_activations(ways *w, int64_t rows, int64_t dim, double size) {
              (long long)rows, (long long)dim, (unsigned long long)w->seed);
     WAYS_IN(w, swiglu_forward, gu, rows, 2 * dim, 2 * dim, size);
     WAYS_OUT(w, swiglu_forward, h, rows, dim, dim, 2);
-    cq_swiglu_forward_args sf = {.rows = rows, .dim = dim};
+    cq_swiglu_forward_args sf = {.rows = rows, .dim = dim, .act = ways_act(w, "gu h")};
     WAYS_RUN(w, swiglu_forward, sf);
     WAYS_IN(w, swiglu_backward, gu, rows, 2 * dim, 2 * dim, size);
     WAYS_IN(w, swiglu_backward, dh, rows, dim, dim, 1.0);
     WAYS_OUT(w, swiglu_backward, dgu, rows, 2 * dim, 2 * dim, 3);
-    cq_swiglu_backward_args sb = {.rows = rows, .dim = dim};
+    cq_swiglu_backward_args sb = {.rows = rows, .dim = dim, .act = ways_act(w, "gu dh dgu")};
     WAYS_RUN(w, swiglu_backward, sb);
     WAYS_IN(w, relu2_forward, x, rows, dim, dim, size);
     WAYS_OUT(w, relu2_forward, h, rows, dim, dim, 2);
-    cq_relu2_forward_args rf = {.rows = rows, .dim = dim};
+    cq_relu2_forward_args rf = {.rows = rows, .dim = dim, .act = ways_act(w, "x h")};
     WAYS_RUN(w, relu2_forward, rf);
     WAYS_IN(w, relu2_backward, x, rows, dim, dim, size);
     WAYS_IN(w, relu2_backward, dh, rows, dim, dim, 1.0);
     WAYS_OUT(w, relu2_backward, dx, rows, dim, dim, 3);
-    cq_relu2_backward_args rb = {.rows = rows, .dim = dim};
+    cq_relu2_backward_args rb = {.rows = rows, .dim = dim, .act = ways_act(w, "x dh dx")};
     WAYS_RUN(w, relu2_backward, rb);
 }
 Test(cpu_dense, activations_of_small_and_of_large_arguments) {
     EVERY_ISA(161, run_activations(&w, 37, 53, 1.0);)
     EVERY_ISA(171, run_activations(&w, 200, 256, 60.0);)
 }
+#ifdef WAYS_CUDA
+Test(cpu_dense, nonlinearities_of_activations_in_bf16) {
+    EVERY_ISA(165, w.act = CQ_BF16; run_activations(&w, 37, 53, 1.0);)
+    EVERY_ISA(175, w.act = CQ_BF16; run_activations(&w, 200, 256, 60.0);)
+    EVERY_ISA(178, w.act = CQ_BF16; run_activations(&w, 7, 52, 3.0);)
+}
+#endif
 
 static void run_updates(ways *w, int64_t rows, int64_t cols, int64_t step) {
     int64_t n = rows * cols;

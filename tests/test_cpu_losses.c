@@ -433,8 +433,11 @@ static void run_rows(ways *w, int64_t tokens, int64_t top_k, int64_t dim) {
     WAYS_OUT(w, combine_forward, out, tokens, dim, dim, 2);
     WAYS_RAW(w, combine_forward, position, rows * 4);
     WAYS_RUN(w, combine_forward,
-             ((cq_combine_forward_args){
-                 .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
+             ((cq_combine_forward_args){.tokens = tokens,
+                                        .top_k = top_k,
+                                        .dim = dim,
+                                        .position = position,
+                                        .act = ways_act(w, "y")}));
     WAYS_IN(w, combine_backward, y, rows, dim, dim, 1.0);
     WAYS_IN(w, combine_backward, weight, tokens, top_k, top_k, 1.0);
     WAYS_IN(w, combine_backward, dout, tokens, dim, dim, 1.0);
@@ -442,14 +445,20 @@ static void run_rows(ways *w, int64_t tokens, int64_t top_k, int64_t dim) {
     WAYS_OUT(w, combine_backward, dweight, tokens, top_k, top_k, 3);
     WAYS_RAW(w, combine_backward, position, rows * 4);
     WAYS_RUN(w, combine_backward,
-             ((cq_combine_backward_args){
-                 .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
+             ((cq_combine_backward_args){.tokens = tokens,
+                                         .top_k = top_k,
+                                         .dim = dim,
+                                         .position = position,
+                                         .act = ways_act(w, "y dy")}));
     WAYS_IN(w, ungather_rows, dy, rows, dim, dim, 1.0);
     WAYS_OUT(w, ungather_rows, dx, tokens, dim, dim, 3);
     WAYS_RAW(w, ungather_rows, position, rows * 4);
     WAYS_RUN(w, ungather_rows,
-             ((cq_ungather_rows_args){
-                 .tokens = tokens, .top_k = top_k, .dim = dim, .position = position}));
+             ((cq_ungather_rows_args){.tokens = tokens,
+                                      .top_k = top_k,
+                                      .dim = dim,
+                                      .position = position,
+                                      .act = ways_act(w, "dy")}));
     WAYS_IN(w, scatter_rows, y, rows / 2, dim, dim, 1.0);
     WAYS_OUT(w, scatter_rows, x, rows, dim, dim, 2);
     WAYS_RAW(w, scatter_rows, index, rows / 2 * 4);
@@ -476,6 +485,16 @@ Test(cpu_losses, row_moves_agree_with_ref) {
             run_rows(&w, 300, 1, 33);
         }
 }
+#ifdef WAYS_CUDA
+Test(cpu_losses, rows_of_experts_in_bf16_agree_with_ref) {
+    ways w = {.act = CQ_BF16};
+    for (w.at = -1; ways_next(&w.at); ways_judge(&w))
+        for (w.seed = 1550; w.seed < 1550 + SEEDS; w.seed++, w.drawn = 0) {
+            run_rows(&w, 61, 2, 96);
+            run_rows(&w, 7, 3, 5);
+        }
+}
+#endif
 
 Test(cpu_losses, gathered_rows_carry_the_fake_quantization_of_their_group) {
     enum { ROWS = 20, DIM = 48, SOURCES = 9 };

@@ -27,23 +27,30 @@ enum { N_PASSES = sizeof passes / sizeof *passes };
     WAYS_RAW(w, op, slot, (p)->n_docs * 4);                                                        \
     WAYS_RAW(w, op, past, (p)->n_docs * 4)
 
+/* A device once more with what goes in and out in BF16; the slots stay F32. */
+#ifdef WAYS_CUDA
+enum { N_ACTS = 2 };
+#else
+enum { N_ACTS = 1 };
+#endif
 #define EVERY_WAY(body)                                                                            \
-    for (int at_ = -1; ways_next(&at_);) {                                                         \
-        ways w = {.at = at_};                                                                      \
-        for (uint64_t seed = 1; seed < 1 + SEEDS; seed++) {                                        \
-            w.seed = seed, w.drawn = 0;                                                            \
-            body                                                                                   \
-        }                                                                                          \
-        ways_judge(&w);                                                                            \
-    }
+    for (int at_ = -1; ways_next(&at_);)                                                           \
+        for (int act_ = 0; act_ < N_ACTS; act_++) {                                                \
+            ways w = {.at = at_, .act = act_ ? CQ_BF16 : CQ_F32};                                  \
+            for (uint64_t seed = 1; seed < 1 + SEEDS; seed++) {                                    \
+                w.seed = seed, w.drawn = 0;                                                        \
+                body                                                                               \
+            }                                                                                      \
+            ways_judge(&w);                                                                        \
+        }
 
 static void run_attention(ways *w, const pass *p, int64_t heads, int64_t kv, int64_t dim) {
     cq_attention_cached_args a = {
         PASS(p),      .heads = heads,         .kv_heads = kv,      .head_dim = dim, .room = p->room,
         .scale = 0.3, .ldq = heads * dim + 3, .ldk = kv * dim + 1, .ldv = kv * dim};
     w->scratch_bytes = cq_attention_scratch_bytes(0, dim);
-    snprintf(w->what, sizeof w->what, "%s cached attention %lld/%lld x %lld, seed %llu",
-             ways_name(w->at), (long long)heads, (long long)kv, (long long)dim,
+    snprintf(w->what, sizeof w->what, "%s cached attention %lld/%lld x %lld, act %d, seed %llu",
+             ways_name(w->at), (long long)heads, (long long)kv, (long long)dim, w->act,
              (unsigned long long)w->seed);
     WAYS_IN(w, attention_cached, q, a.tokens, heads * dim, a.ldq, 1.0);
     WAYS_IN(w, attention_cached, k, a.tokens, kv * dim, a.ldk, 1.0);
@@ -52,6 +59,7 @@ static void run_attention(ways *w, const pass *p, int64_t heads, int64_t kv, int
     WAYS_OUT(w, attention_cached, v_cache, p->slots * kv * p->room, dim, dim, 1);
     WAYS_OUT(w, attention_cached, out, a.tokens, heads * dim, heads * dim, 2);
     PASS_RAW(w, attention_cached, p);
+    a.act = ways_act(w, "q k v out");
     WAYS_RUN(w, attention_cached, a);
 }
 Test(cpu_past, attention_over_slots_agrees_with_ref) {
@@ -64,8 +72,8 @@ Test(cpu_past, attention_over_slots_agrees_with_ref) {
 
 static void run_conv(ways *w, const pass *p, int64_t channels, int64_t width, bool bias) {
     cq_conv_cached_args a = {PASS(p), .channels = channels, .width = width, .ldx = channels + 5};
-    snprintf(w->what, sizeof w->what, "%s cached convolution of width %lld, seed %llu",
-             ways_name(w->at), (long long)width, (unsigned long long)w->seed);
+    snprintf(w->what, sizeof w->what, "%s cached convolution of width %lld, act %d, seed %llu",
+             ways_name(w->at), (long long)width, w->act, (unsigned long long)w->seed);
     WAYS_IN(w, conv_cached, x, a.tokens, channels, a.ldx, 1.0);
     WAYS_IN(w, conv_cached, w, channels, width, width, 0.7);
     if (bias)
@@ -73,6 +81,7 @@ static void run_conv(ways *w, const pass *p, int64_t channels, int64_t width, bo
     WAYS_OUT(w, conv_cached, state, p->slots * (width - 1), channels, channels, 1);
     WAYS_OUT(w, conv_cached, y, a.tokens, channels, channels, 2);
     PASS_RAW(w, conv_cached, p);
+    a.act = ways_act(w, "x y");
     WAYS_RUN(w, conv_cached, a);
 }
 Test(cpu_past, convolution_from_a_state_agrees_with_ref) {
@@ -97,8 +106,9 @@ static void run_ssd(ways *w, const pass *p, int64_t chunk, double dt_size) {
                             .ldC = GROUPS * STATE,
                             .ld_dt = HEADS + 3};
     w->scratch_bytes = cq_ssd_scratch_bytes(chunk, chunk, HEADS, DIM, GROUPS, STATE);
-    snprintf(w->what, sizeof w->what, "%s cached ssd, chunk %lld, %lld tokens, seed %llu",
-             ways_name(w->at), (long long)chunk, (long long)a.tokens, (unsigned long long)w->seed);
+    snprintf(w->what, sizeof w->what, "%s cached ssd, chunk %lld, %lld tokens, act %d, seed %llu",
+             ways_name(w->at), (long long)chunk, (long long)a.tokens, w->act,
+             (unsigned long long)w->seed);
     WAYS_IN(w, ssd_cached, x, a.tokens, HEADS * DIM, a.ldx, 1.0);
     WAYS_IN(w, ssd_cached, B, a.tokens, GROUPS * STATE, a.ldB, 1.0);
     WAYS_IN(w, ssd_cached, C, a.tokens, GROUPS * STATE, a.ldC, 1.0);
@@ -110,6 +120,7 @@ static void run_ssd(ways *w, const pass *p, int64_t chunk, double dt_size) {
     WAYS_OUT(w, ssd_cached, S, p->slots * HEADS * STATE, DIM, DIM, 2);
     WAYS_OUT(w, ssd_cached, y, a.tokens, HEADS * DIM, HEADS * DIM, 2);
     PASS_RAW(w, ssd_cached, p);
+    a.act = ways_act(w, "x B C dt_raw y");
     WAYS_RUN(w, ssd_cached, a);
 }
 Test(cpu_past, scan_from_a_state_agrees_with_the_recurrence) {

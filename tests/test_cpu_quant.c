@@ -304,6 +304,148 @@ Test(cpu_quant, norms_and_activations_quantize_what_they_write) {
     free(x), free(z), free(w);
 }
 
+#ifdef WAYS_CUDA
+/* Buffers of one run of an operation whose activations are F32 or BF16. */
+typedef struct act_form {
+    cq_dtype act;
+    int64_t rows, dim, groups; /* groups: of the gated norm */
+    void *x, *z, *y, *q;       /* activations, z twice as wide; y may be NULL */
+    float *wide, *w;           /* F32 in every form: rows, one row */
+    int32_t *index;
+    const float *block;
+    int64_t counted;
+} act_form;
+static int run_form(cq_stream *s, int op, act_form *f) {
+    int64_t n = f->rows * f->dim, size = cq_dtype_bytes(f->act), rows = f->rows, dim = f->dim;
+    int64_t bounds[] = {0, rows / 3, rows / 3, rows};
+    float maxima[] = {1.0f, 2.0f, 0.5f};
+    cq_fq fq = {maxima, bounds, 3, &f->counted};
+#define FORM(op, y_field, q_field, buffers, ...)                                                   \
+    WAYS_CALL(s, op,                                                                               \
+              ((cq_##op##_args){                                                                   \
+                  .y_field = f->y, .q_field = f->q, .fq = fq, .act = f->act, __VA_ARGS__}),        \
+              WAYS_AT(y_field, n *size), WAYS_AT(q_field, n *size),                                \
+              WAYS_AT(fq.amax, sizeof(maxima)), WAYS_AT(fq.offsets, sizeof(bounds)),               \
+              WAYS_AT(fq.saturated, 8), UNPACK buffers)
+    switch (op) {
+    case 0:
+        return FORM(rmsnorm_forward, y, yq, (WAYS_AT(x, n * 4), WAYS_AT(w, dim * 4)), .rows = rows,
+                    .dim = dim, .x = f->wide, .w = f->w, .eps = 1e-5);
+    case 1:
+        return FORM(gatednorm_forward, out, outq,
+                    (WAYS_AT(y, n * size), WAYS_AT(z, n * size), WAYS_AT(w, dim * 4)), .rows = rows,
+                    .dim = dim, .groups = f->groups, .y = f->x, .z = f->z, .ldz = dim, .w = f->w,
+                    .eps = 1e-5);
+    case 2:
+        return FORM(swiglu_forward, h, hq, (WAYS_AT(gu, 2 * n * size)), .rows = rows, .dim = dim,
+                    .gu = f->z);
+    case 3:
+        return FORM(relu2_forward, h, hq, (WAYS_AT(x, n * size)), .rows = rows, .dim = dim,
+                    .x = f->x);
+    case 4:
+        return FORM(gather_rows, y, yq, (WAYS_AT(x, n * size), WAYS_AT(index, rows * 4)),
+                    .rows = rows, .dim = dim, .x = f->x, .index = f->index);
+    case 5: {
+        cq_fake_quant_args a = {.rows = rows,
+                                .cols = dim,
+                                .x = f->x,
+                                .y = f->q,
+                                .fq = fq,
+                                .block_amax = f->block,
+                                .top = 448.0f,
+                                .act = f->act};
+        return WAYS_CALL(s, fake_quant, a, WAYS_AT(x, n * size), WAYS_AT(y, n * size),
+                         WAYS_AT(fq.amax, sizeof(maxima)), WAYS_AT(fq.offsets, sizeof(bounds)),
+                         WAYS_AT(fq.saturated, 8), WAYS_AT(block_amax, n / 16 * 4));
+    }
+    default: {
+        cq_amax_args a = {.rows = rows,
+                          .cols = dim,
+                          .x = f->x,
+                          .offsets = bounds,
+                          .n_groups = 3,
+                          .amax = f->w,
+                          .act = f->act};
+        return WAYS_CALL(s, amax, a, WAYS_AT(x, n * size), WAYS_AT(offsets, sizeof(bounds)),
+                         WAYS_AT(amax, 12));
+    }
+    }
+}
+static uint16_t *halves(float *x, int64_t n) {
+    uint16_t *h = calloc((size_t)n, 2);
+    cr_assert_not_null(h);
+    for (int64_t i = 0; i < n; i++) {
+        h[i] = ways_bf16(x[i]);
+        x[i] = ways_widened(h[i]);
+    }
+    return h;
+}
+static int64_t unlike(const uint16_t *h, const float *x, int64_t n) {
+    int64_t count = 0;
+    for (int64_t i = 0; h && i < n; i++)
+        count += h[i] != ways_bf16(x[i]);
+    return count;
+}
+static void check_forms(cq_stream *s, int at, int op, int64_t rows, int64_t dim, int64_t groups,
+                        bool plain, bool fixed) {
+    int64_t n = rows * dim, one = plain ? n : 0;
+    float *x = normal(1, n), *z = normal(2, 2 * n), *wide = normal(4, n), *block = floats(n / 16);
+    uint16_t *x16 = halves(x, n), *z16 = halves(z, 2 * n);
+    int32_t *index = calloc((size_t)rows, 4);
+    for (int64_t r = 0; r < rows; r++)
+        index[r] = (int32_t)cq_random_below(5, 5, (uint64_t)r, rows);
+    for (int64_t b = 0; b < n / 16; b++)
+        block[b] = 0.3f * (float)(1 + b % 9);
+    act_form f = {CQ_F32,
+                  rows,
+                  dim,
+                  groups,
+                  x,
+                  z,
+                  plain ? floats(n) : NULL,
+                  floats(n),
+                  wide,
+                  normal(3, dim),
+                  index,
+                  fixed ? block : NULL,
+                  3};
+    act_form h = f;
+    h.act = CQ_BF16, h.x = x16, h.z = z16, h.w = normal(3, dim);
+    h.y = plain ? calloc((size_t)n, 2) : NULL, h.q = calloc((size_t)n, 2);
+    cr_assert_eq(run_form(s, op, &f), CQ_OK, "%s", cq_error());
+    cr_assert_eq(run_form(s, op, &h), CQ_OK, "%s", cq_error());
+    const char *what = ways_name(at);
+    cr_expect_eq(unlike(h.y, f.y, one), 0, "%s: operation %d, %ld x %ld: %ld plain values", what,
+                 op, (long)rows, (long)dim, (long)unlike(h.y, f.y, one));
+    cr_expect_eq(unlike(h.q, f.q, n), 0, "%s: operation %d, %ld x %ld: %ld quantized", what, op,
+                 (long)rows, (long)dim, (long)unlike(h.q, f.q, n));
+    cr_expect_eq(h.counted, f.counted, "%s: operation %d: saturated", what, op);
+    cr_expect(!memcmp(h.w, f.w, (size_t)dim * 4), "%s: operation %d: maxima", what, op);
+    if (op == 5) {
+        free(h.q);
+        h.q = h.x; /* in place */
+        cr_assert_eq(run_form(s, op, &h), CQ_OK, "%s", cq_error());
+        cr_expect_eq(unlike(h.q, f.q, n), 0, "%s: in place differs", what);
+        h.q = NULL;
+    }
+    void *owned[] = {x, z, wide, block, x16, z16, index, f.y, f.q, f.w, h.y, h.q, h.w};
+    for (size_t i = 0; i < sizeof(owned) / sizeof(*owned); i++)
+        free(owned[i]);
+}
+Test(cpu_quant, what_is_written_as_bf16_is_what_f32_would_hold_rounded) {
+    cq_stream s;
+    for (int at = -1; next_stream(&at, &s);) {
+        for (int op = 0; op < 7; op++)
+            for (int plain = 0; plain < 2; plain++)
+                check_forms(&s, at, op, 37, 16 * 7, 7, plain, op == 5 && plain);
+        check_forms(&s, at, 0, 3, 16 * 513, 1, true, false); /* too wide for registers */
+        check_forms(&s, at, 0, 3, 16 * 513, 1, false, false);
+        check_forms(&s, at, 1, 9, 48, 2, true, false); /* groups that are no whole blocks */
+        check_forms(&s, at, 1, 9, 48, 2, false, false);
+    }
+}
+#endif
+
 Test(cpu_quant, adamw_quantizes_the_new_weights) {
     cq_stream s;
     for (int at = -1; next_stream(&at, &s);) {

@@ -8,7 +8,13 @@
 /// value. What lies between the rows of a buffer must stay as it was. cpu runs with two threads,
 /// with two again and with one: the bits must be the same. A device runs twice, and gets copies of
 /// all buffers in memory of its own.
+///
+/// Fields that ways_act names are BF16 on a device where w->act says so: their values are rounded
+/// to it for every way, and what is written into one may be off by its rounding and no more than an
+/// FP32 result besides. Where that is too much to ask, `coarse` holds it, and the plain result
+/// rounded, against the bound above in ulp of BF16.
 #pragma once
+#include "core/base/dtype.h"
 #include "core/base/rng.h"
 #include "tests/plain_kernels.h"
 #include <criterion/criterion.h>
@@ -22,8 +28,9 @@ typedef struct ways_field {
     size_t offset;
     int64_t rows, cols, ld;
     float *values;
-    int times; ///< 0: an input; else a result, and its factor: 2, or 3 for a gradient
-    bool wide; ///< double in every way
+    int times;   ///< 0: an input; else a result, and its factor: 2, or 3 for a gradient
+    bool wide;   ///< double in every way
+    bool narrow; ///< BF16 on a device
 } ways_field;
 #ifdef WAYS_CUDA
 enum { REF_WAY, PLAIN_WAY, CPU_WAY, AGAIN_WAY, N_WAYS, ALONE_WAY = N_WAYS, MOST_FIELDS = 24 };
@@ -71,6 +78,8 @@ typedef struct ways {
     bool by_team;       ///< one thread may give other bits than two
     cq_compute compute; ///< of cpu; BF16 asks for operands that are BF16 already
     int64_t bf16_bytes;
+    cq_dtype act; ///< of the fields that ways_act names
+    bool coarse;
 } ways;
 
 /// Adds a buffer of random values, normal with the given size and shift, everywhere (gaps too);
@@ -83,7 +92,7 @@ static inline float *ways_add(ways *w, const char *name, size_t offset, int64_t 
     w->drawn++;
     for (int64_t i = 0; i < rows * ld; i++)
         x[i] = (float)(shift + size * cq_random_normal(w->seed, w->drawn, (uint64_t)i));
-    w->field[w->n_fields++] = (ways_field){name, offset, rows, cols, ld, x, times, false};
+    w->field[w->n_fields++] = (ways_field){name, offset, rows, cols, ld, x, times, false, false};
     return x;
 }
 #define WAYS_IN(w, op, name, rows, cols, ld, size)                                                 \
@@ -96,8 +105,35 @@ static inline float *ways_add(ways *w, const char *name, size_t offset, int64_t 
     ((w)->raw[(w)->n_raw++] =                                                                      \
          (ways_raw){.offset = offsetof(cq_##op##_args, name), .bytes = (int64_t)(size_bytes)})
 
+static inline float ways_widened(uint16_t h) {
+    float x;
+    cq_convert(&x, CQ_F32, &h, CQ_BF16, 1);
+    return x;
+}
+static inline uint16_t ways_bf16(float x) {
+    uint16_t h;
+    cq_convert(&h, CQ_BF16, &x, CQ_F32, 1);
+    return h;
+}
+
+/// Where w->act is BF16, makes the fields of the given names ("q k v out") so. After they are
+/// added; returns w->act, for the arguments.
+static inline cq_dtype ways_act(ways *w, const char *names) {
+    for (int f = 0; w->act == CQ_BF16 && f < w->n_fields; f++) {
+        ways_field *d = &w->field[f];
+        size_t length = strlen(d->name);
+        for (const char *at = names; !d->narrow && (at = strstr(at, d->name)); at += length)
+            d->narrow = (at == names || at[-1] == ' ') && (!at[length] || at[length] == ' ');
+        for (int64_t i = 0; d->narrow && i < d->rows * d->ld; i++)
+            d->values[i] = ways_widened(ways_bf16(d->values[i]));
+    }
+    return w->act;
+}
+
+static inline bool ways_narrow(const ways_field *f, int way) { return f->narrow && way >= CPU_WAY; }
 static inline size_t ways_bytes(const ways_field *f, int way) {
-    return (size_t)(f->rows * f->ld) * (f->wide || way == REF_WAY ? sizeof(double) : sizeof(float));
+    size_t one = f->wide || way == REF_WAY ? sizeof(double) : sizeof(float);
+    return (size_t)(f->rows * f->ld) * (ways_narrow(f, way) ? sizeof(uint16_t) : one);
 }
 static inline size_t ways_total(const ways *w, int way) {
     size_t total = 0;
@@ -123,6 +159,8 @@ static inline char *ways_place(const ways *w, void *args, int way) {
         for (int64_t i = 0; i < d->rows * d->ld; i++)
             if (way == REF_WAY || d->wide)
                 ((double *)at)[i] = (double)d->values[i];
+            else if (ways_narrow(d, way))
+                ((uint16_t *)at)[i] = ways_bf16(d->values[i]);
             else
                 ((float *)at)[i] = d->values[i];
         at += (ways_bytes(d, way) + 7) / 8 * 8;
@@ -130,34 +168,47 @@ static inline char *ways_place(const ways *w, void *args, int way) {
     return block;
 }
 
+/// Element i of what a way left in a field.
+static inline double ways_value(const ways_field *d, const void *values, int64_t i, int way) {
+    return d->wide               ? ((const double *)values)[i]
+           : ways_narrow(d, way) ? (double)ways_widened(((const uint16_t *)values)[i])
+                                 : (double)((const float *)values)[i];
+}
+/// The most that rounding `x` to BF16 is off.
+static inline double ways_half(double x) {
+    return x == 0.0 ? 0.0 : ldexp(1.0, (fabs(x) < 0x1p-126 ? -126 : ilogb(x)) - 8);
+}
+
 static inline void ways_compare_field(ways *w, const char *op, const ways_field *d,
-                                      const double *ref, const void *plain_values,
-                                      const void *cpu_values) {
-    const float *plain = plain_values, *cpu = cpu_values;
-    const double *plain_wide = plain_values, *cpu_wide = cpu_values;
+                                      const double *ref, const void *plain, const void *cpu) {
     double top = 0.0, plain_error = 0.0, cpu_error = 0.0;
     int64_t at = 0;
     for (int64_t i = 0; i < d->rows * d->ld; i++) {
+        double there = ways_value(d, cpu, i, CPU_WAY), loops = ways_value(d, plain, i, PLAIN_WAY);
         if (i % d->ld >= d->cols) {
-            cr_expect(d->wide || memcmp(cpu + i, d->values + i, sizeof(float)) == 0,
+            float gap = (float)there;
+            cr_expect(d->wide || memcmp(&gap, d->values + i, sizeof(float)) == 0,
                       "%s: %s was written between its rows, at %lld", w->what, d->name,
                       (long long)i);
             continue;
         }
-        double error = fabs((d->wide ? cpu_wide[i] : (double)cpu[i]) - ref[i]);
+        if (d->narrow && w->coarse)
+            loops = (double)ways_widened(ways_bf16((float)loops));
+        double error = fabs(there - ref[i]);
+        if (d->narrow && !w->coarse)
+            error = error != error ? error : fmax(error - ways_half(ref[i]), 0.0);
         top = fmax(top, fabs(ref[i]));
-        plain_error =
-            fmax(plain_error, fabs((d->wide ? plain_wide[i] : (double)plain[i]) - ref[i]));
+        plain_error = fmax(plain_error, fabs(loops - ref[i]));
         if (!(error <= cpu_error)) {
             cpu_error = error;
             at = i;
         }
     }
-    double ulp = top > 0.0 ? ldexp(1.0, ilogb(top) - 23) : 0x1p-149;
+    double ulp = top > 0.0 ? ldexp(1.0, ilogb(top) - (d->narrow && w->coarse ? 7 : 23)) : 0x1p-149;
     cr_expect(cpu_error <= 16 * plain_error + 16 * ulp,
               "%s: %s.%s[%lld] is %.9g, wanted %.9g; error %.3g, plain loops' %.3g, ulp %.3g",
-              w->what, op, d->name, (long long)at, d->wide ? cpu_wide[at] : (double)cpu[at],
-              ref[at], cpu_error, plain_error, ulp);
+              w->what, op, d->name, (long long)at, ways_value(d, cpu, at, CPU_WAY), ref[at],
+              cpu_error, plain_error, ulp);
     int i = 0;
     while (i < w->n_tallies && (w->tally[i].name != d->name || w->tally[i].op != op))
         i++;

@@ -6,6 +6,13 @@
 /// Each layer has plan / forward / backward. Linear layers multiply with the fake-quantized weight
 /// and, in W4A4, the fake-quantized input; the backward uses the same two (straight-through), so
 /// only those are kept.
+///
+/// Storage. `dtype`: the residual stream and its gradient, what the norm's backward reads (dx),
+/// rstd, log-sum-exps, router logits and weights and their gradients, parameters and their
+/// gradients, what slots keep. `act`, BF16 where the model says so (a device with BF16 products):
+/// all that lies between the norm and the addition to the residual stream, and its gradients; each
+/// value is rounded once, when an operation writes it, except what a backward accumulates, which
+/// stays F32.
 #pragma once
 #include "core/block/config.h"
 #include "core/block/param.h"
@@ -67,6 +74,7 @@ void cq_expert_ranks_close(cq_expert_ranks *x);
 typedef struct cq_layer_env {
     const cq_config *config;
     cq_dtype dtype;
+    cq_dtype act; ///< CQ_BF16: how activations inside of layers are stored; CQ_F32: as dtype
     cq_mode mode;
     bool calibrating;    ///< unquantized, recording input maxima
     bool input_only;     ///< backward without parameter gradients
@@ -93,7 +101,7 @@ typedef struct cq_layer {
     cq_param *q_norm, *k_norm;
     cq_param *conv_w, *conv_b, *a_log, *d, *dt_bias, *gated_norm;
     cq_param *gate, *bias;
-    /* kept for backward */
+    /* kept for backward; activations but rstd, lse, rstd2 and those of routing */
     cq_tensor rstd, x, xq;       ///< norm: [T], [T, D], [T, D]
     cq_tensor proj;              ///< first projection: qkv, zxbcdt, gate/up, up, shared up
     cq_tensor mid, midq;         ///< input of the last projection, plain and quantized
@@ -104,12 +112,14 @@ typedef struct cq_layer {
     cq_tensor theirs, x_in; ///< moe over ranks: each rank's [held + 1] offsets, rows [ranks T k, D]
     /* of generation, by slot: as in cq_attention_cached, cq_conv_cached and cq_ssd_cached */
     cq_tensor keys, values, conv_state, states;
-    /* backward scratch */
+    /* backward scratch; activations but dx, dlogits and dweight */
     cq_tensor dproj, dmid, dx, dconv, dlogits, dweight, dsorted, dhidden;
     cq_tensor rows_in; ///< moe over ranks: results for all, and the gradients of both ways
     cq_tensor dstack;  ///< moe over ranks: [held * n, k] gradient of one rank's rows
 } cq_layer;
 
+/// The dtype that activations inside of its layers are stored as.
+cq_dtype cq_layer_act(const cq_layer_env *e);
 /// Number of elements per row of `proj`.
 int64_t cq_layer_proj_width(const cq_layer *l);
 /// Declares what forward keeps and, unless the mode is CQ_MODE_INFER, what backward needs; sizes
@@ -162,8 +172,8 @@ int cq_layer_norm(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in);
 int cq_layer_keep(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq_dtype dtype,
                   int64_t rows, int64_t cols);
 /// Scratch of the backward; declares nothing in CQ_MODE_INFER.
-int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, int64_t rows,
-                     int64_t cols);
+int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq_dtype dtype,
+                     int64_t rows, int64_t cols);
 
 /// Whether its weights are there in BF16 only; the model's other dtype is missing then.
 bool cq_linear_only_16(const cq_linear *w);
@@ -174,12 +184,17 @@ cq_fq cq_linear_fq(cq_layer *l, const cq_linear *w, const int64_t *offsets);
 /// While calibrating, records the maximum of an input [rows, k].
 int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows,
                       const int64_t *offsets);
-/// y[:, 0..n) (row distance ldy) = beta y + x W'.
+/// y[:, 0..n) (row distance ldy) = x W', from activations to activations.
 int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
-                      int64_t ldy, double beta);
-/// dx = beta dx + dy W, and grad += dy' x; dx may be NULL.
+                      int64_t ldy);
+/// h [rows, n] += x W', from activations to the residual stream.
+int cq_linear_add(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *h);
+/// dx = beta dx + dy W for the norm, and grad += dy' x; of one whose input is the norm's.
 int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
                        int64_t lddy, int64_t rows, void *dx, double beta);
+/// dx = dh W, an activation, and grad += dh' x; of one that was added to the residual stream.
+int cq_linear_add_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dh,
+                           int64_t rows, void *dx);
 /// The same over `rows` sorted expert rows: y = x W[e]'.
 int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
                        int64_t rows, const void *x, void *y);

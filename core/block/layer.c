@@ -7,6 +7,8 @@
 #include "core/block/block.h"
 #include "core/tensor/device.h"
 
+cq_dtype cq_layer_act(const cq_layer_env *e) { return e->act == CQ_BF16 ? CQ_BF16 : e->dtype; }
+
 int64_t cq_layer_proj_width(const cq_layer *l) {
     int64_t width = 0;
     for (int i = 0; i < l->n_in; i++)
@@ -20,11 +22,11 @@ int cq_layer_keep(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq
     return cq_plan_add(p, slot, purpose, name, dtype, CQ_SHAPE2(rows, cols));
 }
 
-int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, int64_t rows,
-                     int64_t cols) {
+int cq_layer_scratch(cq_layer *l, cq_plan *p, cq_tensor *slot, const char *name, cq_dtype dtype,
+                     int64_t rows, int64_t cols) {
     if (l->env->mode == CQ_MODE_INFER)
         return CQ_OK;
-    return cq_plan_add(p, slot, CQ_FOR_SCRATCH, name, l->env->dtype, CQ_SHAPE2(rows, cols));
+    return cq_plan_add(p, slot, CQ_FOR_SCRATCH, name, dtype, CQ_SHAPE2(rows, cols));
 }
 
 int cq_layer_plan_past(cq_layer *l, cq_plan *p, int64_t slots, int64_t room) {
@@ -83,10 +85,10 @@ int cq_layer_plan(cq_layer *l, cq_plan *p) {
     int64_t rows = e->tokens, dim = e->config->hidden;
     CQ_TRY(cq_layer_keep(l, p, &l->rstd, "rstd", e->dtype, rows, 1));
     if (needs_plain(l))
-        CQ_TRY(cq_layer_keep(l, p, &l->x, "x", e->dtype, rows, dim));
+        CQ_TRY(cq_layer_keep(l, p, &l->x, "x", cq_layer_act(e), rows, dim));
     if (needs_quantized(l))
-        CQ_TRY(cq_layer_keep(l, p, &l->xq, "xq", e->dtype, rows, dim));
-    CQ_TRY(cq_layer_scratch(l, p, &l->dx, "dx", rows, dim));
+        CQ_TRY(cq_layer_keep(l, p, &l->xq, "xq", cq_layer_act(e), rows, dim));
+    CQ_TRY(cq_layer_scratch(l, p, &l->dx, "dx", e->dtype, rows, dim));
     switch (l->kind) {
     case '*':
         return cq_attention_plan(l, p);
@@ -113,18 +115,12 @@ int cq_layer_norm(cq_layer *l, cq_stream *s, int64_t rows, const void *h_in) {
                                  .w = l->norm->value.data,
                                  .eps = e->config->norm_eps,
                                  .y = l->x.data,
-                                 .rstd = l->rstd.data};
-    if (e->calibrating && !l->x.data)
-        a.y = l->xq.data;
-    else if (l->xq.data && !e->calibrating) {
-        a.yq = l->xq.data;
+                                 .yq = l->xq.data,
+                                 .rstd = l->rstd.data,
+                                 .act = e->act};
+    if (a.yq && !e->calibrating)
         a.fq = cq_linear_fq(l, reader, NULL);
-    }
-    CQ_TRY(s->table->rmsnorm_forward(s, &a));
-    if (e->calibrating && l->x.data && l->xq.data)
-        return CQ_RUN(s, axpy, .dtype = e->dtype, .n = rows * e->config->hidden, .alpha = 1,
-                      .x = l->x.data, .y = l->xq.data);
-    return CQ_OK;
+    return s->table->rmsnorm_forward(s, &a);
 }
 
 int cq_layer_forward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *h_in, void *h_out) {

@@ -68,8 +68,10 @@ int cq_linear_observe(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, in
         return CQ_OK;
     return CQ_RUN(s, amax, .dtype = l->env->dtype, .rows = rows, .cols = w->k, .x = x,
                   .offsets = w->groups > 1 ? offsets : NULL, .n_groups = w->groups,
-                  .amax = w->amax.data);
+                  .amax = w->amax.data, .act = l->env->act);
 }
+
+static bool narrow(const cq_layer *l) { return l->env->act == CQ_BF16; }
 
 /* Whether a product of this linear's forward is one of codes. */
 static bool codes_alone(const cq_layer *l, const cq_linear *w, const cq_stream *s, const void *y,
@@ -78,46 +80,71 @@ static bool codes_alone(const cq_layer *l, const cq_linear *w, const cq_stream *
     return s->fp4 && w->codes.data && w->groups == 1 && cq_linear_acts(l, w) && aligned;
 }
 
-/* y = beta y + x W' of codes: those of x are made again, its blocks are what quantization left. */
+/* y = x W', or y += x W', of codes: those of x are made again, its blocks are what quantization
+ * left. */
 static int multiply_codes(const cq_layer *l, const cq_linear *w, cq_stream *s, const void *x,
-                          int64_t rows, void *y, int64_t ldy, double beta) {
+                          int64_t rows, void *y, int64_t ldy, bool add) {
     uint8_t *codes = l->env->x_codes.data, *scales = codes + rows * w->k / 2;
     const cq_param *p = w->part[0];
     CQ_TRY(CQ_RUN(s, pack, .dtype = l->env->dtype, .rows = rows, .cols = w->k, .x = x,
                   .fq = {.amax = w->amax.data, .n_groups = 1}, .top = 448.0f, .codes = codes,
-                  .scales = scales));
+                  .scales = scales, .act = l->env->act));
     return CQ_RUN(s, matmul_nvfp4, .dtype = l->env->dtype, .m = rows, .n = w->n, .k = w->k,
                   .a_codes = codes, .a_scales = scales, .a_amax = w->amax.data,
                   .b_codes = w->codes.data, .b_scales = w->scales.data, .b_amax = w->amax_w.data,
-                  .b_top = p->block_amax.data ? p->top : 448.0f, .c = y, .ldc = ldy, .beta = beta);
+                  .b_top = p->block_amax.data ? p->top : 448.0f, .c = y, .ldc = ldy, .beta = add,
+                  .c_bf16 = narrow(l) && !add);
 }
 
-int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
-                      int64_t ldy, double beta) {
+static int forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
+                   int64_t ldy, bool add) {
     operand b;
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
     if (codes_alone(l, w, s, y, ldy))
-        return multiply_codes(l, w, s, x, rows, y, ldy, beta);
+        return multiply_codes(l, w, s, x, rows, y, ldy, add);
     CQ_TRY(weights(l, w, s, &b));
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
                   .a = x, .lda = w->k, .b = b.wide, .ldb = w->k, .c = y, .ldc = ldy, .alpha = 1,
-                  .beta = beta, .b16 = b.half);
+                  .beta = add, .b16 = b.half, .a_bf16 = narrow(l), .c_bf16 = narrow(l) && !add);
 }
 
-int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
-                       int64_t lddy, int64_t rows, void *dx, double beta) {
-    operand b = {0};
-    if (dx) {
-        CQ_TRY(weights(l, w, s, &b));
-        CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
-                      .lda = lddy, .b = b.wide, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
-                      .beta = beta, .b16 = b.half));
-    }
+int cq_linear_forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *y,
+                      int64_t ldy) {
+    return forward(l, w, s, x, rows, y, ldy, false);
+}
+
+int cq_linear_add(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64_t rows, void *h) {
+    return forward(l, w, s, x, rows, h, w->n, true);
+}
+
+/* grad += dy' x */
+static int weight_gradient(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
+                           int64_t lddy, int64_t rows, bool dy_bf16) {
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .ta = true, .m = w->n, .n = w->k, .k = rows,
                   .a = dy, .lda = lddy, .b = x, .ldb = w->k, .c = w->grad.data, .ldc = w->k,
-                  .alpha = 1, .beta = 1);
+                  .alpha = 1, .beta = 1, .a_bf16 = dy_bf16, .b_bf16 = narrow(l));
+}
+
+int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
+                       int64_t lddy, int64_t rows, void *dx, double beta) {
+    operand b;
+    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
+                  .lda = lddy, .b = b.wide, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
+                  .beta = beta, .b16 = b.half, .a_bf16 = narrow(l)));
+    return weight_gradient(l, w, s, x, dy, lddy, rows, narrow(l));
+}
+
+int cq_linear_add_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dh,
+                           int64_t rows, void *dx) {
+    operand b;
+    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dh,
+                  .lda = w->n, .b = b.wide, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
+                  .b16 = b.half, .c_bf16 = narrow(l)));
+    return weight_gradient(l, w, s, x, dh, w->n, rows, false);
 }
 
 int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
@@ -127,7 +154,8 @@ int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *o
     CQ_TRY(weights(l, w, s, &b));
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_FORWARD,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
-                  .w = (void *)b.wide, .y = y, .w16 = b.half);
+                  .w = (void *)b.wide, .y = y, .w16 = b.half, .x_bf16 = narrow(l),
+                  .y_bf16 = narrow(l));
 }
 
 int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
@@ -136,12 +164,13 @@ int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *
     CQ_TRY(weights(l, w, s, &b));
     CQ_TRY(CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_INPUT,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = dx,
-                  .w = (void *)b.wide, .y = (void *)dy, .w16 = b.half));
+                  .w = (void *)b.wide, .y = (void *)dy, .w16 = b.half, .x_bf16 = narrow(l),
+                  .y_bf16 = narrow(l)));
     if (!w->grad.data || l->env->input_only)
         return CQ_OK;
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_WEIGHT,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
-                  .w = w->grad.data, .y = (void *)dy);
+                  .w = w->grad.data, .y = (void *)dy, .x_bf16 = narrow(l), .y_bf16 = narrow(l));
 }
 
 void *cq_param_grad(const cq_layer *l, const cq_param *p) {

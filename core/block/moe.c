@@ -9,17 +9,17 @@
 
 static int plan_experts(cq_layer *l, cq_plan *p, int64_t pairs) {
     const cq_config *c = l->env->config;
-    cq_dtype t = l->env->dtype;
+    cq_dtype t = cq_layer_act(l->env);
     CQ_TRY(cq_layer_keep(l, p, &l->xg, "expert x", t, pairs, c->hidden));
     CQ_TRY(cq_layer_keep(l, p, &l->up, "expert up", t, pairs, c->moe_intermediate));
     CQ_TRY(cq_layer_keep(l, p, &l->hidden, "expert act", t, pairs, c->moe_intermediate));
     CQ_TRY(cq_layer_keep(l, p, &l->down, "expert down", t, pairs, c->hidden));
-    return cq_layer_scratch(l, p, &l->dhidden, "dexpert act", pairs, c->moe_intermediate);
+    return cq_layer_scratch(l, p, &l->dhidden, "dexpert act", t, pairs, c->moe_intermediate);
 }
 
 int cq_moe_plan(cq_layer *l, cq_plan *p) {
     const cq_config *c = l->env->config;
-    cq_dtype t = l->env->dtype;
+    cq_dtype t = l->env->dtype, act = cq_layer_act(l->env);
     int64_t rows = l->env->tokens, pairs = rows * c->top_k;
     CQ_TRY(cq_layer_keep(l, p, &l->logits, "router logits", t, rows, c->experts));
     CQ_TRY(cq_layer_keep(l, p, &l->sel, "selected", CQ_I32, rows, c->top_k));
@@ -29,13 +29,13 @@ int cq_moe_plan(cq_layer *l, cq_plan *p) {
     CQ_TRY(cq_layer_keep(l, p, &l->position, "sorted positions", CQ_I32, rows, c->top_k));
     CQ_TRY(l->env->experts ? cq_moe_ranks_plan(l, p) : plan_experts(l, p, pairs));
     if (l->shared_up) {
-        CQ_TRY(cq_layer_keep(l, p, &l->proj, "shared up", t, rows, l->shared_up->n));
-        CQ_TRY(cq_layer_keep(l, p, &l->mid, "shared act", t, rows, l->shared_up->n));
-        CQ_TRY(cq_layer_scratch(l, p, &l->dmid, "dshared", rows, l->shared_up->n));
+        CQ_TRY(cq_layer_keep(l, p, &l->proj, "shared up", act, rows, l->shared_up->n));
+        CQ_TRY(cq_layer_keep(l, p, &l->mid, "shared act", act, rows, l->shared_up->n));
+        CQ_TRY(cq_layer_scratch(l, p, &l->dmid, "dshared", act, rows, l->shared_up->n));
     }
-    CQ_TRY(cq_layer_scratch(l, p, &l->dlogits, "drouter", rows, c->experts));
-    CQ_TRY(cq_layer_scratch(l, p, &l->dweight, "drouter weights", rows, c->top_k));
-    return cq_layer_scratch(l, p, &l->dsorted, "dexpert x", pairs, c->hidden);
+    CQ_TRY(cq_layer_scratch(l, p, &l->dlogits, "drouter", t, rows, c->experts));
+    CQ_TRY(cq_layer_scratch(l, p, &l->dweight, "drouter weights", t, rows, c->top_k));
+    return cq_layer_scratch(l, p, &l->dsorted, "dexpert x", act, pairs, c->hidden);
 }
 
 static int route(cq_layer *l, cq_stream *s, int64_t rows) {
@@ -43,7 +43,8 @@ static int route(cq_layer *l, cq_stream *s, int64_t rows) {
     const cq_config *c = e->config;
     CQ_TRY(CQ_RUN(s, matmul, .dtype = e->dtype, .tb = true, .m = rows, .n = c->experts,
                   .k = c->hidden, .a = l->x.data, .lda = c->hidden, .b = l->gate->value.data,
-                  .ldb = c->hidden, .c = l->logits.data, .ldc = c->experts, .alpha = 1));
+                  .ldb = c->hidden, .c = l->logits.data, .ldc = c->experts, .alpha = 1,
+                  .a_bf16 = e->act == CQ_BF16));
     CQ_TRY(CQ_RUN(s, route_forward, .dtype = e->dtype, .tokens = rows, .experts = c->experts,
                   .top_k = c->top_k, .n_group = c->n_group, .topk_group = c->topk_group,
                   .normalize = c->norm_topk, .scaling = c->routed_scaling, .logits = l->logits.data,
@@ -58,7 +59,7 @@ int cq_moe_act(cq_layer *l, cq_stream *s, const cq_linear *reader, const int64_t
     bool quant = cq_linear_acts(l, reader);
     return CQ_RUN(s, relu2_forward, .dtype = l->env->dtype, .rows = rows, .dim = reader->k,
                   .x = src, .h = quant ? NULL : dst, .hq = quant ? dst : NULL,
-                  .fq = cq_linear_fq(l, reader, offsets));
+                  .fq = cq_linear_fq(l, reader, offsets), .act = l->env->act);
 }
 
 int cq_moe_begin(cq_layer *l, cq_stream *s, int64_t rows) {
@@ -68,8 +69,8 @@ int cq_moe_begin(cq_layer *l, cq_stream *s, int64_t rows) {
     bool quant = cq_linear_acts(l, l->in[0]);
     return CQ_RUN(s, gather_rows, .dtype = e->dtype, .rows = pairs, .dim = e->config->hidden,
                   .x = l->x.data, .index = l->token.data, .y = quant ? NULL : l->xg.data,
-                  .yq = quant ? l->xg.data : NULL,
-                  .fq = cq_linear_fq(l, l->in[0], l->offsets.data));
+                  .yq = quant ? l->xg.data : NULL, .fq = cq_linear_fq(l, l->in[0], l->offsets.data),
+                  .act = e->act);
 }
 
 /* Rows of one expert through one of its matrices, unquantized. */
@@ -104,13 +105,13 @@ int cq_moe_end(cq_layer *l, cq_stream *s, int64_t rows, void *h) {
     const cq_config *c = e->config;
     CQ_TRY(CQ_RUN(s, combine_forward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .y = l->down.data, .weight = l->weight.data,
-                  .position = l->position.data, .out = h));
+                  .position = l->position.data, .out = h, .act = e->act));
     if (!l->shared_up)
         return CQ_OK;
     const void *x = cq_linear_acts(l, l->shared_up) ? l->xq.data : l->x.data;
-    CQ_TRY(cq_linear_forward(l, l->shared_up, s, x, rows, l->proj.data, l->shared_up->n, 0));
+    CQ_TRY(cq_linear_forward(l, l->shared_up, s, x, rows, l->proj.data, l->shared_up->n));
     CQ_TRY(cq_moe_act(l, s, l->shared_down, NULL, rows, l->proj.data, l->mid.data));
-    return cq_linear_forward(l, l->shared_down, s, l->mid.data, rows, h, c->hidden, 1);
+    return cq_linear_add(l, l->shared_down, s, l->mid.data, rows, h);
 }
 
 /* Sorted rows xg through the experts into `down`. */
@@ -132,10 +133,9 @@ int cq_moe_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
 static int shared_backward(cq_layer *l, cq_stream *s, int64_t rows, const void *dh) {
     int64_t f = l->shared_up->n;
     const void *x = l->shared_up->act_quant ? l->xq.data : l->x.data;
-    CQ_TRY(cq_linear_backward(l, l->shared_down, s, l->mid.data, dh, l->env->config->hidden, rows,
-                              l->dmid.data, 0));
+    CQ_TRY(cq_linear_add_backward(l, l->shared_down, s, l->mid.data, dh, rows, l->dmid.data));
     CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = l->env->dtype, .rows = rows, .dim = f,
-                  .x = l->proj.data, .dh = l->dmid.data, .dx = l->dmid.data));
+                  .x = l->proj.data, .dh = l->dmid.data, .dx = l->dmid.data, .act = l->env->act));
     return cq_linear_backward(l, l->shared_up, s, x, l->dmid.data, f, rows, l->dx.data, 1);
 }
 
@@ -155,7 +155,8 @@ static int router_backward(cq_layer *l, cq_stream *s, int64_t rows) {
         return CQ_OK;
     return CQ_RUN(s, matmul, .dtype = e->dtype, .ta = true, .m = c->experts, .n = c->hidden,
                   .k = rows, .a = l->dlogits.data, .lda = c->experts, .b = l->x.data,
-                  .ldb = c->hidden, .c = dgate, .ldc = c->hidden, .alpha = 1, .beta = 1);
+                  .ldb = c->hidden, .c = dgate, .ldc = c->hidden, .alpha = 1, .beta = 1,
+                  .b_bf16 = e->act == CQ_BF16);
 }
 
 /* dsorted, the gradient of `down`, becomes that of xg. */
@@ -164,7 +165,8 @@ static int experts_backward(cq_layer *l, cq_stream *s, int64_t pairs) {
     CQ_TRY(cq_experts_backward(l, l->out, s, offsets, l->hidden.data, l->dsorted.data,
                                l->dhidden.data));
     CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = l->env->dtype, .rows = pairs, .dim = l->out->k,
-                  .x = l->up.data, .dh = l->dhidden.data, .dx = l->dhidden.data));
+                  .x = l->up.data, .dh = l->dhidden.data, .dx = l->dhidden.data,
+                  .act = l->env->act));
     return cq_experts_backward(l, l->in[0], s, offsets, l->xg.data, l->dhidden.data,
                                l->dsorted.data);
 }
@@ -175,11 +177,12 @@ int cq_moe_backward(cq_layer *l, cq_stream *s, const cq_batch *b, const void *dh
     int64_t rows = b->tokens;
     CQ_TRY(CQ_RUN(s, combine_backward, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .y = l->down.data, .weight = l->weight.data, .dout = dh,
-                  .position = l->position.data, .dy = l->dsorted.data, .dweight = l->dweight.data));
+                  .position = l->position.data, .dy = l->dsorted.data, .dweight = l->dweight.data,
+                  .act = e->act));
     CQ_TRY(e->experts ? cq_moe_ranks_backward(l, s) : experts_backward(l, s, rows * c->top_k));
     CQ_TRY(router_backward(l, s, rows));
     CQ_TRY(CQ_RUN(s, ungather_rows, .dtype = e->dtype, .tokens = rows, .top_k = c->top_k,
                   .dim = c->hidden, .dy = l->dsorted.data, .position = l->position.data,
-                  .dx = l->dx.data));
+                  .dx = l->dx.data, .act = e->act));
     return l->shared_up ? shared_backward(l, s, rows, dh) : CQ_OK;
 }

@@ -58,7 +58,7 @@ static bool trained(const cq_linear *w) { return w->grad.shape.rank > 0; }
 int cq_moe_ranks_plan(cq_layer *l, cq_plan *p) {
     const cq_expert_ranks *x = l->env->experts;
     const cq_config *c = l->env->config;
-    cq_dtype t = l->env->dtype;
+    cq_dtype t = cq_layer_act(l->env);
     int64_t own = l->env->tokens * c->top_k, all = own * x->ranks, f = c->moe_intermediate;
     CQ_TRY(cq_layer_keep(l, p, &l->theirs, "ranks' expert offsets", CQ_I64, x->ranks, x->held + 1));
     CQ_TRY(cq_layer_keep(l, p, &l->x_in, "ranks' expert x", t, all, c->hidden));
@@ -68,10 +68,10 @@ int cq_moe_ranks_plan(cq_layer *l, cq_plan *p) {
     CQ_TRY(cq_plan_add(p, &l->xg, CQ_FOR_SCRATCH, "expert x", t, CQ_SHAPE2(own, c->hidden)));
     CQ_TRY(
         cq_plan_add(p, &l->rows_in, CQ_FOR_SCRATCH, "ranks' rows", t, CQ_SHAPE2(all, c->hidden)));
-    CQ_TRY(cq_layer_scratch(l, p, &l->dhidden, "ranks' dexpert act", all, f));
+    CQ_TRY(cq_layer_scratch(l, p, &l->dhidden, "ranks' dexpert act", t, all, f));
     if (trained(l->in[0]) || trained(l->out))
         CQ_TRY(cq_layer_scratch(l, p, &l->dstack, "experts' gradient of one micro-batch",
-                                x->held * f, c->hidden));
+                                l->env->dtype, x->held * f, c->hidden));
     return CQ_OK;
 }
 
@@ -138,7 +138,7 @@ static void scale(const cq_expert_ranks *x, int64_t *rows, int64_t by, bool up) 
 static int move(cq_layer *l, void *in, int64_t *in_rows, const void *out, int64_t *out_rows,
                 const char *about) {
     cq_expert_ranks *x = l->env->experts;
-    int64_t row = l->env->config->hidden * cq_dtype_bytes(l->env->dtype);
+    int64_t row = l->env->config->hidden * cq_dtype_bytes(cq_layer_act(l->env));
     int64_t in_bytes = total(x, in_rows) * row, out_bytes = total(x, out_rows) * row;
     bool staged = cq_on_device(in);
     char *from = staged ? malloc((size_t)out_bytes + 1) : NULL;
@@ -214,7 +214,8 @@ static int backward_linear(cq_layer *l, cq_linear *w, cq_stream *s, const sectio
 static int backward_section(cq_layer *l, cq_stream *s, const section *c) {
     CQ_TRY(backward_linear(l, l->out, s, c, l->hidden, l->rows_in, l->dhidden));
     CQ_TRY(CQ_RUN(s, relu2_backward, .dtype = l->env->dtype, .rows = c->rows, .dim = l->out->k,
-                  .x = at(l->up, c), .dh = at(l->dhidden, c), .dx = at(l->dhidden, c)));
+                  .x = at(l->up, c), .dh = at(l->dhidden, c), .dx = at(l->dhidden, c),
+                  .act = l->env->act));
     return backward_linear(l, l->in[0], s, c, l->x_in, l->dhidden, l->rows_in);
 }
 

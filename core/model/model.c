@@ -243,6 +243,7 @@ cq_purpose cq_model_moments_purpose(const cq_model *m, const cq_plan *p) {
 }
 void cq_model_set_fp4(cq_model *m, bool on) { m->fp4 = on; }
 void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
+void cq_model_set_activations(cq_model *m, cq_dtype act) { m->env.act = act; }
 
 int64_t cq_model_lr_scale(cq_model *m, const char *globs, double factor) {
     int64_t n = 0;

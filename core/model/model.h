@@ -57,6 +57,9 @@ CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
 /// Products of quantized linears' forwards on FP4 tensor cores, where copies are packed and
 /// products BF16 otherwise, on a device that has them (cq_stream_has_fp4); before plan_work.
 CQ_API void cq_model_set_fp4(cq_model *m, bool on);
+/// How activations inside of layers are stored (core/block/block.h): CQ_F32 (default), as values of
+/// the model, or CQ_BF16, on a device with CQ_COMPUTE_BF16; before plan_work.
+CQ_API void cq_model_set_activations(cq_model *m, cq_dtype act);
 /// How the master weights of trained quantized linears are kept (kernels/formats.h); before
 /// plan_params. The optimizer says it. All else stays F32: the forward reads it as it is.
 CQ_API void cq_model_set_master(cq_model *m, cq_master master);

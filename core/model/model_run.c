@@ -30,8 +30,9 @@ static int64_t operand_bytes(int64_t rows, int64_t n, int64_t k, int64_t weights
     return 2 * max64(rows * (n + k), rows * max64(n, k) + weights);
 }
 
+enum { HEAD_ROWS = 1024 };
+
 static int64_t bf16_bytes(const cq_model *m, int64_t tokens) {
-    enum { HEAD_ROWS = 1024 };
     const cq_config *c = &m->config;
     int64_t bytes = operand_bytes(tokens < HEAD_ROWS ? tokens : HEAD_ROWS, c->vocab, c->hidden,
                                   c->vocab * c->hidden);
@@ -50,6 +51,19 @@ static int64_t widest_input(const cq_model *m) {
         if (m->linear[i]->act_quant && m->linear[i]->groups == 1)
             k = max64(k, m->linear[i]->k);
     return k;
+}
+
+/* Where activations are BF16 already, and weights have copies: the residual stream's gradient, the
+ * head's rows and their gradients, a router's matrix or gradients, and a matrix in a calibration.
+ * Products by expert round on their way. */
+static int64_t bf16_bytes_between(const cq_model *m, int64_t tokens) {
+    const cq_config *c = &m->config;
+    int64_t rows = tokens < HEAD_ROWS ? tokens : HEAD_ROWS, wide = max64(c->hidden, c->experts);
+    int64_t values = max64(rows * (c->vocab + c->hidden), tokens * wide + c->experts * c->hidden);
+    for (int64_t i = 0; i < m->n_linears; i++)
+        if (m->linear[i]->groups == 1 && m->linear[i]->quantized)
+            values = max64(values, m->linear[i]->n * m->linear[i]->k);
+    return 2 * (values + 16 * (tokens + c->hidden + c->experts)); /* rows end on 16 bytes */
 }
 
 static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
@@ -79,8 +93,9 @@ static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
         CQ_TRY(cq_plan_add(p, &m->env.x_codes, CQ_FOR_SCRATCH, "codes of inputs", CQ_U8,
                            CQ_SHAPE1(rows * widest_input(m) / 16 * 9)));
     if (m->compute == CQ_COMPUTE_BF16)
-        CQ_TRY(cq_plan_add(p, &m->bf16_scratch, CQ_FOR_SCRATCH, "bf16 operands", CQ_U8,
-                           CQ_SHAPE1(bf16_bytes(m, rows))));
+        CQ_TRY(cq_plan_add(
+            p, &m->bf16_scratch, CQ_FOR_SCRATCH, "bf16 operands", CQ_U8,
+            CQ_SHAPE1(m->env.act == CQ_BF16 ? bf16_bytes_between(m, rows) : bf16_bytes(m, rows))));
     return CQ_OK;
 }
 
@@ -90,6 +105,9 @@ int cq_model_plan_apart(cq_model *m, cq_plan *p, int64_t tokens, int64_t moe_tok
         return cq_fail(CQ_EUSAGE,
                        "plan: %ld tokens, longest document %ld, %d threads do not fit together",
                        (long)tokens, (long)longest, threads);
+    bool rounds = m->compute == CQ_COMPUTE_BF16 && cq_plan_on_device(p) && m->env.dtype == CQ_F32;
+    if (m->env.act == CQ_BF16 && !rounds)
+        return cq_fail(CQ_EUSAGE, "plan: activations in BF16 want a device with BF16 products");
     m->env.mode = mode;
     m->env.tokens = max64(tokens, moe_tokens);
     m->env.longest = longest;

@@ -17,8 +17,8 @@ constexpr int THREADS = 256, ROWS = 64, KEYS = 32, SIDE = 32;
 
 /// A block: ROWS queries of one head. Thread (y, x) of 16 x 16 has rows 4 y .. 4 y + 3 and columns
 /// x + 16 c of the scores and of the result.
-template <int NC>
-__global__ void __launch_bounds__(THREADS) forward(cq_heads a, float *out, float *lse) {
+template <typename T, int NC>
+__global__ void __launch_bounds__(THREADS) forward(cq_heads a, T *out, float *lse) {
     CQ_DYN_SMEM(float, room);
     CQ_SHARED(int32_t, begin, [ROWS]);
     int64_t q0 = (int64_t)blockIdx.x * ROWS, h = blockIdx.y, kh = h / (a.heads / a.kv_heads);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS) forward(cq_heads a, float *out, float
     cq_tile q = {room, dim + 1}, k = {q.p + ROWS * (dim + 1), dim + 1};
     cq_tile v = {k.p + KEYS * (dim + 1), dim + 1}, p = {v.p + KEYS * (dim + 1), KEYS + 1};
     int x = (int)(threadIdx.x & 15u), y = (int)(threadIdx.x >> 4) * 4;
-    cq_load_rows(q, a.q + q0 * a.ldq + h * a.dim, a.ldq, n, dim, NULL);
+    cq_load_rows(q, (const T *)a.q + q0 * a.ldq + h * a.dim, a.ldq, n, dim, NULL);
     cq_find_begins(begin, a, q0, n);
     __syncthreads();
     float o[4][NC], most[4], sum[4];
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(THREADS) forward(cq_heads a, float *out, float
     }
     for (int64_t k0 = begin[0]; k0 < q0 + n; k0 += KEYS) {
         int m = (int)(a.tokens - k0 < KEYS ? a.tokens - k0 : KEYS);
-        cq_load_rows(k, a.k + k0 * a.ldk + kh * a.dim, a.ldk, m, dim, NULL);
-        cq_load_rows(v, a.v + k0 * a.ldv + kh * a.dim, a.ldv, m, dim, NULL);
+        cq_load_rows(k, (const T *)a.k + k0 * a.ldk + kh * a.dim, a.ldk, m, dim, NULL);
+        cq_load_rows(v, (const T *)a.v + k0 * a.ldv + kh * a.dim, a.ldv, m, dim, NULL);
         __syncthreads();
         float s[4][2];
 #pragma unroll
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(THREADS) forward(cq_heads a, float *out, float
 #pragma unroll
         for (int c = 0; c < NC; c++)
             if (x + 16 * c < dim)
-                out[(row * a.heads + h) * a.dim + x + 16 * c] = o[r][c] / sum[r];
+                cq_put(out + (row * a.heads + h) * a.dim + x + 16 * c, o[r][c] / sum[r]);
         if (lse && x == 0)
             lse[row * a.heads + h] = most[r] + logf(sum[r]);
     }
@@ -144,9 +144,10 @@ __device__ __forceinline__ void scores(const cq_heads &a, const cq_tile &q, cons
 }
 
 /// A block: SIDE keys of one kv head.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    backward_kv(cq_heads a, const float *dout, const float *lse, const float *delta, float *dk,
-                float *dv, int64_t lddk, int64_t lddv) {
+    backward_kv(cq_heads a, const T *dout, const float *lse, const float *delta, T *dk, T *dv,
+                int64_t lddk, int64_t lddv) {
     CQ_DYN_SMEM(float, room);
     CQ_SHARED(int32_t, begin, [SIDE]);
     int64_t k0 = (int64_t)blockIdx.x * SIDE, kh = blockIdx.y, per = a.heads / a.kv_heads;
@@ -154,8 +155,8 @@ __global__ void __launch_bounds__(THREADS)
     cq_tile k = {room, ld}, v = {k.p + SIDE * ld, ld}, q = {v.p + SIDE * ld, ld};
     cq_tile g = {q.p + SIDE * ld, ld}, sk = {g.p + SIDE * ld, ld}, sv = {sk.p + SIDE * ld, ld};
     cq_tile p = {sv.p + SIDE * ld, SIDE + 1}, ds = {p.p + SIDE * (SIDE + 1), SIDE + 1};
-    cq_load_rows(k, a.k + k0 * a.ldk + kh * a.dim, a.ldk, m, dim, NULL);
-    cq_load_rows(v, a.v + k0 * a.ldv + kh * a.dim, a.ldv, m, dim, NULL);
+    cq_load_rows(k, (const T *)a.k + k0 * a.ldk + kh * a.dim, a.ldk, m, dim, NULL);
+    cq_load_rows(v, (const T *)a.v + k0 * a.ldv + kh * a.dim, a.ldv, m, dim, NULL);
     for (int i = (int)threadIdx.x; i < SIDE * ld; i += THREADS)
         sk.p[i] = sv.p[i] = 0.0f;
     int64_t end = a.starts[cq_document_of(a.starts, a.n_docs, k0 + m - 1) + 1];
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(THREADS)
         for (int64_t q0 = k0; q0 < end; q0 += SIDE) {
             int n = (int)(end - q0 < SIDE ? end - q0 : SIDE);
             __syncthreads();
-            cq_load_rows(q, a.q + q0 * a.ldq + h * a.dim, a.ldq, n, dim, NULL);
+            cq_load_rows(q, (const T *)a.q + q0 * a.ldq + h * a.dim, a.ldq, n, dim, NULL);
             cq_load_rows(g, dout + (q0 * a.heads + h) * a.dim, a.heads * a.dim, n, dim, NULL);
             cq_find_begins(begin, a, q0, n);
             __syncthreads();
@@ -180,15 +181,15 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     for (int i = (int)threadIdx.x; i < m * dim; i += THREADS) {
         int r = i / dim, d = i - r * dim;
-        dk[(k0 + r) * lddk + kh * a.dim + d] = sk.at(r, d);
-        dv[(k0 + r) * lddv + kh * a.dim + d] = sv.at(r, d);
+        cq_put(dk + (k0 + r) * lddk + kh * a.dim + d, sk.at(r, d));
+        cq_put(dv + (k0 + r) * lddv + kh * a.dim + d, sv.at(r, d));
     }
 }
 
 /// A block: SIDE queries of one head.
-__global__ void __launch_bounds__(THREADS)
-    backward_q(cq_heads a, const float *dout, const float *lse, const float *delta, float *dq,
-               int64_t lddq) {
+template <typename T>
+__global__ void __launch_bounds__(THREADS) backward_q(cq_heads a, const T *dout, const float *lse,
+                                                      const float *delta, T *dq, int64_t lddq) {
     CQ_DYN_SMEM(float, room);
     CQ_SHARED(int32_t, begin, [SIDE]);
     int64_t q0 = (int64_t)blockIdx.x * SIDE, h = blockIdx.y, kh = h / (a.heads / a.kv_heads);
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(THREADS)
     cq_tile k = {room, ld}, v = {k.p + SIDE * ld, ld}, q = {v.p + SIDE * ld, ld};
     cq_tile g = {q.p + SIDE * ld, ld}, sq = {g.p + SIDE * ld, ld};
     cq_tile p = {sq.p + SIDE * ld, SIDE + 1}, ds = {p.p + SIDE * (SIDE + 1), SIDE + 1};
-    cq_load_rows(q, a.q + q0 * a.ldq + h * a.dim, a.ldq, n, dim, NULL);
+    cq_load_rows(q, (const T *)a.q + q0 * a.ldq + h * a.dim, a.ldq, n, dim, NULL);
     cq_load_rows(g, dout + (q0 * a.heads + h) * a.dim, a.heads * a.dim, n, dim, NULL);
     for (int i = (int)threadIdx.x; i < SIDE * ld; i += THREADS)
         sq.p[i] = 0.0f;
@@ -204,8 +205,8 @@ __global__ void __launch_bounds__(THREADS)
     for (int64_t k0 = a.starts[cq_document_of(a.starts, a.n_docs, q0)]; k0 < q0 + n; k0 += SIDE) {
         int m = (int)(q0 + n - k0 < SIDE ? q0 + n - k0 : SIDE);
         __syncthreads();
-        cq_load_rows(k, a.k + k0 * a.ldk + kh * a.dim, a.ldk, m, dim, NULL);
-        cq_load_rows(v, a.v + k0 * a.ldv + kh * a.dim, a.ldv, m, dim, NULL);
+        cq_load_rows(k, (const T *)a.k + k0 * a.ldk + kh * a.dim, a.ldk, m, dim, NULL);
+        cq_load_rows(v, (const T *)a.v + k0 * a.ldv + kh * a.dim, a.ldv, m, dim, NULL);
         __syncthreads();
         scores(a, q, g, k, v, p, ds, lse, delta, begin, q0, n, k0, m, h);
         cq_product(
@@ -216,29 +217,63 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     for (int i = (int)threadIdx.x; i < n * dim; i += THREADS) {
         int r = i / dim, d = i - r * dim;
-        dq[(q0 + r) * lddq + h * a.dim + d] = sq.at(r, d);
+        cq_put(dq + (q0 + r) * lddq + h * a.dim + d, sq.at(r, d));
     }
 }
 
 /// delta[t, h] = <dout, out>, summed as dP is, so that a token that sees itself alone gets zero.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    row_products(const float *dout, const float *out, float *delta, int64_t rows, int64_t dim) {
+    row_products(const T *dout, const T *out, float *delta, int64_t rows, int64_t dim) {
     int64_t row = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (row >= rows)
         return;
     float sum = 0.0f;
     for (int64_t d = 0; d < dim; d++)
-        sum += dout[row * dim + d] * out[row * dim + d];
+        sum += cq_value(dout[row * dim + d]) * cq_value(out[row * dim + d]);
     delta[row] = sum;
 }
 
-template <int NC> int forward_in(cq_stream *s, const cq_heads &a, float *out, float *lse) {
+template <typename T, int NC>
+int forward_in(cq_stream *s, const cq_heads &a, const cq_attention_forward_args *o) {
     int64_t ld = a.dim + 1;
     int64_t bytes = ((ROWS + 2 * KEYS) * ld + ROWS * (KEYS + 1)) * (int64_t)sizeof(float);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)forward<NC>, bytes, "attention_forward"));
+    CQ_TRY(cq_cuda_shared_bytes((const void *)forward<T, NC>, bytes, "attention_forward"));
     dim3 grid(cq_blocks(a.tokens, ROWS), (unsigned)a.heads);
-    CQ_LAUNCH(forward<NC>, grid, THREADS, (size_t)bytes, s, a, out, lse);
+    CQ_LAUNCH((forward<T, NC>), grid, THREADS, (size_t)bytes, s, a, (T *)o->out, (float *)o->lse);
     CQ_CUDA_END("attention_forward");
+}
+template <typename T> int forward_of(cq_stream *s, const cq_attention_forward_args *a) {
+    cq_heads h = cq_heads_of(a);
+    if (a->head_dim <= 16)
+        return forward_in<T, 1>(s, h, a);
+    if (a->head_dim <= 64)
+        return forward_in<T, 4>(s, h, a);
+    return a->head_dim <= 128 ? forward_in<T, 8>(s, h, a) : forward_in<T, 16>(s, h, a);
+}
+
+template <typename T> int backward_of(cq_stream *s, const cq_attention_backward_args *a) {
+    cq_heads h = cq_heads_of(a);
+    int64_t rows = a->tokens * a->heads, ld = a->head_dim + 1;
+    float *delta = (float *)cq_cuda_scratch(s, rows * (int64_t)sizeof(float));
+    if (!delta)
+        return CQ_ENOMEM;
+    const T *dout = (const T *)a->dout;
+    const float *lse = (const float *)a->lse;
+    CQ_LAUNCH(row_products<T>, cq_blocks(rows, THREADS), THREADS, 0, s, dout, (const T *)a->out,
+              delta, rows, a->head_dim);
+    int64_t pairs = 2 * SIDE * (SIDE + 1);
+    int64_t kv = (6 * SIDE * ld + pairs) * (int64_t)sizeof(float);
+    int64_t q = (5 * SIDE * ld + pairs) * (int64_t)sizeof(float);
+    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_kv<T>, kv, "attention_backward"));
+    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_q<T>, q, "attention_backward"));
+    dim3 keys(cq_blocks(a->tokens, SIDE), (unsigned)a->kv_heads);
+    dim3 queries(cq_blocks(a->tokens, SIDE), (unsigned)a->heads);
+    CQ_LAUNCH(backward_kv<T>, keys, THREADS, (size_t)kv, s, h, dout, lse, (const float *)delta,
+              (T *)a->dk, (T *)a->dv, a->lddk, a->lddv);
+    CQ_LAUNCH(backward_q<T>, queries, THREADS, (size_t)q, s, h, dout, lse, (const float *)delta,
+              (T *)a->dq, a->lddq);
+    CQ_CUDA_END("attention_backward");
 }
 
 int check(const char *op, int64_t dim) {
@@ -250,46 +285,21 @@ int check(const char *op, int64_t dim) {
 } // namespace
 
 extern "C" int cq_cuda_attention_forward(cq_stream *s, const cq_attention_forward_args *a) {
-    CQ_CUDA_F32("attention_forward", a);
+    CQ_CUDA_ACT("attention_forward", a);
     CQ_TRY(check("attention_forward", a->head_dim));
-    cq_heads h = cq_heads_of(a);
-    float *out = (float *)a->out, *lse = (float *)a->lse;
     if (a->tokens < 1)
         return CQ_OK;
-    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(h))
-        return cq_attention_bf16_forward(s, h, out, lse);
-    if (a->head_dim <= 16)
-        return forward_in<1>(s, h, out, lse);
-    if (a->head_dim <= 64)
-        return forward_in<4>(s, h, out, lse);
-    return a->head_dim <= 128 ? forward_in<8>(s, h, out, lse) : forward_in<16>(s, h, out, lse);
+    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(cq_heads_of(a)))
+        return cq_attention_bf16_forward(s, a);
+    return a->act == CQ_BF16 ? forward_of<__nv_bfloat16>(s, a) : forward_of<float>(s, a);
 }
 
 extern "C" int cq_cuda_attention_backward(cq_stream *s, const cq_attention_backward_args *a) {
-    CQ_CUDA_F32("attention_backward", a);
+    CQ_CUDA_ACT("attention_backward", a);
     CQ_TRY(check("attention_backward", a->head_dim));
-    cq_heads h = cq_heads_of(a);
-    int64_t rows = a->tokens * a->heads, ld = a->head_dim + 1;
     if (a->tokens < 1)
         return CQ_OK;
-    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(h))
-        return cq_attention_bf16_backward(s, h, a);
-    float *delta = (float *)cq_cuda_scratch(s, rows * (int64_t)sizeof(float));
-    if (!delta)
-        return CQ_ENOMEM;
-    const float *dout = (const float *)a->dout, *lse = (const float *)a->lse;
-    CQ_LAUNCH(row_products, cq_blocks(rows, THREADS), THREADS, 0, s, dout, (const float *)a->out,
-              delta, rows, a->head_dim);
-    int64_t pairs = 2 * SIDE * (SIDE + 1);
-    int64_t kv = (6 * SIDE * ld + pairs) * (int64_t)sizeof(float);
-    int64_t q = (5 * SIDE * ld + pairs) * (int64_t)sizeof(float);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_kv, kv, "attention_backward"));
-    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_q, q, "attention_backward"));
-    dim3 keys(cq_blocks(a->tokens, SIDE), (unsigned)a->kv_heads);
-    dim3 queries(cq_blocks(a->tokens, SIDE), (unsigned)a->heads);
-    CQ_LAUNCH(backward_kv, keys, THREADS, (size_t)kv, s, h, dout, lse, (const float *)delta,
-              (float *)a->dk, (float *)a->dv, a->lddk, a->lddv);
-    CQ_LAUNCH(backward_q, queries, THREADS, (size_t)q, s, h, dout, lse, (const float *)delta,
-              (float *)a->dq, a->lddq);
-    CQ_CUDA_END("attention_backward");
+    if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(cq_heads_of(a)))
+        return cq_attention_bf16_backward(s, a);
+    return a->act == CQ_BF16 ? backward_of<__nv_bfloat16>(s, a) : backward_of<float>(s, a);
 }

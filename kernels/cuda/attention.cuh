@@ -7,14 +7,14 @@ struct cq_heads {
     const int64_t *starts;
     int64_t heads, kv_heads, dim;
     float scale;
-    const float *q, *k, *v;
+    const void *q, *k, *v; ///< float, or __nv_bfloat16
     int64_t ldq, ldk, ldv;
 };
 template <typename Args> static inline cq_heads cq_heads_of(const Args *a) {
     cq_heads h = {};
     h.tokens = a->tokens, h.n_docs = a->n_docs, h.starts = a->starts;
     h.heads = a->heads, h.kv_heads = a->kv_heads, h.dim = a->head_dim, h.scale = (float)a->scale;
-    h.q = (const float *)a->q, h.k = (const float *)a->k, h.v = (const float *)a->v;
+    h.q = a->q, h.k = a->k, h.v = a->v;
     h.ldq = a->ldq, h.ldk = a->ldk, h.ldv = a->ldv;
     return h;
 }
@@ -30,6 +30,5 @@ __device__ __forceinline__ void cq_find_begins(int32_t *begin, const cq_heads &a
 static inline bool cq_attention_has_bf16(const cq_heads &a) {
     return (a.dim == 64 || a.dim == 128) && a.scale > 0.0f;
 }
-int cq_attention_bf16_forward(cq_stream *s, const cq_heads &a, float *out, float *lse);
-int cq_attention_bf16_backward(cq_stream *s, const cq_heads &a,
-                               const cq_attention_backward_args *args);
+int cq_attention_bf16_forward(cq_stream *s, const cq_attention_forward_args *a);
+int cq_attention_bf16_backward(cq_stream *s, const cq_attention_backward_args *a);

@@ -1,14 +1,16 @@
 /// attention_bf16.cu - attention with its products on tensor cores: operands rounded to BF16, sums
 /// and the softmax in FP32.
 ///
-/// What is read once per tile of the other side is rounded into scratch first; tiles then come as
-/// asynchronous copies while the products before them run. Four warps of 16 or 32 rows each; the
-/// result of one product stays in registers and is the left side of the next, also in the backward
-/// for k and v, whose rows are keys: S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q. The backward
-/// for q computes P and dS again. Tiles that a warp's rows do not see are skipped.
+/// What is read once per tile of the other side is rounded into scratch first, or read where it is
+/// when it is stored as BF16 in rows on 16 bytes; tiles then come as asynchronous copies while the
+/// products before them run. Four warps of 16 or 32 rows each; the result of one product stays in
+/// registers and is the left side of the next, also in the backward for k and v, whose rows are
+/// keys: S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q. The backward for q computes P and dS
+/// again. Tiles that a warp's rows do not see are skipped.
 ///
 /// Qwen3-4B, 8192 tokens in documents of 4096: forward 0.27 TFLOP, 0.9 ms at 300 TF/s; backward
-/// with the second computation 0.96 TFLOP. Rounding moves 0.2 GB, 0.4 GB in the backward.
+/// with the second computation 0.96 TFLOP. Rounding moves 0.1 GB, 0.6 GB in the backward; of BF16
+/// only <dout, out> is left, 0.13 GB.
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/cq_mma.h"
 #include "kernels/cuda/float4.cuh"
@@ -19,23 +21,24 @@ typedef __nv_bfloat16 half_t;
 constexpr int THREADS = 128, SIDE = 64;
 constexpr float LOG2_E = 1.44269504088896341f;
 
-/// The inputs of an operation as dense rows of BF16 in scratch, and of the backward also
-/// lse / log 2 and <dout, out> as [heads, padded], zero from the last token on.
-struct rounded {
-    half_t *q, *k, *v, *dout;
+/// Of the backward: dout in BF16, dense, and in scratch lse / log 2 and <dout, out> as [heads,
+/// padded], zero from the last token on.
+struct slopes {
+    const half_t *dout;
     float *lse2, *delta;
     int64_t padded;
 };
 
 /// A strided matrix and where it goes, dense.
 struct matrix {
-    const float *from;
+    const void *from;
     half_t *to;
     int64_t ld, width;
     bool aligned;
 };
 struct matrices {
-    matrix m[3];
+    matrix m[4];
+    int n;
 };
 
 __device__ __forceinline__ uint2 round4(float4 v) {
@@ -46,19 +49,23 @@ __device__ __forceinline__ uint2 round4(float4 v) {
 }
 
 /// A block: one row of one matrix.
-__global__ void __launch_bounds__(THREADS) round_rows(matrices all) {
-    matrix m = blockIdx.y == 0 ? all.m[0] : blockIdx.y == 1 ? all.m[1] : all.m[2];
-    const float *from = m.from + (int64_t)blockIdx.x * m.ld;
+template <typename T> __global__ void __launch_bounds__(THREADS) round_rows(matrices all) {
+    matrix m = blockIdx.y == 0   ? all.m[0]
+               : blockIdx.y == 1 ? all.m[1]
+               : blockIdx.y == 2 ? all.m[2]
+                                 : all.m[3];
+    const T *from = (const T *)m.from + (int64_t)blockIdx.x * m.ld;
     half_t *to = m.to + (int64_t)blockIdx.x * m.width;
     for (int64_t c = (int64_t)threadIdx.x * 4; c < m.width; c += THREADS * 4)
         *reinterpret_cast<uint2 *>(to + c) = round4(cq_load4(from + c, m.aligned));
 }
 
-/// A warp: dout of one token and head, rounded; delta from the rounded values, as dP is.
-template <int D>
+/// A warp: dout of one token and head, rounded into `to` where it is not BF16; delta from the
+/// rounded values, as dP is.
+template <int D, typename T>
 __global__ void __launch_bounds__(THREADS)
-    round_slopes(const float *dout, const float *out, const float *lse, rounded b, int64_t tokens,
-                 int64_t heads, bool aligned) {
+    round_slopes(const T *dout, const T *out, const float *lse, half_t *to, slopes b,
+                 int64_t tokens, int64_t heads, bool aligned) {
     int lane = (int)(threadIdx.x % CQ_WARP);
     int64_t row = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + threadIdx.x / CQ_WARP;
     int64_t t = row / heads, at = (row - t * heads) * b.padded + t;
@@ -70,7 +77,8 @@ __global__ void __launch_bounds__(THREADS)
         uint2 r = round4(cq_load4(dout + i, aligned));
         float4 g = make_float4(__uint_as_float(r.x << 16), __uint_as_float(r.x & 0xffff0000u),
                                __uint_as_float(r.y << 16), __uint_as_float(r.y & 0xffff0000u));
-        *reinterpret_cast<uint2 *>(b.dout + i) = r;
+        if (sizeof(T) == sizeof(float))
+            *reinterpret_cast<uint2 *>(to + i) = r;
         sum = cq_dot4(g, cq_load4(out + i, aligned));
     }
     sum = cq_warp_sum(sum);
@@ -81,16 +89,17 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /// dk and dv of `parts` parts of the heads of a group, added in order. A block: one token.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    add_parts(const float *pk, const float *pv, int parts, int64_t part, int64_t width, float *dk,
-              float *dv, int64_t lddk, int64_t lddv) {
+    add_parts(const float *pk, const float *pv, int parts, int64_t part, int64_t width, T *dk,
+              T *dv, int64_t lddk, int64_t lddv) {
     const float *from = (blockIdx.y ? pv : pk) + (int64_t)blockIdx.x * width;
-    float *to = blockIdx.y ? dv + (int64_t)blockIdx.x * lddv : dk + (int64_t)blockIdx.x * lddk;
+    T *to = blockIdx.y ? dv + (int64_t)blockIdx.x * lddv : dk + (int64_t)blockIdx.x * lddk;
     for (int64_t c = threadIdx.x; c < width; c += THREADS) {
         float sum = from[c];
         for (int p = 1; p < parts; p++)
             sum += from[p * part + c];
-        to[c] = sum;
+        cq_put(to + c, sum);
     }
 }
 
@@ -184,9 +193,15 @@ __device__ __forceinline__ void times_tile(float (&sum)[M][D / 8][4], const floa
     }
 }
 
+__device__ __forceinline__ void store_pair(float *at, float x, float y) {
+    *reinterpret_cast<float2 *>(at) = make_float2(x, y);
+}
+__device__ __forceinline__ void store_pair(half_t *at, float x, float y) {
+    *reinterpret_cast<unsigned *>(at) = cq_bf16_pair(x, y);
+}
 /// Sixteen rows of results from `row` on, times `by`, as far as there are n.
-template <int D>
-__device__ __forceinline__ void store(float *to, int64_t ld, const float (&sum)[D / 8][4], int row,
+template <int D, typename T>
+__device__ __forceinline__ void store(T *to, int64_t ld, const float (&sum)[D / 8][4], int row,
                                       int n, const float by[2], bool pairs) {
     int lane = (int)(threadIdx.x % CQ_WARP);
 #pragma unroll
@@ -194,14 +209,14 @@ __device__ __forceinline__ void store(float *to, int64_t ld, const float (&sum)[
         int i = row + (lane >> 2) + 8 * r;
         if (i >= n)
             continue;
-        float *at = to + i * ld + 2 * (lane & 3);
+        T *at = to + i * ld + 2 * (lane & 3);
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
             float x = sum[d][2 * r] * by[r], y = sum[d][2 * r + 1] * by[r];
             if (pairs)
-                *reinterpret_cast<float2 *>(at + 8 * d) = make_float2(x, y);
+                store_pair(at + 8 * d, x, y);
             else
-                at[8 * d] = x, at[8 * d + 1] = y;
+                cq_put(at + 8 * d, x), cq_put(at + 8 * d + 1, y);
         }
     }
 }
@@ -259,31 +274,45 @@ __device__ __forceinline__ void soften(float (&s)[M][8][4], float (&o)[M][D / 8]
         }
 }
 
-/// A block: 128 queries of one head; a warp: 32.
-template <int D>
+/// The queries of a block, rounded; or as they are, by copies that the next wait is for.
+template <int D, int ROWS>
+__device__ __forceinline__ void put_queries(half_t *to, const float *from, int64_t ld, int n,
+                                            bool aligned) {
+    for (int i = (int)threadIdx.x; i < ROWS * (D / 4); i += THREADS) {
+        int r = i / (D / 4), c = i % (D / 4) * 4;
+        float4 x = r < n ? cq_load4(from + r * ld + c, aligned) : cq_zero4();
+        *reinterpret_cast<uint2 *>(to + r * (D + 8) + c) = round4(x);
+    }
+}
+template <int D, int ROWS>
+__device__ __forceinline__ void put_queries(half_t *to, const half_t *from, int64_t ld, int n,
+                                            bool) {
+    fetch<D, ROWS>(to, from, ld, n);
+    cq_cp_commit();
+}
+
+/// A block: 128 queries of one head; a warp: 32. k and v are BF16 in rows on 16 bytes, and so is q
+/// where T is BF16.
+template <int D, typename T>
 __global__ void __launch_bounds__(THREADS, 2)
-    forward(cq_heads a, rounded b, float *out, float *lse, bool aligned, bool pairs) {
+    forward(cq_heads a, T *out, float *lse, bool aligned, bool pairs) {
     constexpr int M = 2, ROWS = 64 * M;
     CQ_DYN_SMEM(half_t, room);
     int64_t q0 = (int64_t)(gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y; /* long ones first */
-    int64_t kh = h / (a.heads / a.kv_heads), ld = a.kv_heads * D;
+    int64_t kh = h / (a.heads / a.kv_heads);
     int n = rows_from(q0, a.tokens, ROWS), row = (int)(threadIdx.x / CQ_WARP) * 16 * M;
     int lane = (int)(threadIdx.x % CQ_WARP), g = lane >> 2, t2 = 2 * (lane & 3);
     half_t *q = room, *k = q + ROWS * (D + 8), *v = k + SIDE * (D + 8);
-    const half_t *from_k = b.k + kh * D, *from_v = b.v + kh * D;
+    const half_t *from_k = (const half_t *)a.k + kh * D, *from_v = (const half_t *)a.v + kh * D;
     CQ_SHARED(int, begins, [ROWS]);       /* of the documents of the rows, from q0 */
     int at = (int)(begin_of(a, q0) - q0); /* the first key, from q0 */
-    auto fetch_keys = [&](half_t *tile, const half_t *from, int key) {
+    auto fetch_keys = [&](half_t *tile, const half_t *from, int64_t ld, int key) {
         fetch<D, SIDE>(tile, from + (q0 + key) * ld, ld, rows_from(q0 + key, a.tokens, SIDE));
         cq_cp_commit();
     };
-    fetch_keys(k, from_k, at);
+    fetch_keys(k, from_k, a.ldk, at);
     begins[threadIdx.x] = (int)(begin_of(a, q0 + threadIdx.x) - q0);
-    for (int i = (int)threadIdx.x; i < ROWS * (D / 4); i += THREADS) {
-        int r = i / (D / 4), c = i % (D / 4) * 4;
-        float4 x = r < n ? cq_load4(a.q + (q0 + r) * a.ldq + h * D + c, aligned) : cq_zero4();
-        *reinterpret_cast<uint2 *>(q + r * (D + 8) + c) = round4(x);
-    }
+    put_queries<D, ROWS>(q, (const T *)a.q + q0 * a.ldq + h * D, a.ldq, n, aligned);
     float o[M][D / 8][4], most[M][2], sum[M][2];
     clear(o);
 #pragma unroll
@@ -294,7 +323,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     for (; at < n; at += SIDE) {
         cq_cp_wait<0>();
         __syncthreads();
-        fetch_keys(v, from_v, at);
+        fetch_keys(v, from_v, a.ldv, at);
         bool seen = at < row + 16 * M && at + SIDE > begins[row];
         float s[M][8][4];
         if (seen) {
@@ -316,7 +345,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         cq_cp_wait<0>();
         __syncthreads();
         if (at + SIDE < n)
-            fetch_keys(k, from_k, at + SIDE);
+            fetch_keys(k, from_k, a.ldk, at + SIDE);
         if (seen)
             times_tile<D>(o, s, v);
     }
@@ -337,32 +366,32 @@ __global__ void __launch_bounds__(THREADS, 2)
 }
 
 /// Where dk or dv goes: the gradients themselves, or the partial sums of blockIdx.z.
-struct sink {
-    float *k, *v;
+template <typename T> struct sink {
+    T *k, *v;
     int64_t ldk, ldv, part;
     bool pairs;
 };
 
 /// A block: 64 keys of one kv head and the queries of `each` heads of its group; a warp: 16 keys.
-template <int D>
+/// q, k and v are BF16 in rows on 16 bytes, here and below.
+template <int D, typename T>
 __global__ void __launch_bounds__(THREADS, 2)
-    backward_kv(cq_heads a, rounded b, sink to, int64_t each) {
+    backward_kv(cq_heads a, slopes b, sink<T> to, int64_t each) {
     CQ_DYN_SMEM(half_t, room);
     constexpr int TILE = SIDE * (D + 8);
-    int64_t k0 = (int64_t)blockIdx.x * SIDE, kh = blockIdx.y, ldk = a.kv_heads * D;
-    int64_t ldq = a.heads * D, h0 = kh * (a.heads / a.kv_heads) + blockIdx.z * each;
+    int64_t k0 = (int64_t)blockIdx.x * SIDE, kh = blockIdx.y;
+    int64_t ldo = a.heads * D, h0 = kh * (a.heads / a.kv_heads) + blockIdx.z * each;
     int m = rows_from(k0, a.tokens, SIDE), row = (int)(threadIdx.x / CQ_WARP) * 16;
     int lane = (int)(threadIdx.x % CQ_WARP), g = lane >> 2, t2 = 2 * (lane & 3);
     half_t *k = room, *v = k + TILE, *qs = v + TILE;        /* two of q, then two of dout */
     float *rows = reinterpret_cast<float *>(qs + 4 * TILE); /* two of lse / log 2, delta */
     int64_t end = end_of(a, k0 + m - 1), q0 = k0, h = h0;
-    fetch<D, SIDE>(k, b.k + k0 * ldk + kh * D, ldk, m);
-    fetch<D, SIDE>(v, b.v + k0 * ldk + kh * D, ldk, m);
+    fetch<D, SIDE>(k, (const half_t *)a.k + k0 * a.ldk + kh * D, a.ldk, m);
+    fetch<D, SIDE>(v, (const half_t *)a.v + k0 * a.ldv + kh * D, a.ldv, m);
     auto fetch_queries = [&](int64_t head, int64_t at, int half) {
-        int64_t from = at * ldq + head * D;
         int n = rows_from(at, a.tokens, SIDE);
-        fetch<D, SIDE>(qs + half * TILE, b.q + from, ldq, n);
-        fetch<D, SIDE>(qs + (2 + half) * TILE, b.dout + from, ldq, n);
+        fetch<D, SIDE>(qs + half * TILE, (const half_t *)a.q + at * a.ldq + head * D, a.ldq, n);
+        fetch<D, SIDE>(qs + (2 + half) * TILE, b.dout + at * ldo + head * D, ldo, n);
         if (threadIdx.x < SIDE / 2) {
             const float *line = (threadIdx.x < SIDE / 4 ? b.lse2 : b.delta) + head * b.padded + at;
             cq_cp_async16(rows + half * 2 * SIDE + threadIdx.x * 4,
@@ -426,24 +455,24 @@ __global__ void __launch_bounds__(THREADS, 2)
 }
 
 /// A block: 64 queries of one head; a warp: 16.
-template <int D>
+template <int D, typename T>
 __global__ void __launch_bounds__(THREADS, 2)
-    backward_q(cq_heads a, rounded b, float *dq, int64_t lddq, bool pairs) {
+    backward_q(cq_heads a, slopes b, T *dq, int64_t lddq, bool pairs) {
     CQ_DYN_SMEM(half_t, room);
     constexpr int TILE = SIDE * (D + 8);
     int64_t q0 = (int64_t)(gridDim.x - 1 - blockIdx.x) * SIDE, h = blockIdx.y;
-    int64_t kh = h / (a.heads / a.kv_heads), ldk = a.kv_heads * D, ldq = a.heads * D;
+    int64_t kh = h / (a.heads / a.kv_heads), ldo = a.heads * D;
     int n = rows_from(q0, a.tokens, SIDE), row = (int)(threadIdx.x / CQ_WARP) * 16;
     int lane = (int)(threadIdx.x % CQ_WARP), g = lane >> 2, t2 = 2 * (lane & 3);
     half_t *q = room, *o = q + TILE, *ks = o + TILE; /* two of k, then two of v */
     int64_t k0 = begin_of(a, q0), end = q0 + n;
-    fetch<D, SIDE>(q, b.q + q0 * ldq + h * D, ldq, n);
-    fetch<D, SIDE>(o, b.dout + q0 * ldq + h * D, ldq, n);
+    fetch<D, SIDE>(q, (const half_t *)a.q + q0 * a.ldq + h * D, a.ldq, n);
+    fetch<D, SIDE>(o, b.dout + q0 * ldo + h * D, ldo, n);
     auto fetch_keys = [&](int64_t at, int half) {
-        int64_t from = at * ldk + kh * D;
         int rows = rows_from(at, a.tokens, SIDE);
-        fetch<D, SIDE>(ks + half * TILE, b.k + from, ldk, rows);
-        fetch<D, SIDE>(ks + (2 + half) * TILE, b.v + from, ldk, rows);
+        fetch<D, SIDE>(ks + half * TILE, (const half_t *)a.k + at * a.ldk + kh * D, a.ldk, rows);
+        fetch<D, SIDE>(ks + (2 + half) * TILE, (const half_t *)a.v + at * a.ldv + kh * D, a.ldv,
+                       rows);
         cq_cp_commit();
     };
     int begins[2]; /* of the documents of this lane's rows, from q0 */
@@ -496,13 +525,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     store<D>(dq + q0 * lddq + h * D, lddq, sum[0], row, n, by, pairs);
 }
 
-bool rows_on(const void *p, int64_t ld, int64_t floats) {
-    return ((uintptr_t)p & (uintptr_t)(4 * floats - 1)) == 0 && ld % floats == 0;
-}
-
-matrix matrix_of(const float *from, int64_t ld, int64_t width, half_t *to) {
-    matrix m = {from, to, ld, width, rows_on(from, ld, 4)};
-    return m;
+/// Whether rows of T, ld apart, can be moved n elements at a time.
+template <typename T> bool rows_on(const void *p, int64_t ld, int64_t n) {
+    return ((uintptr_t)p & (uintptr_t)(n * (int64_t)sizeof(T) - 1)) == 0 && ld % n == 0;
 }
 
 /// Takes pieces from a block of scratch; from NULL it only counts.
@@ -516,23 +541,48 @@ void *piece(pieces *p, int64_t bytes) {
     return at;
 }
 
-template <int D> int forward_of(cq_stream *s, const cq_heads &a, float *out, float *lse) {
-    int64_t width = a.kv_heads * D, bytes = 4 * SIDE * (D + 8) * 2;
-    rounded b = {};
+/// Gives rows of T a place in BF16 on 16 bytes where they are not there yet, and lists them.
+template <typename T>
+void place(const void **rows, int64_t *ld, int64_t n, int64_t width, pieces *all, matrices *list) {
+    if (sizeof(T) == sizeof(half_t) && rows_on<T>(*rows, *ld, 8))
+        return;
+    half_t *to = (half_t *)piece(all, n * width * 2);
+    list->m[list->n++] = {*rows, to, *ld, width, rows_on<T>(*rows, *ld, 4)};
+    *rows = to;
+    *ld = width;
+}
+template <typename T> void place_keys(cq_heads *a, pieces *all, matrices *list) {
+    place<T>(&a->k, &a->ldk, a->tokens, a->kv_heads * a->dim, all, list);
+    place<T>(&a->v, &a->ldv, a->tokens, a->kv_heads * a->dim, all, list);
+}
+template <typename T> void place_queries(cq_heads *a, pieces *all, matrices *list) {
+    place<T>(&a->q, &a->ldq, a->tokens, a->heads * a->dim, all, list);
+}
+template <typename T> void round_all(cq_stream *s, const matrices &list, int64_t tokens) {
+    if (list.n > 0)
+        CQ_LAUNCH(round_rows<T>, dim3((unsigned)tokens, (unsigned)list.n), THREADS, 0, s, list);
+}
+
+template <int D, typename T> int forward_of(cq_stream *s, const cq_attention_forward_args *o) {
+    int64_t bytes = 4 * SIDE * (D + 8) * 2;
+    cq_heads a = {};
+    matrices list = {};
     pieces all = {};
     for (int pass = 0; pass < 2; pass++) {
-        b.k = (half_t *)piece(&all, a.tokens * width * 2);
-        b.v = (half_t *)piece(&all, a.tokens * width * 2);
-        if (pass == 0 && !(all.from = (unsigned char *)cq_cuda_scratch(s, all.bytes)))
+        a = cq_heads_of(o);
+        list.n = 0;
+        place_keys<T>(&a, &all, &list);
+        if (sizeof(T) == sizeof(half_t)) /* floats are rounded when they are used */
+            place_queries<T>(&a, &all, &list);
+        if (pass == 0 && list.n > 0 && !(all.from = (unsigned char *)cq_cuda_scratch(s, all.bytes)))
             return CQ_ENOMEM;
         all.bytes = 0;
     }
-    matrices m = {{matrix_of(a.k, a.ldk, width, b.k), matrix_of(a.v, a.ldv, width, b.v)}};
-    CQ_TRY(cq_cuda_shared_bytes((const void *)forward<D>, bytes, "attention_forward"));
+    CQ_TRY(cq_cuda_shared_bytes((const void *)forward<D, T>, bytes, "attention_forward"));
     dim3 grid(cq_blocks(a.tokens, 2 * SIDE), (unsigned)a.heads);
-    CQ_LAUNCH(round_rows, dim3((unsigned)a.tokens, 2), THREADS, 0, s, m);
-    CQ_LAUNCH(forward<D>, grid, THREADS, (size_t)bytes, s, a, b, out, lse, rows_on(a.q, a.ldq, 4),
-              rows_on(out, 2, 2));
+    round_all<T>(s, list, a.tokens);
+    CQ_LAUNCH((forward<D, T>), grid, THREADS, (size_t)bytes, s, a, (T *)o->out, (float *)o->lse,
+              rows_on<T>(a.q, a.ldq, 4), rows_on<T>(o->out, 2, 2));
     CQ_CUDA_END("attention_forward");
 }
 
@@ -546,74 +596,88 @@ int64_t parts_of(const cq_heads &a) {
 }
 
 struct room_backward {
-    rounded b;
+    cq_heads a;
+    matrices list;
+    slopes b;
+    half_t *dout; ///< where it is rounded to; NULL for one that is BF16
     float *pk, *pv;
 };
-void cut(room_backward *r, pieces *all, const cq_heads &a, int64_t parts) {
-    int64_t q = a.tokens * a.heads * a.dim, kv = a.tokens * a.kv_heads * a.dim;
-    r->b.padded = (a.tokens + SIDE - 1) / SIDE * SIDE;
-    r->b.q = (half_t *)piece(all, q * 2);
-    r->b.dout = (half_t *)piece(all, q * 2);
-    r->b.k = (half_t *)piece(all, kv * 2);
-    r->b.v = (half_t *)piece(all, kv * 2);
-    r->b.lse2 = (float *)piece(all, r->b.padded * a.heads * 4);
-    r->b.delta = (float *)piece(all, r->b.padded * a.heads * 4);
-    r->pk = (float *)piece(all, parts > 1 ? parts * kv * 4 : 0);
-    r->pv = (float *)piece(all, parts > 1 ? parts * kv * 4 : 0);
-}
-
-template <int D>
-int round_inputs(cq_stream *s, const cq_heads &a, const cq_attention_backward_args *o,
-                 const rounded &b) {
-    const float *dout = (const float *)o->dout, *out = (const float *)o->out;
-    int64_t width = a.kv_heads * D;
-    matrices m = {{matrix_of(a.q, a.ldq, a.heads * D, b.q), matrix_of(a.k, a.ldk, width, b.k),
-                   matrix_of(a.v, a.ldv, width, b.v)}};
-    CQ_LAUNCH(round_rows, dim3((unsigned)a.tokens, 3), THREADS, 0, s, m);
-    CQ_LAUNCH(round_slopes<D>, cq_blocks(b.padded * a.heads, THREADS / CQ_WARP), THREADS, 0, s,
-              dout, out, (const float *)o->lse, b, a.tokens, a.heads,
-              rows_on(dout, 4, 4) && rows_on(out, 4, 4));
-    CQ_CUDA_END("attention_backward");
-}
-
-template <int D>
-int backward_of(cq_stream *s, const cq_heads &a, const cq_attention_backward_args *o) {
-    const char *op = "attention_backward";
-    int64_t q = 6 * SIDE * (D + 8) * 2, kv = q + 4 * SIDE * 4, parts = parts_of(a);
-    int64_t width = a.kv_heads * D;
+template <typename T>
+room_backward cut(pieces *all, const cq_attention_backward_args *o, int64_t parts) {
     room_backward r = {};
+    r.a = cq_heads_of(o);
+    int64_t rows = r.a.tokens * r.a.heads, kv = r.a.tokens * r.a.kv_heads * r.a.dim;
+    r.b.padded = (r.a.tokens + SIDE - 1) / SIDE * SIDE;
+    place_queries<T>(&r.a, all, &r.list);
+    const void *dout = o->dout;
+    int64_t ld = r.a.heads * r.a.dim;
+    if (sizeof(T) == sizeof(half_t))
+        place<T>(&dout, &ld, r.a.tokens, ld, all, &r.list);
+    else
+        dout = r.dout = (half_t *)piece(all, rows * r.a.dim * 2);
+    r.b.dout = (const half_t *)dout;
+    place_keys<T>(&r.a, all, &r.list);
+    r.b.lse2 = (float *)piece(all, r.b.padded * r.a.heads * 4);
+    r.b.delta = (float *)piece(all, r.b.padded * r.a.heads * 4);
+    r.pk = (float *)piece(all, parts > 1 ? parts * kv * 4 : 0);
+    r.pv = (float *)piece(all, parts > 1 ? parts * kv * 4 : 0);
+    return r;
+}
+
+/// dk and dv: as parts in FP32 that are added up, or straight to where they belong.
+template <int D, typename T>
+int backward_keys(cq_stream *s, const room_backward &r, const cq_attention_backward_args *o,
+                  int64_t parts) {
+    int64_t bytes = 6 * SIDE * (D + 8) * 2 + 4 * SIDE * 4, width = r.a.kv_heads * D;
+    int64_t each = r.a.heads / r.a.kv_heads / parts;
+    T *dk = (T *)o->dk, *dv = (T *)o->dv;
+    dim3 keys(cq_blocks(r.a.tokens, SIDE), (unsigned)r.a.kv_heads, (unsigned)parts);
+    if (parts == 1) {
+        sink<T> to = {dk,      dv, o->lddk,
+                      o->lddv, 0,  rows_on<T>(dk, o->lddk, 2) && rows_on<T>(dv, o->lddv, 2)};
+        CQ_TRY(cq_cuda_shared_bytes((const void *)backward_kv<D, T>, bytes, "attention_backward"));
+        CQ_LAUNCH((backward_kv<D, T>), keys, THREADS, (size_t)bytes, s, r.a, r.b, to, each);
+        return CQ_OK;
+    }
+    sink<float> some = {r.pk, r.pv, width, width, r.a.tokens * width, true};
+    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_kv<D, float>, bytes, "attention_backward"));
+    CQ_LAUNCH((backward_kv<D, float>), keys, THREADS, (size_t)bytes, s, r.a, r.b, some, each);
+    CQ_LAUNCH(add_parts<T>, dim3((unsigned)r.a.tokens, 2), THREADS, 0, s, (const float *)r.pk,
+              (const float *)r.pv, (int)parts, r.a.tokens * width, width, dk, dv, o->lddk, o->lddv);
+    return CQ_OK;
+}
+
+template <int D, typename T> int backward_of(cq_stream *s, const cq_attention_backward_args *o) {
+    int64_t bytes = 6 * SIDE * (D + 8) * 2, parts = parts_of(cq_heads_of(o));
     pieces all = {};
-    cut(&r, &all, a, parts);
+    cut<T>(&all, o, parts);
     if (!(all.from = (unsigned char *)cq_cuda_scratch(s, all.bytes)))
         return CQ_ENOMEM;
     all.bytes = 0;
-    cut(&r, &all, a, parts);
-    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_kv<D>, kv, op));
-    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_q<D>, q, op));
-    CQ_TRY(round_inputs<D>(s, a, o, r.b));
-    float *dq = (float *)o->dq, *dk = (float *)o->dk, *dv = (float *)o->dv;
-    sink to = {dk, dv, o->lddk, o->lddv, 0, rows_on(dk, o->lddk, 2) && rows_on(dv, o->lddv, 2)};
-    sink some = {r.pk, r.pv, width, width, a.tokens * width, true};
-    dim3 keys(cq_blocks(a.tokens, SIDE), (unsigned)a.kv_heads, (unsigned)parts);
-    dim3 queries(cq_blocks(a.tokens, SIDE), (unsigned)a.heads);
-    CQ_LAUNCH(backward_kv<D>, keys, THREADS, (size_t)kv, s, a, r.b, parts > 1 ? some : to,
-              a.heads / a.kv_heads / parts);
-    if (parts > 1)
-        CQ_LAUNCH(add_parts, dim3((unsigned)a.tokens, 2), THREADS, 0, s, (const float *)r.pk,
-                  (const float *)r.pv, (int)parts, a.tokens * width, width, dk, dv, o->lddk,
-                  o->lddv);
-    CQ_LAUNCH(backward_q<D>, queries, THREADS, (size_t)q, s, a, r.b, dq, o->lddq,
-              rows_on(dq, o->lddq, 2));
-    CQ_CUDA_END(op);
+    room_backward r = cut<T>(&all, o, parts);
+    const T *dout = (const T *)o->dout, *out = (const T *)o->out;
+    round_all<T>(s, r.list, r.a.tokens);
+    CQ_LAUNCH((round_slopes<D, T>), cq_blocks(r.b.padded * r.a.heads, THREADS / CQ_WARP), THREADS,
+              0, s, dout, out, (const float *)o->lse, r.dout, r.b, r.a.tokens, r.a.heads,
+              rows_on<T>(dout, 4, 4) && rows_on<T>(out, 4, 4));
+    CQ_TRY((backward_keys<D, T>(s, r, o, parts)));
+    CQ_TRY(cq_cuda_shared_bytes((const void *)backward_q<D, T>, bytes, "attention_backward"));
+    dim3 queries(cq_blocks(r.a.tokens, SIDE), (unsigned)r.a.heads);
+    CQ_LAUNCH((backward_q<D, T>), queries, THREADS, (size_t)bytes, s, r.a, r.b, (T *)o->dq, o->lddq,
+              rows_on<T>(o->dq, o->lddq, 2));
+    CQ_CUDA_END("attention_backward");
 }
 
 } // namespace
 
-int cq_attention_bf16_forward(cq_stream *s, const cq_heads &a, float *out, float *lse) {
-    return a.dim == 64 ? forward_of<64>(s, a, out, lse) : forward_of<128>(s, a, out, lse);
+int cq_attention_bf16_forward(cq_stream *s, const cq_attention_forward_args *a) {
+    if (a->act == CQ_BF16)
+        return a->head_dim == 64 ? forward_of<64, half_t>(s, a) : forward_of<128, half_t>(s, a);
+    return a->head_dim == 64 ? forward_of<64, float>(s, a) : forward_of<128, float>(s, a);
 }
 
-int cq_attention_bf16_backward(cq_stream *s, const cq_heads &a,
-                               const cq_attention_backward_args *args) {
-    return a.dim == 64 ? backward_of<64>(s, a, args) : backward_of<128>(s, a, args);
+int cq_attention_bf16_backward(cq_stream *s, const cq_attention_backward_args *a) {
+    if (a->act == CQ_BF16)
+        return a->head_dim == 64 ? backward_of<64, half_t>(s, a) : backward_of<128, half_t>(s, a);
+    return a->head_dim == 64 ? backward_of<64, float>(s, a) : backward_of<128, float>(s, a);
 }

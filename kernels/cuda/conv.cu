@@ -3,8 +3,8 @@
 /// A thread runs over the tokens of a tile, the window in registers. Windows of up to four tokens
 /// and aligned rows: four channels a thread, and the backward goes from the last token to the first
 /// with the slopes in registers as well. Nemotron 3 Nano, 8192 tokens, 6144 channels: forward reads
-/// and writes 0.40 GB, 0.10 ms at 4.2 TB/s; backward 0.60 GB, 0.15 ms. Otherwise one channel a
-/// thread, and the backward stores its slopes.
+/// and writes 0.40 GB, 0.10 ms at 4.2 TB/s; backward 0.60 GB, 0.15 ms; half of that in BF16.
+/// Otherwise one channel a thread, and the backward stores its slopes.
 #include "kernels/cuda/docs.cuh"
 #include "kernels/cuda/float4.cuh"
 #include "kernels/cuda/parts.cuh"
@@ -13,21 +13,21 @@ namespace {
 
 constexpr int THREADS = 128, TILE = 32, MOST_WIDTH = 32;
 
-struct conv_shape {
+template <typename T> struct conv_shape {
     int64_t tokens, n_docs;
     const int64_t *starts;
     int64_t channels;
     int width;
-    const float *x;
+    const T *x;
     int64_t ldx;
     const float *w, *b;
 };
 
 /// Runs over the tokens of a tile: each(t, sum, window), window[k] the input under weight k.
 /// MOST: places of the window, at least the width.
-template <int MOST, typename Each>
-__device__ __forceinline__ void over_tile(const conv_shape &a, int64_t c, int64_t from, int64_t to,
-                                          const int64_t *begins, const Each &each) {
+template <int MOST, typename T, typename Each>
+__device__ __forceinline__ void over_tile(const conv_shape<T> &a, int64_t c, int64_t from,
+                                          int64_t to, const int64_t *begins, const Each &each) {
     float w[MOST], window[MOST];
     int pad = MOST - a.width; /* the last `width` places are used */
     float bias = a.b ? a.b[c] : 0.0f;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void over_tile(const conv_shape &a, int64_t c, int64_
     for (int k = 0; k < MOST; k++) {
         w[k] = k >= pad ? a.w[c * a.width + k - pad] : 0.0f;
         int64_t at = from - MOST + k;
-        window[k] = k > pad && at >= 0 ? a.x[at * a.ldx + c] : 0.0f;
+        window[k] = k > pad && at >= 0 ? cq_value(a.x[at * a.ldx + c]) : 0.0f;
     }
     for (int64_t t = from; t < to; t++) {
         int64_t begin = begins[t - from];
@@ -43,7 +43,7 @@ __device__ __forceinline__ void over_tile(const conv_shape &a, int64_t c, int64_
 #pragma unroll
         for (int k = 0; k + 1 < MOST; k++)
             window[k] = window[k + 1];
-        window[MOST - 1] = a.x[t * a.ldx + c];
+        window[MOST - 1] = cq_value(a.x[t * a.ldx + c]);
         float seen[MOST];
 #pragma unroll
         for (int k = 0; k < MOST; k++) {
@@ -55,14 +55,16 @@ __device__ __forceinline__ void over_tile(const conv_shape &a, int64_t c, int64_
 }
 
 /// The document begins of the tile's tokens into shared memory; all threads.
-__device__ __forceinline__ void find_begins(const conv_shape &a, int64_t from, int64_t to,
+template <typename T>
+__device__ __forceinline__ void find_begins(const conv_shape<T> &a, int64_t from, int64_t to,
                                             int64_t *begins) {
     for (int64_t i = threadIdx.x; i < to - from; i += THREADS)
         begins[i] = a.starts[cq_document_of(a.starts, a.n_docs, from + i)];
     __syncthreads();
 }
 
-template <int MOST> __global__ void __launch_bounds__(THREADS) conv(conv_shape a, float *y) {
+template <typename T, int MOST>
+__global__ void __launch_bounds__(THREADS) conv(conv_shape<T> a, T *y) {
     CQ_SHARED(int64_t, begins, [TILE]);
     int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x, from = (int64_t)blockIdx.y * TILE;
     int64_t to = from + TILE < a.tokens ? from + TILE : a.tokens;
@@ -70,14 +72,14 @@ template <int MOST> __global__ void __launch_bounds__(THREADS) conv(conv_shape a
     if (c >= a.channels)
         return;
     over_tile<MOST>(a, c, from, to, begins, [=](int64_t t, float sum, const float *) {
-        y[t * a.channels + c] = sum / (1.0f + expf(-sum));
+        cq_put(y + t * a.channels + c, sum / (1.0f + expf(-sum)));
     });
 }
 
 /// slope[t, c] = dy silu'(sum), and the tile's parts of dw and db.
-template <int MOST>
+template <typename T, int MOST>
 __global__ void __launch_bounds__(THREADS)
-    conv_slopes(conv_shape a, const float *dy, float *slope, float *dw_part, float *db_part) {
+    conv_slopes(conv_shape<T> a, const T *dy, float *slope, float *dw_part, float *db_part) {
     CQ_SHARED(int64_t, begins, [TILE]);
     int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x, from = (int64_t)blockIdx.y * TILE;
     int64_t to = from + TILE < a.tokens ? from + TILE : a.tokens;
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(THREADS)
         dw[k] = 0.0f;
     over_tile<MOST>(a, c, from, to, begins, [&](int64_t t, float sum, const float *seen) {
         float s = 1.0f / (1.0f + expf(-sum));
-        float g = dy[t * a.channels + c] * (s * (1.0f + sum * (1.0f - s)));
+        float g = cq_value(dy[t * a.channels + c]) * (s * (1.0f + sum * (1.0f - s)));
         slope[t * a.channels + c] = g;
         db += g;
 #pragma unroll
@@ -109,8 +111,9 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /// dx[t] = sum over k of w[k] slope[t + width - 1 - k], inside the document.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    conv_input(conv_shape a, const float *slope, float *dx, int64_t lddx) {
+    conv_input(conv_shape<T> a, const float *slope, T *dx, int64_t lddx) {
     CQ_SHARED(int64_t, ends, [TILE]);
     int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x, from = (int64_t)blockIdx.y * TILE;
     int64_t to = from + TILE < a.tokens ? from + TILE : a.tokens;
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(THREADS)
             if (at < ends[t - from])
                 sum += a.w[c * a.width + a.width - 1 - k] * slope[at * a.channels + c];
         }
-        dx[t * lddx + c] = sum;
+        cq_put(dx + t * lddx + c, sum);
     }
 }
 
@@ -134,10 +137,25 @@ __global__ void __launch_bounds__(THREADS)
 
 constexpr int FORWARD_RUN = 32, BACKWARD_RUN = 64;
 
+/// Four values as they are stored, widened when they are used: in BF16 half the registers while
+/// they are on their way.
+__device__ __forceinline__ float4 raw4_if(bool there, const float *p) {
+    return cq_load4_if(there, p);
+}
+__device__ __forceinline__ uint2 raw4_if(bool there, const __nv_bfloat16 *p) {
+    return there ? *(const uint2 *)p : make_uint2(0u, 0u);
+}
+__device__ __forceinline__ float4 wide4(float4 v) { return v; }
+__device__ __forceinline__ float4 wide4(uint2 v) {
+    return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
+                       __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+}
+
 struct weights4 {
     float4 w[4], bias; ///< w[k] under the token 3 - k before; zeros where the window is shorter
 };
-__device__ __forceinline__ weights4 load_weights4(const conv_shape &a, int64_t c) {
+template <typename T>
+__device__ __forceinline__ weights4 load_weights4(const conv_shape<T> &a, int64_t c) {
     weights4 v;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -160,7 +178,7 @@ __device__ __forceinline__ float4 window_sum4(const weights4 &v, const float4 (&
     return sum;
 }
 
-__global__ void __launch_bounds__(THREADS) conv4(conv_shape a, float *y) {
+template <typename T> __global__ void __launch_bounds__(THREADS) conv4(conv_shape<T> a, T *y) {
     int64_t c = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     int64_t from = (int64_t)blockIdx.y * FORWARD_RUN;
     int64_t to = from + FORWARD_RUN < a.tokens ? from + FORWARD_RUN : a.tokens;
@@ -168,7 +186,7 @@ __global__ void __launch_bounds__(THREADS) conv4(conv_shape a, float *y) {
         return;
     int64_t doc = cq_document_of(a.starts, a.n_docs, from);
     int64_t begin = a.starts[doc], end = a.starts[doc + 1];
-    const float *x = a.x + c;
+    const T *x = a.x + c;
     weights4 v = load_weights4(a, c);
     float4 window[4];
 #pragma unroll
@@ -192,7 +210,7 @@ __global__ void __launch_bounds__(THREADS) conv4(conv_shape a, float *y) {
             }
             window[3] = next[j];
             float4 sum = window_sum4(v, window);
-            *(float4 *)(y + t * a.channels + c) = cq_times4(sum, cq_sigmoid4(sum));
+            cq_store4(y + t * a.channels + c, cq_times4(sum, cq_sigmoid4(sum)), true);
 #pragma unroll
             for (int k = 0; k < 3; k++)
                 window[k] = window[k + 1];
@@ -206,8 +224,9 @@ __device__ __forceinline__ float silu_slope(float v) {
 }
 /// From the last token of a tile to the first, up to three tokens of the next tile before them:
 /// their slopes reach into this tile. dx, and the tile's parts of dw and db.
+template <typename T>
 __global__ void __launch_bounds__(THREADS, 4)
-    conv4_gradients(conv_shape a, const float *dy, float *dx, int64_t lddx, float *dw_part,
+    conv4_gradients(conv_shape<T> a, const T *dy, T *dx, int64_t lddx, float *dw_part,
                     float *db_part) {
     int64_t c = 4 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
     int64_t from = (int64_t)blockIdx.y * BACKWARD_RUN;
@@ -216,7 +235,7 @@ __global__ void __launch_bounds__(THREADS, 4)
         return;
     int64_t doc = cq_document_of(a.starts, a.n_docs, to - 1);
     int64_t begin = a.starts[doc], end = a.starts[doc + 1];
-    const float *x = a.x + c;
+    const T *x = a.x + c;
     weights4 v = load_weights4(a, c);
     float4 window[4], slope[4], dw[4], db = cq_zero4(); /* slope[k] of token t + k */
     int64_t first = to + 3 < end ? to + 2 : end - 1;
@@ -226,11 +245,11 @@ __global__ void __launch_bounds__(THREADS, 4)
         slope[k] = dw[k] = cq_zero4();
     }
     for (int64_t t0 = first; t0 >= from; t0 -= 4) {
-        float4 next[4], d[4];
+        decltype(raw4_if(true, x)) next[4], d[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            d[j] = cq_load4_if(t0 - j >= from, dy + (t0 - j) * a.channels + c);
-            next[j] = cq_load4_if(t0 - j >= from && t0 - j >= 4, x + (t0 - j - 4) * a.ldx);
+            d[j] = raw4_if(t0 - j >= from, dy + (t0 - j) * a.channels + c);
+            next[j] = raw4_if(t0 - j >= from && t0 - j >= 4, x + (t0 - j - 4) * a.ldx);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -251,8 +270,8 @@ __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
             for (int k = 3; k > 0; k--)
                 slope[k] = slope[k - 1];
-            slope[0] = cq_times4(d[j], make_float4(silu_slope(sum.x), silu_slope(sum.y),
-                                                   silu_slope(sum.z), silu_slope(sum.w)));
+            slope[0] = cq_times4(wide4(d[j]), make_float4(silu_slope(sum.x), silu_slope(sum.y),
+                                                          silu_slope(sum.z), silu_slope(sum.w)));
             if (t < to) {
                 float4 out = cq_zero4();
                 db = cq_plus4(db, slope[0]);
@@ -261,12 +280,12 @@ __global__ void __launch_bounds__(THREADS, 4)
                     dw[k] = add_times4(dw[k], slope[0], window[k]);
                     out = add_times4(out, v.w[k], slope[3 - k]);
                 }
-                *(float4 *)(dx + t * lddx + c) = out;
+                cq_store4(dx + t * lddx + c, out, true);
             }
 #pragma unroll
             for (int k = 3; k > 0; k--)
                 window[k] = window[k - 1];
-            window[0] = t - 4 >= begin ? next[j] : cq_zero4();
+            window[0] = t - 4 >= begin ? wide4(next[j]) : cq_zero4();
         }
     }
     if (dw_part) {
@@ -286,10 +305,15 @@ __global__ void __launch_bounds__(THREADS, 4)
         *(float4 *)(db_part + (int64_t)blockIdx.y * a.channels + c) = db;
 }
 
+template <typename T, typename Args> conv_shape<T> shape_of(const Args *a) {
+    return {a->tokens,       a->n_docs, a->starts,           a->channels,        (int)a->width,
+            (const T *)a->x, a->ldx,    (const float *)a->w, (const float *)a->b};
+}
 /// Rows of four channels at a time, all aligned.
-bool in_fours(const conv_shape &a, const void *other, int64_t ld, const void *dense) {
+template <typename T>
+bool in_fours(const conv_shape<T> &a, const void *other, int64_t ld, const void *dense) {
     return a.width <= 4 && a.channels % 4 == 0 && a.ldx % 4 == 0 && ld % 4 == 0 &&
-           cq_aligned16(a.x) && cq_aligned16(other) && cq_aligned16(dense);
+           cq_aligned4<T>(a.x) && cq_aligned4<T>(other) && cq_aligned4<T>(dense);
 }
 
 int check_width(const char *op, int64_t width) {
@@ -299,37 +323,26 @@ int check_width(const char *op, int64_t width) {
                          (long long)width, (int)MOST_WIDTH);
 }
 
-} // namespace
-
-extern "C" int cq_cuda_conv_forward(cq_stream *s, const cq_conv_forward_args *a) {
-    CQ_CUDA_F32("conv_forward", a);
-    CQ_TRY(check_width("conv_forward", a->width));
-    conv_shape shape = {a->tokens,   a->n_docs,           a->starts,
-                        a->channels, (int)a->width,       (const float *)a->x,
-                        a->ldx,      (const float *)a->w, (const float *)a->b};
-    if (a->tokens < 1)
-        return CQ_OK;
+template <typename T> int forward_of(cq_stream *s, const cq_conv_forward_args *a) {
+    conv_shape<T> shape = shape_of<T>(a);
+    T *y = (T *)a->y;
     dim3 grid(cq_blocks(a->channels, THREADS), cq_blocks(a->tokens, TILE));
-    if (in_fours(shape, NULL, 0, a->y))
-        CQ_LAUNCH(conv4,
+    if (in_fours(shape, NULL, 0, y))
+        CQ_LAUNCH(conv4<T>,
                   dim3(cq_blocks(a->channels, 4 * THREADS), cq_blocks(a->tokens, FORWARD_RUN)),
-                  THREADS, 0, s, shape, (float *)a->y);
+                  THREADS, 0, s, shape, y);
     else if (a->width <= 4)
-        CQ_LAUNCH(conv<4>, grid, THREADS, 0, s, shape, (float *)a->y);
+        CQ_LAUNCH((conv<T, 4>), grid, THREADS, 0, s, shape, y);
     else
-        CQ_LAUNCH(conv<MOST_WIDTH>, grid, THREADS, 0, s, shape, (float *)a->y);
+        CQ_LAUNCH((conv<T, MOST_WIDTH>), grid, THREADS, 0, s, shape, y);
     CQ_CUDA_END("conv_forward");
 }
 
-extern "C" int cq_cuda_conv_backward(cq_stream *s, const cq_conv_backward_args *a) {
-    CQ_CUDA_F32("conv_backward", a);
-    CQ_TRY(check_width("conv_backward", a->width));
-    conv_shape shape = {a->tokens,   a->n_docs,           a->starts,
-                        a->channels, (int)a->width,       (const float *)a->x,
-                        a->ldx,      (const float *)a->w, (const float *)a->b};
-    if (a->tokens < 1)
-        return CQ_OK;
-    bool fours = in_fours(shape, a->dx, a->lddx, a->dy);
+template <typename T> int backward_of(cq_stream *s, const cq_conv_backward_args *a) {
+    conv_shape<T> shape = shape_of<T>(a);
+    const T *dy = (const T *)a->dy;
+    T *dx = (T *)a->dx;
+    bool fours = in_fours(shape, dx, a->lddx, dy);
     int64_t tiles = cq_blocks(a->tokens, fours ? BACKWARD_RUN : TILE);
     int64_t wide = a->channels * a->width, slopes = fours ? 0 : a->tokens * a->channels;
     int64_t n = slopes + (a->dw ? tiles * wide : 0) + (a->db ? tiles * a->channels : 0);
@@ -340,19 +353,34 @@ extern "C" int cq_cuda_conv_backward(cq_stream *s, const cq_conv_backward_args *
     float *dw = a->dw ? scratch + slopes + (a->db ? tiles * a->channels : 0) : NULL;
     dim3 grid(cq_blocks(a->channels, fours ? 4 * THREADS : THREADS), (unsigned)tiles);
     if (fours)
-        CQ_LAUNCH(conv4_gradients, grid, THREADS, 0, s, shape, (const float *)a->dy, (float *)a->dx,
-                  a->lddx, dw, db);
+        CQ_LAUNCH(conv4_gradients<T>, grid, THREADS, 0, s, shape, dy, dx, a->lddx, dw, db);
     else if (a->width <= 4)
-        CQ_LAUNCH(conv_slopes<4>, grid, THREADS, 0, s, shape, (const float *)a->dy, slope, dw, db);
+        CQ_LAUNCH((conv_slopes<T, 4>), grid, THREADS, 0, s, shape, dy, slope, dw, db);
     else
-        CQ_LAUNCH(conv_slopes<MOST_WIDTH>, grid, THREADS, 0, s, shape, (const float *)a->dy, slope,
-                  dw, db);
+        CQ_LAUNCH((conv_slopes<T, MOST_WIDTH>), grid, THREADS, 0, s, shape, dy, slope, dw, db);
     if (!fours)
-        CQ_LAUNCH(conv_input, grid, THREADS, 0, s, shape, (const float *)slope, (float *)a->dx,
-                  a->lddx);
+        CQ_LAUNCH(conv_input<T>, grid, THREADS, 0, s, shape, (const float *)slope, dx, a->lddx);
     if (dw)
         cq_add_parts_to<float>(s, wide, tiles, dw, (float *)a->dw);
     if (db)
         cq_add_parts_to<float>(s, a->channels, tiles, db, (float *)a->db);
     CQ_CUDA_END("conv_backward");
+}
+
+} // namespace
+
+extern "C" int cq_cuda_conv_forward(cq_stream *s, const cq_conv_forward_args *a) {
+    CQ_CUDA_ACT("conv_forward", a);
+    CQ_TRY(check_width("conv_forward", a->width));
+    if (a->tokens < 1)
+        return CQ_OK;
+    return a->act == CQ_BF16 ? forward_of<__nv_bfloat16>(s, a) : forward_of<float>(s, a);
+}
+
+extern "C" int cq_cuda_conv_backward(cq_stream *s, const cq_conv_backward_args *a) {
+    CQ_CUDA_ACT("conv_backward", a);
+    CQ_TRY(check_width("conv_backward", a->width));
+    if (a->tokens < 1)
+        return CQ_OK;
+    return a->act == CQ_BF16 ? backward_of<__nv_bfloat16>(s, a) : backward_of<float>(s, a);
 }

@@ -237,23 +237,25 @@ __device__ __forceinline__ int64_t cq_divide(int64_t n, const cq_divider &d) {
     return (int64_t)((t + ((low - t) >> 1)) >> d.shift);
 }
 
-/// Dense rows of a multiple of 4 columns, written plain, quantized or both.
-struct cq_fake_job {
-    float *plain, *quantized; ///< either may be NULL
+/// Dense rows of a multiple of 4 columns, stored as T (float or BF16), written plain, quantized or
+/// both.
+template <typename T> struct cq_fake_job {
+    T *plain, *quantized;    ///< either may be NULL
     cq_fq fq;                ///< fq.amax NULL: `quantized` is a copy; else a multiple of 16 columns
     const float *block_amax; ///< static form, or NULL
     float top;
     int64_t quarters; ///< rows * columns / 4
     int64_t columns;  ///< of a row, / 4
-    bool aligned;     ///< both results lie on 16-byte boundaries
+    bool aligned;     ///< four values of both results can be stored at once
 };
 enum { CQ_FAKE_THREADS = 256, CQ_FAKE_STEPS = 4 };
 
 /// The kernel: source(quarter) gives elements 4 quarter .. 4 quarter + 3 as a float4. A warp works
-/// on 128 quarters in a row, a lane on four of them, 32 apart. Bytes: what the source reads, and 4
-/// per element and result; at 4 TB/s and 8 bytes per element the SM has 59 instructions for each.
-template <bool FIXED, typename Source>
-__global__ void __launch_bounds__(CQ_FAKE_THREADS) cq_fake_flat(Source source, cq_fake_job job) {
+/// on 128 quarters in a row, a lane on four of them, 32 apart. Bytes: what the source reads, and
+/// sizeof(T) per element and result; at 4 TB/s and 8 bytes per element the SM has 59 instructions
+/// for each.
+template <bool FIXED, typename T, typename Source>
+__global__ void __launch_bounds__(CQ_FAKE_THREADS) cq_fake_flat(Source source, cq_fake_job<T> job) {
     int lane = (int)(threadIdx.x % CQ_WARP);
     int64_t warp = ((int64_t)blockIdx.x * CQ_FAKE_THREADS + threadIdx.x) / CQ_WARP;
     int64_t first = warp * CQ_WARP * CQ_FAKE_STEPS;
@@ -298,29 +300,30 @@ __global__ void __launch_bounds__(CQ_FAKE_THREADS) cq_fake_flat(Source source, c
 }
 
 /// Fills a job for rows of `columns` (a multiple of 4) and launches it.
-static inline cq_fake_job cq_fake_job_make(int64_t rows, int64_t columns, void *plain,
-                                           void *quantized, const cq_fq &fq) {
-    cq_fake_job job = {};
-    job.plain = (float *)plain;
-    job.quantized = (float *)quantized;
+template <typename T>
+static inline cq_fake_job<T> cq_fake_job_make(int64_t rows, int64_t columns, void *plain,
+                                              void *quantized, const cq_fq &fq) {
+    cq_fake_job<T> job = {};
+    job.plain = (T *)plain;
+    job.quantized = (T *)quantized;
     job.fq = fq;
     job.top = 448.0f;
     job.quarters = rows * (columns / 4);
     job.columns = columns / 4;
-    job.aligned = cq_aligned16(plain) && cq_aligned16(quantized);
+    job.aligned = cq_aligned4<T>(plain) && cq_aligned4<T>(quantized);
     return job;
 }
-template <bool FIXED, typename Source>
-static inline void cq_fake_launch(cq_stream *s, const Source &source, const cq_fake_job &job) {
+template <bool FIXED, typename T, typename Source>
+static inline void cq_fake_launch(cq_stream *s, const Source &source, const cq_fake_job<T> &job) {
     if (job.quarters <= 0)
         return;
     unsigned blocks = cq_blocks(job.quarters, (int64_t)CQ_FAKE_THREADS * CQ_FAKE_STEPS);
-    CQ_LAUNCH((cq_fake_flat<FIXED, Source>), blocks, CQ_FAKE_THREADS, 0, s, source, job);
+    CQ_LAUNCH((cq_fake_flat<FIXED, T, Source>), blocks, CQ_FAKE_THREADS, 0, s, source, job);
 }
 
 /// Source: dense values.
-struct cq_fake_dense {
-    const float *x;
+template <typename T> struct cq_fake_dense {
+    const T *x;
     bool aligned;
     __device__ __forceinline__ float4 operator()(int64_t quarter) const {
         return cq_load4(x + 4 * quarter, aligned);

@@ -36,6 +36,10 @@ __device__ __forceinline__ void cq_store4(__nv_bfloat16 *p, float4 v, bool align
     else
         p[0] = x, p[1] = y, p[2] = z, p[3] = w;
 }
+/// True when p is NULL or four values of T can be moved there at once.
+template <typename T> static inline bool cq_aligned4(const void *p) {
+    return ((uintptr_t)p & (4 * sizeof(T) - 1)) == 0;
+}
 /// One activation, whatever it is stored as.
 __device__ __forceinline__ float cq_value(float x) { return x; }
 __device__ __forceinline__ float cq_value(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -45,6 +49,9 @@ __device__ __forceinline__ float4 cq_zero4() { return make_float4(0.0f, 0.0f, 0.
 /// The values at an aligned p, or zeros.
 __device__ __forceinline__ float4 cq_load4_if(bool there, const float *p) {
     return there ? *(const float4 *)p : cq_zero4();
+}
+__device__ __forceinline__ float4 cq_load4_if(bool there, const __nv_bfloat16 *p) {
+    return there ? cq_load4(p, true) : cq_zero4();
 }
 __device__ __forceinline__ float cq_dot4(float4 a, float4 b) {
     return a.x * b.x + a.y * b.y + (a.z * b.z + a.w * b.w);

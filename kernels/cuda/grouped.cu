@@ -12,9 +12,11 @@
 /// 8.2 ms at 60 TF/s. In BF16 0.6 ms at the tensor rate, but the tiles of 128 x 256 read 3.8 GB of
 /// x in FP32 and 3.8 GB of w16 (7.6 GB of w where there is no w16) from the second-level cache: 1.4
 /// (2.1) ms at 5.5 TB/s. That is the bound; the memory's, 2.2 (3.5) GB at 4.3 TB/s, is 0.5 (0.8)
-/// ms.
+/// ms. With x and y in BF16 the tiles read 1.9 GB less and the memory gives 0.45 GB less; the
+/// hardware copies both operands, in all three modes.
 #include "kernels/cuda/cq_cuda.h"
 #include "kernels/cuda/cq_mma.h"
+#include "kernels/cuda/float4.cuh"
 
 namespace {
 
@@ -22,10 +24,10 @@ enum { THREADS = 256, PERSISTENT = 1024 };
 
 /// C [m, n] = A B over r, or C += A B. A is [m, r] or, turned, [r, m]; B is [n, r] or, turned,
 /// [r, n]. Pointers to the tile's first element; m, n are what is left of C from there.
-struct tile_job {
-    const float *a, *b;
-    const __nv_bfloat16 *b16; ///< b in BF16, or nothing useful
-    float *c;
+template <typename A, typename B, typename C> struct tile_job {
+    const A *a;
+    const B *b;
+    C *c;
     int64_t lda, ldb, ldc, r;
     int m, n;
 };
@@ -34,7 +36,7 @@ struct tile_job {
 struct grouped {
     const int64_t *offsets;
     int64_t groups, n, k;
-    float *x, *w, *y;
+    void *x, *w, *y; ///< of the types that a kernel is made for
     const __nv_bfloat16 *w16;
 };
 
@@ -83,7 +85,7 @@ __device__ __forceinline__ int least(int64_t a, int b) { return a < b ? (int)a :
 
 /// A tile of an operand on its way from memory: SIDE rows of A or columns of B by DEPTH of r, four
 /// consecutive values at a time. Outside of the matrix it is zero.
-template <bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
+template <typename T, bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
     enum {
         COLS = TURNED ? SIDE : DEPTH,
         PER_ROW = COLS / 4,
@@ -100,7 +102,7 @@ template <bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
 
     /// p [side, depth], or turned [depth, side], is where the tile starts; `side` and `depth` are
     /// what is left of the matrix from there.
-    __device__ __forceinline__ void load(const float *p, int64_t ld, int side, int depth) {
+    __device__ __forceinline__ void load(const T *p, int64_t ld, int side, int depth) {
         int rows = TURNED ? depth : side, cols = TURNED ? side : depth;
         int left = cols - col();
         p += row(0) * ld + col();
@@ -110,12 +112,12 @@ template <bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
             if (VEC) { /* a chunk is inside as a whole: cols is a multiple of 4 */
                 v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 if (in && left > 0)
-                    v[i] = *reinterpret_cast<const float4 *>(p);
+                    v[i] = cq_load4(p, true);
             } else {
-                v[i].x = in && left > 0 ? p[0] : 0.0f;
-                v[i].y = in && left > 1 ? p[1] : 0.0f;
-                v[i].z = in && left > 2 ? p[2] : 0.0f;
-                v[i].w = in && left > 3 ? p[3] : 0.0f;
+                v[i].x = in && left > 0 ? cq_value(p[0]) : 0.0f;
+                v[i].y = in && left > 1 ? cq_value(p[1]) : 0.0f;
+                v[i].z = in && left > 2 ? cq_value(p[2]) : 0.0f;
+                v[i].w = in && left > 3 ? cq_value(p[3]) : 0.0f;
             }
             p += STEP * ld;
         }
@@ -148,15 +150,18 @@ template <bool TURNED, int SIDE, int DEPTH, bool VEC> struct piece {
 
 /// One C tile in FP32: 128 x 128 by 256 threads, 8 x 8 sums each, r in steps of 16.
 struct simt {
+    typedef float A;
+    typedef float B;
+    typedef float C;
     enum { M = 128, N = 128, DEPTH = 16, LD = 128 + 4, STAGE = 2 * DEPTH * LD };
     enum { BYTES = 2 * STAGE * 4, PER_SM = 2 };
 
     template <bool TA, bool TB, bool ADD, bool VEC>
-    static __device__ void tile(const tile_job &j, unsigned char *room) {
+    static __device__ void tile(const tile_job<A, B, C> &j, unsigned char *room) {
         float *stage = reinterpret_cast<float *>(room);
         int tx = (int)threadIdx.x % 16, ty = (int)threadIdx.x / 16;
-        piece<TA, M, DEPTH, VEC> a;
-        piece<TB, N, DEPTH, VEC> b;
+        piece<A, TA, M, DEPTH, VEC> a;
+        piece<B, TB, N, DEPTH, VEC> b;
         float sum[8][8] = {};
         int64_t a_step = DEPTH * (TA ? j.lda : 1), b_step = DEPTH * (TB ? j.ldb : 1);
         const float *pa = j.a, *pb = j.b;
@@ -225,14 +230,30 @@ struct simt {
     }
 };
 
+/// `weights` as the type that a kernel wants B of.
+__device__ __forceinline__ void weights_of(const grouped &g, const float **w) {
+    *w = (const float *)g.w;
+}
+__device__ __forceinline__ void weights_of(const grouped &g, const __nv_bfloat16 **w) {
+    *w = g.w16;
+}
+
 /// One C tile on tensor cores: operands rounded to BF16 on their way into shared memory, sums in
-/// FP32. 128 x 256 by 8 warps of 64 x 64, r in steps of 32. B16: B is BF16 already and is copied
-/// by the hardware, three steps ahead; else it takes the way of A, through registers, one step
-/// ahead.
-template <bool B16> struct tensor {
+/// FP32. 128 x 256 by 8 warps of 64 x 64, r in steps of 32. COPY_A, COPY_B: that operand is BF16
+/// already and is copied by the hardware, three steps ahead; else it goes through registers, one
+/// step ahead.
+template <typename TypeA, typename TypeB, typename TypeC, bool COPY_A, bool COPY_B> struct tensor {
+    typedef TypeA A;
+    typedef TypeB B;
+    typedef TypeC C;
     enum { M = 128, N = 256, DEPTH = 32, WARP_M = 64, WARP_N = 64, ACROSS = N / WARP_N };
-    enum { A_SIZE = M * (DEPTH + 8), B_SIZE = N * (DEPTH + 8), B_STAGES = B16 ? 4 : 2 };
-    enum { BYTES = 2 * (2 * A_SIZE + B_STAGES * B_SIZE), PER_SM = 1 };
+    enum { A_SIZE = M * (DEPTH + 8), B_SIZE = N * (DEPTH + 8), AHEAD = 4 };
+    enum {
+        A_STAGES = COPY_A ? AHEAD : 2,
+        B_STAGES = COPY_B ? AHEAD : 2,
+        COPIES = COPY_A || COPY_B
+    };
+    enum { BYTES = 2 * (A_STAGES * A_SIZE + B_STAGES * B_SIZE), PER_SM = 1 };
     /// Rows are 16 bytes longer than their content: eight rows of a fragment fall into different
     /// banks.
     template <bool TURNED, int SIDE> struct place {
@@ -285,107 +306,140 @@ template <bool B16> struct tensor {
         }
     }
 
-    /// Starts the copy of step s of B into its stage, if there is such a step, and closes a group.
-    /// Chunks of 8 values are inside of the matrix as a whole.
-    template <bool TB>
-    static __device__ __forceinline__ void copy_b(__nv_bfloat16 *stages, const tile_job &j, int s,
-                                                  int steps) {
-        enum { LD = place<TB, N>::LD, PER_ROW = (TB ? N : DEPTH) / 8, STEP = THREADS / PER_ROW };
+    /// Starts the copy of one step of an operand, `side` by `depth`, into its stage. Chunks of 8
+    /// values are inside of the matrix as a whole.
+    template <bool TURNED, int SIDE>
+    static __device__ __forceinline__ void copy(__nv_bfloat16 *to, const __nv_bfloat16 *from,
+                                                int64_t ld, int side, int depth) {
+        enum { LD = place<TURNED, SIDE>::LD, PER_ROW = (TURNED ? SIDE : DEPTH) / 8 };
+        enum { STEP = THREADS / PER_ROW };
+        int rows = TURNED ? depth : side, cols = TURNED ? side : depth;
+        int row = (int)threadIdx.x / PER_ROW, col = (int)threadIdx.x % PER_ROW * 8;
+        to += row * LD + col;
+#pragma unroll
+        for (int i = 0; i < SIDE * DEPTH / 8 / THREADS; i++) {
+            bool in = row + i * STEP < rows && col < cols;
+            cq_cp_async16(to + i * STEP * LD, in ? from + (row + i * STEP) * ld + col : from,
+                          in ? 16 : 0);
+        }
+    }
+    /// Starts what is copied of step s, if there is such a step, and closes a group.
+    template <bool TA, bool TB>
+    static __device__ __forceinline__ void copy_step(__nv_bfloat16 *stage_a, __nv_bfloat16 *stage_b,
+                                                     const tile_job<A, B, C> &j, int s, int steps) {
         if (s < steps) {
             int depth = least(j.r - (int64_t)s * DEPTH, DEPTH);
-            int rows = TB ? depth : j.n, cols = TB ? j.n : depth;
-            int row = (int)threadIdx.x / PER_ROW, col = (int)threadIdx.x % PER_ROW * 8;
-            const __nv_bfloat16 *from = j.b16 + (int64_t)s * DEPTH * (TB ? j.ldb : 1);
-            __nv_bfloat16 *to = stages + s % B_STAGES * B_SIZE + row * LD + col;
-#pragma unroll
-            for (int i = 0; i < N * DEPTH / 8 / THREADS; i++) {
-                bool in = row + i * STEP < rows && col < cols;
-                cq_cp_async16(to + i * STEP * LD,
-                              in ? from + (row + i * STEP) * j.ldb + col : j.b16, in ? 16 : 0);
-            }
+            if constexpr (COPY_A)
+                copy<TA, M>(stage_a + s % A_STAGES * A_SIZE,
+                            j.a + (int64_t)s * DEPTH * (TA ? j.lda : 1), j.lda, j.m, depth);
+            if constexpr (COPY_B)
+                copy<TB, N>(stage_b + s % B_STAGES * B_SIZE,
+                            j.b + (int64_t)s * DEPTH * (TB ? j.ldb : 1), j.ldb, j.n, depth);
         }
         cq_cp_commit();
     }
+    /// Values of C at col and col + 1 of a row of n, as far as they are in it.
+    template <bool ADD, bool VEC>
+    static __device__ __forceinline__ void put_two(float *c, int col, int n, float s0, float s1) {
+        if (VEC) {
+            if (col < n) {
+                float2 *at = reinterpret_cast<float2 *>(c + col);
+                float2 old = ADD ? *at : make_float2(0.0f, 0.0f);
+                *at = make_float2(old.x + s0, old.y + s1);
+            }
+        } else {
+            if (col < n)
+                c[col] = (ADD ? c[col] : 0.0f) + s0;
+            if (col + 1 < n)
+                c[col + 1] = (ADD ? c[col + 1] : 0.0f) + s1;
+        }
+    }
+    template <bool ADD, bool VEC>
+    static __device__ __forceinline__ void put_two(__nv_bfloat16 *c, int col, int n, float s0,
+                                                   float s1) {
+        static_assert(!ADD, "sums are F32");
+        if (VEC && col < n)
+            *reinterpret_cast<unsigned *>(c + col) = cq_bf16_pair(s0, s1);
+        if (!VEC && col < n)
+            c[col] = __float2bfloat16(s0);
+        if (!VEC && col + 1 < n)
+            c[col + 1] = __float2bfloat16(s1);
+    }
 
     template <bool TA, bool TB, bool ADD, bool VEC>
-    static __device__ void tile(const tile_job &j, unsigned char *room) {
+    static __device__ void tile(const tile_job<A, B, C> &j, unsigned char *room) {
         enum { LDA = place<TA, M>::LD, LDB = place<TB, N>::LD };
         __nv_bfloat16 *stage_a = reinterpret_cast<__nv_bfloat16 *>(room);
-        __nv_bfloat16 *stage_b = stage_a + 2 * A_SIZE;
+        __nv_bfloat16 *stage_b = stage_a + A_STAGES * A_SIZE;
         int warp = (int)threadIdx.x / CQ_WARP, lane = (int)threadIdx.x % CQ_WARP;
         int row0 = warp / ACROSS * WARP_M, col0 = warp % ACROSS * WARP_N;
         bool busy = row0 < j.m && col0 < j.n;
         int steps = (int)((j.r + DEPTH - 1) / DEPTH);
-        piece<TA, M, DEPTH, VEC> a;
-        piece<TB, N, DEPTH, VEC> b;
+        piece<A, TA, M, DEPTH, VEC> a;
+        piece<B, TB, N, DEPTH, VEC> b;
         float sum[WARP_M / 16][WARP_N / 8][4] = {};
         int64_t a_step = DEPTH * (TA ? j.lda : 1), b_step = DEPTH * (TB ? j.ldb : 1);
-        const float *pa = j.a, *pb = j.b;
-        if (B16) {
+        const A *pa = j.a;
+        const B *pb = j.b;
+        if (COPIES) {
 #pragma unroll
-            for (int s = 0; s < B_STAGES - 1; s++)
-                copy_b<TB>(stage_b, j, s, steps);
-        } else {
-            b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
+            for (int s = 0; s < AHEAD - 1; s++)
+                copy_step<TA, TB>(stage_a, stage_b, j, s, steps);
         }
-        a.load(pa, j.lda, j.m, least(j.r, DEPTH));
-        a.template store_rounded<LDA>(stage_a);
-        if (B16)
-            cq_cp_wait<B_STAGES - 2>();
-        else
+        if (!COPY_B)
+            b.load(pb, j.ldb, j.n, least(j.r, DEPTH));
+        if (!COPY_A) {
+            a.load(pa, j.lda, j.m, least(j.r, DEPTH));
+            a.template store_rounded<LDA>(stage_a);
+        }
+        if (COPIES)
+            cq_cp_wait<AHEAD - 2>();
+        if (!COPY_B)
             b.template store_rounded<LDB>(stage_b);
         __syncthreads();
         for (int s = 0; s < steps; s++) {
             bool more = s + 1 < steps;
             int left = least(j.r - (int64_t)(s + 1) * DEPTH, DEPTH);
-            if (B16)
-                copy_b<TB>(stage_b, j, s + B_STAGES - 1, steps);
+            if (COPIES)
+                copy_step<TA, TB>(stage_a, stage_b, j, s + AHEAD - 1, steps);
             if (more) {
-                pa += a_step;
-                a.load(pa, j.lda, j.m, left);
-                if (!B16) {
+                if (!COPY_A) {
+                    pa += a_step;
+                    a.load(pa, j.lda, j.m, left);
+                }
+                if (!COPY_B) {
                     pb += b_step;
                     b.load(pb, j.ldb, j.n, left);
                 }
             }
             if (busy)
-                multiply<TA, TB>(sum, stage_a + s % 2 * A_SIZE, stage_b + s % B_STAGES * B_SIZE,
-                                 row0, col0);
+                multiply<TA, TB>(sum, stage_a + s % A_STAGES * A_SIZE,
+                                 stage_b + s % B_STAGES * B_SIZE, row0, col0);
             if (more) {
-                a.template store_rounded<LDA>(stage_a + (s + 1) % 2 * A_SIZE);
-                if (!B16)
+                if (!COPY_A)
+                    a.template store_rounded<LDA>(stage_a + (s + 1) % 2 * A_SIZE);
+                if (!COPY_B)
                     b.template store_rounded<LDB>(stage_b + (s + 1) % 2 * B_SIZE);
             }
-            if (B16)
-                cq_cp_wait<B_STAGES - 2>();
+            if (COPIES)
+                cq_cp_wait<AHEAD - 2>();
             __syncthreads();
         }
-        if (B16)
+        if (COPIES)
             cq_cp_wait<0>();
 #pragma unroll
         for (int p = 0; p < WARP_M / 16; p++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int row = row0 + p * 16 + h * 8 + (lane >> 2);
-                float *c = j.c + row * j.ldc;
+                C *c = j.c + row * j.ldc;
 #pragma unroll
                 for (int q = 0; q < WARP_N / 8; q++) {
                     int col = col0 + q * 8 + (lane & 3) * 2;
                     float s0 = sum[p][q][h * 2], s1 = sum[p][q][h * 2 + 1];
                     if (row >= j.m)
                         continue;
-                    if (VEC) {
-                        if (col < j.n) {
-                            float2 *at = reinterpret_cast<float2 *>(c + col);
-                            float2 old = ADD ? *at : make_float2(0.0f, 0.0f);
-                            *at = make_float2(old.x + s0, old.y + s1);
-                        }
-                    } else {
-                        if (col < j.n)
-                            c[col] = (ADD ? c[col] : 0.0f) + s0;
-                        if (col + 1 < j.n)
-                            c[col + 1] = (ADD ? c[col + 1] : 0.0f) + s1;
-                    }
+                    put_two<ADD, VEC>(c, col, j.n, s0, s1);
                 }
             }
     }
@@ -395,7 +449,11 @@ template <bool B16> struct tensor {
 /// run together read it once from memory.
 template <typename HOW, bool INPUT, bool VEC>
 __global__ void __launch_bounds__(THREADS, HOW::PER_SM) grouped_rows(grouped g) {
+    typedef typename HOW::A A; /* of the rows that are read */
+    typedef typename HOW::C C;
     CQ_DYN_SMEM(unsigned char, room);
+    const typename HOW::B *weights;
+    weights_of(g, &weights);
     int64_t width = INPUT ? g.k : g.n, depth = INPUT ? g.n : g.k;
     int columns = (int)((width + HOW::N - 1) / HOW::N), group, inside;
     group_walk walk = {0, 0, 0, 0};
@@ -407,11 +465,10 @@ __global__ void __launch_bounds__(THREADS, HOW::PER_SM) grouped_rows(grouped g) 
         int64_t row = first + (int64_t)(inside % down) * HOW::M;
         int64_t col = (int64_t)(inside / down) * HOW::N;
         int64_t at = (int64_t)group * g.n * g.k + (INPUT ? col : col * g.k);
-        tile_job j;
-        j.a = (INPUT ? g.y : g.x) + row * depth;
-        j.b = g.w ? g.w + at : nullptr;
-        j.b16 = g.w16 ? g.w16 + at : nullptr;
-        j.c = (INPUT ? g.x : g.y) + row * width + col;
+        tile_job<A, typename HOW::B, C> j;
+        j.a = (const A *)(INPUT ? g.y : g.x) + row * depth;
+        j.b = weights ? weights + at : nullptr;
+        j.c = (C *)(INPUT ? g.x : g.y) + row * width + col;
         j.lda = depth;
         j.ldb = g.k;
         j.ldc = width;
@@ -432,11 +489,10 @@ __global__ void __launch_bounds__(THREADS) grouped_weight(grouped g) {
     int64_t first = g.offsets[group], rows = g.offsets[group + 1] - first;
     if (rows == 0) /* the whole block */
         return;
-    tile_job j;
-    j.a = g.y + first * g.n + row;
-    j.b = g.x + first * g.k + col;
-    j.b16 = NULL;
-    j.c = g.w + (group * g.n + row) * g.k + col;
+    tile_job<typename HOW::A, typename HOW::B, float> j;
+    j.a = (const typename HOW::A *)g.y + first * g.n + row;
+    j.b = (const typename HOW::B *)g.x + first * g.k + col;
+    j.c = (float *)g.w + (group * g.n + row) * g.k + col;
     j.lda = g.n;
     j.ldb = g.k;
     j.ldc = g.k;
@@ -456,23 +512,54 @@ int launch(void (*kernel)(grouped), int64_t grid, cq_stream *s, const grouped &g
 }
 
 template <typename HOW, bool VEC>
-int run(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
-    if (a->mode == CQ_GROUPED_FORWARD)
-        return launch<HOW>(grouped_rows<HOW, false, VEC>, PERSISTENT, s, g);
-    if (a->mode == CQ_GROUPED_INPUT)
-        return launch<HOW>(grouped_rows<HOW, true, VEC>, PERSISTENT, s, g);
+int run_rows(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
+    return a->mode == CQ_GROUPED_FORWARD
+               ? launch<HOW>(grouped_rows<HOW, false, VEC>, PERSISTENT, s, g)
+               : launch<HOW>(grouped_rows<HOW, true, VEC>, PERSISTENT, s, g);
+}
+template <typename HOW, bool VEC>
+int run_weight(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
     int64_t tiles = ((a->n + HOW::M - 1) / HOW::M) * ((a->k + HOW::N - 1) / HOW::N);
     return launch<HOW>(grouped_weight<HOW, VEC>, a->groups * tiles, s, g);
 }
-
-/// Rows of x, w and y begin at multiples of 16 bytes, of w16, too.
-bool has_whole_chunks(const cq_matmul_grouped_args *a) {
-    return a->n % 4 == 0 && a->k % 4 == 0 &&
-           (((uintptr_t)a->x | (uintptr_t)a->w | (uintptr_t)a->y) & 15) == 0;
+template <typename HOW, bool VEC>
+int run(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
+    return a->mode == CQ_GROUPED_WEIGHT ? run_weight<HOW, VEC>(s, a, g)
+                                        : run_rows<HOW, VEC>(s, a, g);
 }
+
+bool on_chunks(const cq_matmul_grouped_args *a, int64_t values, const void *x, int64_t bytes) {
+    return a->n % values == 0 && a->k % values == 0 && ((uintptr_t)x & (uintptr_t)(bytes - 1)) == 0;
+}
+/// Whether products can read w16; a kernel that does, copies it.
 bool has_w16(const cq_matmul_grouped_args *a) {
-    return a->w16 && a->mode != CQ_GROUPED_WEIGHT && a->n % 8 == 0 && a->k % 8 == 0 &&
-           ((uintptr_t)a->w16 & 15) == 0;
+    return a->w16 && a->mode != CQ_GROUPED_WEIGHT && on_chunks(a, 8, a->w16, 16);
+}
+
+/// Rows in F32.
+int run_wide(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
+    typedef tensor<float, float, float, false, false> rounded;
+    typedef tensor<float, __nv_bfloat16, float, false, true> copied;
+    bool whole =
+        on_chunks(a, 4, a->x, 16) && on_chunks(a, 4, a->y, 16) && on_chunks(a, 4, a->w, 16);
+    if (s->compute != CQ_COMPUTE_BF16)
+        return whole ? run<simt, true>(s, a, g) : run<simt, false>(s, a, g);
+    if (!whole)
+        return run<rounded, false>(s, a, g);
+    return has_w16(a) ? run_rows<copied, true>(s, a, g) : run<rounded, true>(s, a, g);
+}
+/// Rows in BF16.
+int run_narrow(cq_stream *s, const cq_matmul_grouped_args *a, const grouped &g) {
+    typedef __nv_bfloat16 T;
+    bool chunks = on_chunks(a, 8, a->x, 16) && on_chunks(a, 8, a->y, 16);
+    bool whole = on_chunks(a, 4, a->x, 8) && on_chunks(a, 4, a->y, 8) && on_chunks(a, 4, a->w, 16);
+    if (a->mode == CQ_GROUPED_WEIGHT)
+        return chunks ? run_weight<tensor<T, T, float, true, true>, true>(s, a, g)
+                      : run_weight<tensor<T, T, float, false, false>, false>(s, a, g);
+    if (chunks && has_w16(a))
+        return run_rows<tensor<T, T, T, true, true>, true>(s, a, g);
+    return whole ? run_rows<tensor<T, float, T, false, false>, true>(s, a, g)
+                 : run_rows<tensor<T, float, T, false, false>, false>(s, a, g);
 }
 
 } // namespace
@@ -484,16 +571,11 @@ extern "C" int cq_cuda_matmul_grouped(cq_stream *s, const cq_matmul_grouped_args
                                                   : a->n * a->k;
     if (a->groups == 0 || width == 0)
         return CQ_OK;
-    grouped g = {a->offsets,    a->groups,     a->n,          a->k,
-                 (float *)a->x, (float *)a->w, (float *)a->y, (const __nv_bfloat16 *)a->w16};
-    bool whole = has_whole_chunks(a);
-    if (s->compute != CQ_COMPUTE_BF16)
-        return whole ? run<simt, true>(s, a, g) : run<simt, false>(s, a, g);
-    if (!whole)
-        return run<tensor<false>, false>(s, a, g);
-    if (!has_w16(a))
-        return run<tensor<false>, true>(s, a, g);
-    return a->mode == CQ_GROUPED_FORWARD
-               ? launch<tensor<true>>(grouped_rows<tensor<true>, false, true>, PERSISTENT, s, g)
-               : launch<tensor<true>>(grouped_rows<tensor<true>, true, true>, PERSISTENT, s, g);
+    if (a->x_bf16 != a->y_bf16 || (a->x_bf16 && s->compute != CQ_COMPUTE_BF16))
+        return cq_fail(CQ_EUSAGE,
+                       "cuda: matmul_grouped: rows in BF16 want BF16 products, and x and "
+                       "y both to be");
+    grouped g = {a->offsets, a->groups, a->n, a->k,
+                 a->x,       a->w,      a->y, (const __nv_bfloat16 *)a->w16};
+    return a->x_bf16 ? run_narrow(s, a, g) : run_wide(s, a, g);
 }

@@ -4,9 +4,10 @@
 ///     y[i] = v[i] cos - v[i + n/2] sin    y[i + n/2] = v[i + n/2] cos + v[i] sin
 ///
 /// Bound by memory: 8192 tokens of Qwen3-4B, 32 heads x 128 of q: forward 8 bytes per element, 268
-/// MB, 67 us at 4 TB/s; backward 12, 403 MB, 100 us. Angles are in double (a position of a million
-/// times a float frequency would have no digits left after the whole turns are taken away): 64
-/// sines and cosines per row serve all its heads, about 24 M double operations, 2 us.
+/// MB, 67 us at 4 TB/s; backward 12, 403 MB, 100 us; half of that where x, y and their gradients
+/// are BF16. Angles are in double (a position of a million times a float frequency would have no
+/// digits left after the whole turns are taken away): 64 sines and cosines per row serve all its
+/// heads, about 24 M double operations, 2 us.
 #include "kernels/cuda/float4.cuh"
 #include "kernels/cuda/parts.cuh"
 
@@ -51,7 +52,8 @@ template <int LANES> static __device__ __forceinline__ float lanes_sum(float v) 
 struct pair4 {
     float4 low, high;
 };
-static __device__ __forceinline__ pair4 load_pair(const float *p, int half, bool live) {
+template <typename T>
+static __device__ __forceinline__ pair4 load_pair(const T *p, int half, bool live) {
     pair4 v;
     v.low = cq_load4_if(live, p);
     v.high = cq_load4_if(live, p + half);
@@ -93,9 +95,9 @@ static __device__ __forceinline__ head_place place_of(const head_shape &h, int64
 }
 
 /// A block takes `batch` rows at a time; a warp 32 / LANES heads at once and two of each lane.
-template <int LANES>
+template <typename T, int LANES>
 static __global__ void __launch_bounds__(THREADS)
-    headnorm_forward_heads(head_shape h, const float *x, int64_t ldx, const float *w, float *y,
+    headnorm_forward_heads(head_shape h, const T *x, int64_t ldx, const float *w, T *y,
                            int64_t ldy) {
     CQ_DYN_SMEM(float, table);
     enum { TEAMS = THREADS / LANES, HERE = CQ_WARP / LANES };
@@ -133,7 +135,7 @@ static __global__ void __launch_bounds__(THREADS)
                     const float *at = table + p[k].row * half + 4 * lane;
                     v[k] = turn_pair(v[k], cq_load4(at, true), cq_load4(at + turns, true), 1.0f);
                 }
-                float *to = y + p[k].r * ldy + p[k].h * h.dim + 4 * lane;
+                T *to = y + p[k].r * ldy + p[k].h * h.dim + 4 * lane;
                 cq_store4(to, v[k].low, true);
                 cq_store4(to + half, v[k].high, true);
             }
@@ -142,10 +144,10 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 /// The same for the gradient; the block's sum of dn xhat goes to part[blockIdx.x]. dx may be dy.
-template <int LANES>
+template <typename T, int LANES>
 static __global__ void __launch_bounds__(THREADS)
-    headnorm_backward_heads(head_shape h, const float *x, int64_t ldx, const float *w,
-                            const float *dy, int64_t lddy, float *dx, int64_t lddx, float *part) {
+    headnorm_backward_heads(head_shape h, const T *x, int64_t ldx, const float *w, const T *dy,
+                            int64_t lddy, T *dx, int64_t lddx, float *part) {
     CQ_DYN_SMEM(float, table);
     CQ_SHARED(float4, sums, [2][THREADS]);
     enum { TEAMS = THREADS / LANES, HERE = CQ_WARP / LANES };
@@ -192,7 +194,7 @@ static __global__ void __launch_bounds__(THREADS)
                 }
                 if (!p[k].live)
                     continue;
-                float *to = dx + p[k].r * lddx + p[k].h * h.dim + 4 * lane;
+                T *to = dx + p[k].r * lddx + p[k].h * h.dim + 4 * lane;
                 cq_store4(to, d[k].low, true);
                 cq_store4(to + half, d[k].high, true);
             }
@@ -215,60 +217,67 @@ static __global__ void __launch_bounds__(THREADS)
 // ---- any head_dim and any alignment -------------------------------------------------------------
 
 /// A head of a warp, v = NULL where the norm is absent.
-static __device__ __forceinline__ float head_rstd(const float *x, int64_t n, float eps) {
+template <typename T>
+static __device__ __forceinline__ float head_rstd(const T *x, int64_t n, float eps) {
     float sum = 0.0f;
     for (int64_t i = threadIdx.x % CQ_WARP; i < n; i += CQ_WARP)
-        sum += x[i] * x[i];
+        sum += cq_value(x[i]) * cq_value(x[i]);
     return cq_rstd(cq_warp_sum(sum), (int)n, eps);
 }
 static __device__ __forceinline__ void any_turn(int32_t position, double theta, int64_t i,
                                                 int64_t n, float *s, float *c) {
     sine_cosine((double)position * pow(theta, -2.0 * (double)i / (double)n), s, c);
 }
+template <typename T>
 static __global__ void __launch_bounds__(THREADS) headnorm_forward_any(cq_headnorm_forward_args a) {
     int64_t task = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + threadIdx.x / CQ_WARP;
     int64_t n = a.head_dim, r = task / a.heads, head = task % a.heads, lane = threadIdx.x % CQ_WARP;
     if (r >= a.rows) /* the whole warp */
         return;
-    const float *x = (const float *)a.x + r * a.ldx + head * n, *w = (const float *)a.w;
-    float *y = (float *)a.y + r * a.ldy + head * n, by = w ? head_rstd(x, n, (float)a.eps) : 1.0f;
+    const T *x = (const T *)a.x + r * a.ldx + head * n;
+    const float *w = (const float *)a.w;
+    T *y = (T *)a.y + r * a.ldy + head * n;
+    float by = w ? head_rstd(x, n, (float)a.eps) : 1.0f;
     int64_t half = a.positions ? n / 2 : 0;
     for (int64_t i = lane; i < half; i += CQ_WARP) {
-        float s, c, low = x[i], high = x[i + half];
+        float s, c, low = cq_value(x[i]), high = cq_value(x[i + half]);
         any_turn(a.positions[r], a.theta, i, n, &s, &c);
         if (w) {
             low = w[i] * (low * by);
             high = w[i + half] * (high * by);
         }
-        y[i] = low * c - high * s;
-        y[i + half] = high * c + low * s;
+        cq_put(y + i, low * c - high * s);
+        cq_put(y + i + half, high * c + low * s);
     }
     for (int64_t i = lane; half == 0 && i < n; i += CQ_WARP)
-        y[i] = w ? w[i] * (x[i] * by) : x[i];
+        cq_put(y + i, w ? w[i] * (cq_value(x[i]) * by) : cq_value(x[i]));
 }
 /// dn of element i of a head of row r.
-static __device__ __forceinline__ float any_dn(const cq_headnorm_backward_args &a, const float *dy,
+template <typename T>
+static __device__ __forceinline__ float any_dn(const cq_headnorm_backward_args &a, const T *dy,
                                                int64_t r, int64_t i) {
     int64_t half = a.head_dim / 2, j = i < half ? i : i - half;
     if (!a.positions)
-        return dy[i];
+        return cq_value(dy[i]);
     float s, c;
     any_turn(a.positions[r], a.theta, j, a.head_dim, &s, &c);
-    return i < half ? dy[j] * c + dy[j + half] * s : dy[j + half] * c - dy[j] * s;
+    return i < half ? cq_value(dy[j]) * c + cq_value(dy[j + half]) * s
+                    : cq_value(dy[j + half]) * c - cq_value(dy[j]) * s;
 }
 /// Scales of all heads, a warp per head.
+template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     headnorm_scales_any(cq_headnorm_backward_args a, float *rstd) {
     int64_t task = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + threadIdx.x / CQ_WARP;
     int64_t r = task / a.heads, head = task % a.heads;
     if (r >= a.rows) /* the whole warp */
         return;
-    float by =
-        head_rstd((const float *)a.x + r * a.ldx + head * a.head_dim, a.head_dim, (float)a.eps);
+    float by = head_rstd((const T *)a.x + r * a.ldx + head * a.head_dim, a.head_dim, (float)a.eps);
     if (threadIdx.x % CQ_WARP == 0)
         rstd[task] = by;
 }
 /// Sums of dn xhat over the heads of `share` rows, a thread per column.
+template <typename T>
 static __global__ void __launch_bounds__(128)
     headnorm_weight_any(cq_headnorm_backward_args a, const float *rstd, int64_t share,
                         float *part) {
@@ -279,32 +288,36 @@ static __global__ void __launch_bounds__(128)
     float sum = 0.0f;
     for (int64_t r = first; r < first + share && r < a.rows; r++)
         for (int64_t h = 0; h < a.heads; h++)
-            sum += any_dn(a, (const float *)a.dy + r * a.lddy + h * n, r, i) *
-                   (((const float *)a.x)[r * a.ldx + h * n + i] * rstd[r * a.heads + h]);
+            sum += any_dn(a, (const T *)a.dy + r * a.lddy + h * n, r, i) *
+                   (cq_value(((const T *)a.x)[r * a.ldx + h * n + i]) * rstd[r * a.heads + h]);
     part[blockIdx.y * n + i] = sum;
 }
+template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     headnorm_backward_any(cq_headnorm_backward_args a, const float *rstd) {
     int64_t task = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + threadIdx.x / CQ_WARP;
     int64_t n = a.head_dim, r = task / a.heads, head = task % a.heads, lane = threadIdx.x % CQ_WARP;
     if (r >= a.rows) /* the whole warp */
         return;
-    const float *x = (const float *)a.x + r * a.ldx + head * n, *w = (const float *)a.w;
-    const float *dy = (const float *)a.dy + r * a.lddy + head * n;
-    float *dx = (float *)a.dx + r * a.lddx + head * n, by = 1.0f, m = 0.0f;
+    const T *x = (const T *)a.x + r * a.ldx + head * n;
+    const T *dy = (const T *)a.dy + r * a.lddy + head * n;
+    const float *w = (const float *)a.w;
+    T *dx = (T *)a.dx + r * a.lddx + head * n;
+    float by = 1.0f, m = 0.0f;
     int64_t half = a.positions ? n / 2 : 0, pairs = half ? half : n;
     if (w) {
         float sum = 0.0f;
         by = rstd[task];
         for (int64_t i = lane; i < n; i += CQ_WARP)
-            sum += w[i] * any_dn(a, dy, r, i) * (x[i] * by);
+            sum += w[i] * any_dn(a, dy, r, i) * (cq_value(x[i]) * by);
         m = cq_warp_sum(sum) / (float)n;
     }
     for (int64_t i = lane; i < pairs; i += CQ_WARP) { /* both of a pair are read first */
         float low = any_dn(a, dy, r, i), high = half ? any_dn(a, dy, r, i + half) : 0.0f;
-        dx[i] = w ? by * (w[i] * low - x[i] * by * m) : low;
+        cq_put(dx + i, w ? by * (w[i] * low - cq_value(x[i]) * by * m) : low);
         if (half)
-            dx[i + half] = w ? by * (w[i + half] * high - x[i + half] * by * m) : high;
+            cq_put(dx + i + half,
+                   w ? by * (w[i + half] * high - cq_value(x[i + half]) * by * m) : high);
     }
 }
 
@@ -345,24 +358,22 @@ static unsigned table_bytes(const head_shape &h) {
     return h.positions ? (unsigned)((size_t)h.batch * (size_t)h.dim * sizeof(float)) : 16;
 }
 
-extern "C" int cq_cuda_headnorm_forward(cq_stream *s, const cq_headnorm_forward_args *a) {
-    CQ_CUDA_F32("headnorm_forward", a);
-    CQ_TRY(check_dim(a->head_dim, a->positions));
-    if (a->rows * a->heads * a->head_dim == 0)
-        return CQ_OK;
+template <typename T> static int forward_of(cq_stream *s, const cq_headnorm_forward_args *a) {
     int lanes = head_lanes(a->head_dim, a->heads);
-    if (!lanes || a->ldx % 4 || a->ldy % 4 || !cq_aligned16(a->x) || !cq_aligned16(a->w) ||
-        !cq_aligned16(a->y)) {
-        CQ_LAUNCH(headnorm_forward_any, cq_blocks(a->rows * a->heads, THREADS / CQ_WARP), THREADS,
-                  0, s, *a);
+    if (!lanes || a->ldx % 4 || a->ldy % 4 || !cq_aligned4<T>(a->x) || !cq_aligned16(a->w) ||
+        !cq_aligned4<T>(a->y)) {
+        CQ_LAUNCH(headnorm_forward_any<T>, cq_blocks(a->rows * a->heads, THREADS / CQ_WARP),
+                  THREADS, 0, s, *a);
         CQ_CUDA_END("headnorm_forward");
     }
     head_shape h = shape_of(a->rows, a->heads, a->head_dim, a->positions, a->theta, a->eps);
-    const float *x = (const float *)a->x, *w = (const float *)a->w;
-    float *y = (float *)a->y;
+    const T *x = (const T *)a->x;
+    const float *w = (const float *)a->w;
+    T *y = (T *)a->y;
     unsigned blocks = head_blocks(h), bytes = table_bytes(h);
 #define FORWARD(LANES)                                                                             \
-    CQ_LAUNCH(headnorm_forward_heads<LANES>, blocks, THREADS, bytes, s, h, x, a->ldx, w, y, a->ldy)
+    CQ_LAUNCH((headnorm_forward_heads<T, LANES>), blocks, THREADS, bytes, s, h, x, a->ldx, w, y,   \
+              a->ldy)
     if (lanes == 4)
         FORWARD(4);
     else if (lanes == 8)
@@ -375,7 +386,15 @@ extern "C" int cq_cuda_headnorm_forward(cq_stream *s, const cq_headnorm_forward_
     CQ_CUDA_END("headnorm_forward");
 }
 
-static int backward_any(cq_stream *s, const cq_headnorm_backward_args *a) {
+extern "C" int cq_cuda_headnorm_forward(cq_stream *s, const cq_headnorm_forward_args *a) {
+    CQ_CUDA_ACT("headnorm_forward", a);
+    CQ_TRY(check_dim(a->head_dim, a->positions));
+    if (a->rows * a->heads * a->head_dim == 0)
+        return CQ_OK;
+    return a->act == CQ_BF16 ? forward_of<__nv_bfloat16>(s, a) : forward_of<float>(s, a);
+}
+
+template <typename T> static int backward_any(cq_stream *s, const cq_headnorm_backward_args *a) {
     int64_t tasks = a->rows * a->heads, n = a->head_dim;
     int64_t share = (a->rows + MOST_PARTS - 1) / MOST_PARTS;
     int64_t parts = (a->rows + share - 1) / share, kept = (tasks + 63) / 64 * 64;
@@ -386,30 +405,28 @@ static int backward_any(cq_stream *s, const cq_headnorm_backward_args *a) {
             (float *)cq_cuda_scratch(s, (kept + (a->dw ? parts * n : 0)) * (int64_t)sizeof(float));
         if (!rstd)
             return CQ_ENOMEM;
-        CQ_LAUNCH(headnorm_scales_any, blocks, THREADS, 0, s, *a, rstd);
+        CQ_LAUNCH(headnorm_scales_any<T>, blocks, THREADS, 0, s, *a, rstd);
     }
     if (a->w && a->dw) { /* before dx is written over dy */
         float *part = rstd + kept;
-        CQ_LAUNCH(headnorm_weight_any, dim3(cq_blocks(n, 128), (unsigned)parts), 128, 0, s, *a,
+        CQ_LAUNCH(headnorm_weight_any<T>, dim3(cq_blocks(n, 128), (unsigned)parts), 128, 0, s, *a,
                   rstd, share, part);
         cq_add_parts_to(s, n, parts, part, (float *)a->dw);
     }
-    CQ_LAUNCH(headnorm_backward_any, blocks, THREADS, 0, s, *a, rstd);
+    CQ_LAUNCH(headnorm_backward_any<T>, blocks, THREADS, 0, s, *a, rstd);
     CQ_CUDA_END("headnorm_backward");
 }
 
-extern "C" int cq_cuda_headnorm_backward(cq_stream *s, const cq_headnorm_backward_args *a) {
-    CQ_CUDA_F32("headnorm_backward", a);
-    CQ_TRY(check_dim(a->head_dim, a->positions));
-    if (a->rows * a->heads * a->head_dim == 0)
-        return CQ_OK;
+template <typename T> static int backward_of(cq_stream *s, const cq_headnorm_backward_args *a) {
     int lanes = head_lanes(a->head_dim, a->heads);
-    if (!lanes || a->ldx % 4 || a->lddy % 4 || a->lddx % 4 || !cq_aligned16(a->x) ||
-        !cq_aligned16(a->w) || !cq_aligned16(a->dy) || !cq_aligned16(a->dx))
-        return backward_any(s, a);
+    if (!lanes || a->ldx % 4 || a->lddy % 4 || a->lddx % 4 || !cq_aligned4<T>(a->x) ||
+        !cq_aligned16(a->w) || !cq_aligned4<T>(a->dy) || !cq_aligned4<T>(a->dx))
+        return backward_any<T>(s, a);
     head_shape h = shape_of(a->rows, a->heads, a->head_dim, a->positions, a->theta, a->eps);
-    const float *x = (const float *)a->x, *w = (const float *)a->w, *dy = (const float *)a->dy;
-    float *dx = (float *)a->dx, *part = NULL;
+    const T *x = (const T *)a->x, *dy = (const T *)a->dy;
+    const float *w = (const float *)a->w;
+    T *dx = (T *)a->dx;
+    float *part = NULL;
     unsigned blocks = head_blocks(h), bytes = table_bytes(h);
     if (w && a->dw) {
         part = (float *)cq_cuda_scratch(s, blocks * a->head_dim * (int64_t)sizeof(float));
@@ -417,7 +434,7 @@ extern "C" int cq_cuda_headnorm_backward(cq_stream *s, const cq_headnorm_backwar
             return CQ_ENOMEM;
     }
 #define BACKWARD(LANES)                                                                            \
-    CQ_LAUNCH(headnorm_backward_heads<LANES>, blocks, THREADS, bytes, s, h, x, a->ldx, w, dy,      \
+    CQ_LAUNCH((headnorm_backward_heads<T, LANES>), blocks, THREADS, bytes, s, h, x, a->ldx, w, dy, \
               a->lddy, dx, a->lddx, part)
     if (lanes == 4)
         BACKWARD(4);
@@ -431,4 +448,12 @@ extern "C" int cq_cuda_headnorm_backward(cq_stream *s, const cq_headnorm_backwar
     if (part)
         cq_add_parts_to(s, a->head_dim, (int64_t)blocks, part, (float *)a->dw);
     CQ_CUDA_END("headnorm_backward");
+}
+
+extern "C" int cq_cuda_headnorm_backward(cq_stream *s, const cq_headnorm_backward_args *a) {
+    CQ_CUDA_ACT("headnorm_backward", a);
+    CQ_TRY(check_dim(a->head_dim, a->positions));
+    if (a->rows * a->heads * a->head_dim == 0)
+        return CQ_OK;
+    return a->act == CQ_BF16 ? backward_of<__nv_bfloat16>(s, a) : backward_of<float>(s, a);
 }

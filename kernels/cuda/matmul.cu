@@ -5,8 +5,9 @@
 /// cuBLASLt counts columns first, so it is asked for C' = op(B)' op(A)': B is its first operand,
 /// and a row-major matrix with distance ld is its transpose with leading dimension ld. FP32
 /// products are FP32 throughout: an algorithm that rounds its inputs (TF32, BF16) is not taken.
-/// With CQ_COMPUTE_BF16 both operands are rounded into the stream's bf16_scratch, in pieces of k if
-/// that is small, and accumulated in FP32.
+/// With CQ_COMPUTE_BF16 operands in F32 are rounded into the stream's bf16_scratch, in pieces of k
+/// if that is small (of n where C is BF16: it is rounded once), and accumulated in FP32. One that
+/// is BF16 already is read where it is, or, with rows that are not on 16 bytes, copied there.
 ///
 /// The same bits again: of the ways to split k only the one that stores partial sums and adds them
 /// in order is allowed, and the algorithm of a shape is chosen once and kept. CKAQAD_CUDA_TUNE=1
@@ -19,6 +20,7 @@
 /// b16, 0.30 GB, 0.07 ms.
 #include "kernels/cuda/cq_cuda.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/operands.cuh"
 extern "C" {
 #include "core/base/file.h"
 }
@@ -34,7 +36,6 @@ enum {
     WORKSPACE = 32 << 20,
     CANDIDATES = 8,
     REPEATS = 5,
-    THREADS = 256,
     FIRST_SIZE = 256,      ///< of the table; a power of two
     MOST_ENTRIES = 1 << 16 ///< then it starts anew
 };
@@ -45,7 +46,7 @@ struct lt_key {
     int32_t form;  ///< FORM_* bits
     int32_t align; ///< log2 of the alignment of a, b and c in bytes, up to 8, four bits each
 };
-enum { FORM_TA = 1, FORM_TB = 2, FORM_BF16 = 4, FORM_BETA = 8 };
+enum { FORM_TA = 1, FORM_TB = 2, FORM_BF16 = 4, FORM_BETA = 8, FORM_C_BF16 = 16 };
 static_assert(sizeof(lt_key) == 56, "no padding");
 
 struct lt_entry {
@@ -86,6 +87,7 @@ int failed(const cq_matmul_args *a, const char *what, cublasStatus_t status) {
 
 int describe(lt_call *call, const cq_matmul_args *a, bool bf16) {
     cudaDataType_t type = bf16 ? CUDA_R_16BF : CUDA_R_32F;
+    cudaDataType_t type_c = a->c_bf16 ? CUDA_R_16BF : CUDA_R_32F;
     int32_t op_first = a->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     int32_t op_second = a->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
     LT_TRY(a, "describing the product",
@@ -103,7 +105,7 @@ int describe(lt_call *call, const cq_matmul_args *a, bool bf16) {
            cublasLtMatrixLayoutInit(&call->second, type, (uint64_t)(a->ta ? a->m : a->k),
                                     (uint64_t)(a->ta ? a->k : a->m), a->lda));
     LT_TRY(a, "describing C",
-           cublasLtMatrixLayoutInit(&call->c, CUDA_R_32F, (uint64_t)a->n, (uint64_t)a->m, a->ldc));
+           cublasLtMatrixLayoutInit(&call->c, type_c, (uint64_t)a->n, (uint64_t)a->m, a->ldc));
     return CQ_OK;
 }
 
@@ -117,7 +119,7 @@ int32_t alignment_log2(const void *p) {
 lt_key key_of(const cq_matmul_args *a, bool bf16) {
     lt_key key = {a->m, a->n, a->k, a->lda, a->ldb, a->ldc, 0, 0};
     key.form = (a->ta ? FORM_TA : 0) | (a->tb ? FORM_TB : 0) | (bf16 ? FORM_BF16 : 0) |
-               (a->beta != 0.0 ? FORM_BETA : 0);
+               (a->beta != 0.0 ? FORM_BETA : 0) | (a->c_bf16 ? FORM_C_BF16 : 0);
     key.align = alignment_log2(a->a) | alignment_log2(a->b) << 4 | alignment_log2(a->c) << 8;
     return key;
 }
@@ -413,132 +415,92 @@ int product(cq_cuda_device *d, const cq_matmul_args *a, bool bf16) {
     CQ_CUDA_END("matmul");
 }
 
-/// An operand on its way to BF16: rows of cols values, ld apart, to rows of to_ld, a multiple of 8;
-/// what is between them becomes zero.
-struct rounding {
-    const float *x;
-    __nv_bfloat16 *to;
-    int64_t rows, cols, ld, to_ld;
-};
-
-rounding rounding_of(const void *x, int64_t rows, int64_t cols, int64_t ld, __nv_bfloat16 *to) {
-    rounding r = {(const float *)x, to, rows, cols, ld, (cols + 7) / 8 * 8};
-    if (ld == cols && cols % 8 == 0) { /* dense: one long row */
-        r.rows = 1;
-        r.cols = r.ld = r.to_ld = rows * cols;
-    }
-    return r;
-}
-int64_t rounding_blocks(const rounding &r) { return cq_blocks(r.rows * (r.to_ld / 8), THREADS); }
-
-__device__ __forceinline__ unsigned pair(float low, float high) {
-    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<unsigned *>(&two);
-}
-/// Values 8 i to 8 i + 7 of the result.
-__device__ __forceinline__ void round_eight(const rounding &r, int64_t i) {
-    int64_t chunks = r.to_ld / 8;
-    if (i >= r.rows * chunks)
-        return;
-    int64_t row = r.rows == 1 ? 0 : i / chunks, col = (i - row * chunks) * 8;
-    const float *x = r.x + row * r.ld + col;
-    int64_t left = r.cols - col;
-    float v[8];
-    if (left >= 8 && ((uintptr_t)x & 15) == 0) {
-        float4 lo = reinterpret_cast<const float4 *>(x)[0];
-        float4 hi = reinterpret_cast<const float4 *>(x)[1];
-        v[0] = lo.x, v[1] = lo.y, v[2] = lo.z, v[3] = lo.w;
-        v[4] = hi.x, v[5] = hi.y, v[6] = hi.z, v[7] = hi.w;
-    } else {
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            v[j] = j < left ? x[j] : 0.0f;
-    }
-    uint4 packed;
-    packed.x = pair(v[0], v[1]);
-    packed.y = pair(v[2], v[3]);
-    packed.z = pair(v[4], v[5]);
-    packed.w = pair(v[6], v[7]);
-    *reinterpret_cast<uint4 *>(r.to + row * r.to_ld + col) = packed;
-}
-
-/// The blocks of the first operand and then those of the second.
-__global__ void __launch_bounds__(THREADS) round_operands(rounding a, rounding b, unsigned of_a) {
-    if (blockIdx.x < of_a)
-        round_eight(a, (int64_t)blockIdx.x * THREADS + threadIdx.x);
-    else
-        round_eight(b, (int64_t)(blockIdx.x - of_a) * THREADS + threadIdx.x);
-}
-
 /// C = beta C, for k = 0.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    scale_only(float *c, int64_t m, int64_t n, int64_t ldc, float beta) {
+    scale_only(T *c, int64_t m, int64_t n, int64_t ldc, float beta) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= m * n)
         return;
-    float *at = c + i / n * ldc + i % n;
-    *at = beta == 0.0f ? 0.0f : beta * *at;
+    T *at = c + i / n * ldc + i % n;
+    cq_put(at, beta == 0.0f ? 0.0f : beta * cq_value(*at));
 }
 
-int64_t up8(int64_t n) { return (n + 7) / 8 * 8; }
-
-/// Values of an operand in BF16 for a piece of k.
-int64_t values_of_a(const cq_matmul_args *a, int64_t k) {
-    return a->ta ? k * up8(a->m) : a->m * up8(k);
-}
-int64_t values_of_b(const cq_matmul_args *a, int64_t k) {
-    return a->tb ? a->n * up8(k) : k * up8(a->n);
-}
-
-/// The product of a piece of k, its operands rounded into `room`; B only when there is no b16.
-int rounded_piece(cq_stream *s, const cq_matmul_args *a, int64_t k0, int64_t k, bool has_b16,
+/// The product of a piece of k, what is not read where it lies brought to `room` first.
+int rounded_piece(cq_stream *s, const cq_matmul_args *a, int64_t k0, int64_t k,
                   __nv_bfloat16 *room) {
     cq_matmul_args part = *a;
+    operand x = operand_a(a), y = operand_b(a);
+    __nv_bfloat16 *behind = room + values_of(x, k);
     part.k = k;
     part.beta = k0 > 0 ? 1.0 : a->beta;
-    int64_t at_a = a->ta ? k0 * a->lda : k0, at_b = a->tb ? k0 : k0 * a->ldb;
-    const float *from = (const float *)a->a + at_a;
-    rounding left =
-        a->ta ? rounding_of(from, k, a->m, a->lda, room) : rounding_of(from, a->m, k, a->lda, room);
-    rounding right = left;
-    int64_t blocks_a = rounding_blocks(left), blocks = blocks_a;
-    part.a = room;
-    part.lda = up8(a->ta ? a->m : k);
-    if (has_b16) {
-        part.b = (const __nv_bfloat16 *)a->b16 + at_b;
+    part.a = x.direct ? from_k(x, k0) : room;
+    part.lda = x.direct ? a->lda : up8(a->ta ? a->m : k);
+    part.b = y.direct ? from_k(y, k0) : behind;
+    part.ldb = y.direct ? a->ldb : up8(a->tb ? k : a->n);
+    if (!x.direct && !y.direct && !x.bf16 && !y.bf16) {
+        CQ_TRY(bring<float>(s, &x, &y, k0, k, room, behind));
     } else {
-        from = (const float *)a->b + at_b;
-        room += values_of_a(a, k);
-        right = a->tb ? rounding_of(from, a->n, k, a->ldb, room)
-                      : rounding_of(from, k, a->n, a->ldb, room);
-        blocks += rounding_blocks(right);
-        part.b = room;
-        part.ldb = up8(a->tb ? k : a->n);
+        if (!x.direct)
+            CQ_TRY(bring_one(s, &x, k0, k, room));
+        if (!y.direct)
+            CQ_TRY(bring_one(s, &y, k0, k, behind));
     }
-    CQ_LAUNCH(round_operands, (unsigned)blocks, THREADS, 0, s, left, right, (unsigned)blocks_a);
-    CQ_TRY(cq_cuda_status("matmul, rounding its operands"));
     return product((cq_cuda_device *)s->device, &part, true);
 }
 
+/// Columns of C for which `bytes` hold what has to be brought, 0 when not even for one.
+int64_t columns_in(const cq_matmul_args *a, int64_t bytes) {
+    operand x = operand_a(a), y = operand_b(a);
+    int64_t left = bytes / 2 - values_of(x, a->k);
+    if (left < 0 || y.direct)
+        return left < 0 ? 0 : a->n;
+    int64_t n = left / (y.turned ? a->k : up8(a->k));
+    return n >= 8 || y.turned ? n / 8 * 8 : n;
+}
+
+/// C in BF16 is written once: pieces of n.
+int product_by_columns(cq_stream *s, const cq_matmul_args *a, int64_t bytes, __nv_bfloat16 *room) {
+    int64_t width = columns_in(a, bytes);
+    operand y = operand_b(a);
+    if (width < 1)
+        return cq_fail(CQ_ENOMEM, "cuda: matmul: %lld bytes for BF16 operands, more wanted",
+                       (long long)bytes);
+    for (int64_t n0 = 0; n0 < a->n; n0 += width) {
+        cq_matmul_args part = *a;
+        part.n = a->n - n0 < width ? a->n - n0 : width;
+        part.b = (const char *)y.x + (a->tb ? n0 * a->ldb : n0) * (y.bf16 ? 2 : 4);
+        part.b_bf16 = y.bf16;
+        part.b16 = NULL;
+        part.c = (__nv_bfloat16 *)a->c + n0;
+        CQ_TRY(rounded_piece(s, &part, 0, a->k, room));
+    }
+    return CQ_OK;
+}
+
 int product_bf16(cq_stream *s, const cq_matmul_args *a) {
-    bool has_b16 = a->b16 && ((uintptr_t)a->b16 & 15) == 0 && a->ldb % 8 == 0;
+    operand x = operand_a(a), y = operand_b(a);
     int64_t few = a->k < 16 ? a->k : 16;
-    int64_t all = 2 * (values_of_a(a, a->k) + (has_b16 ? 0 : values_of_b(a, a->k)));
-    int64_t least = 2 * (values_of_a(a, few) + (has_b16 ? 0 : values_of_b(a, few)));
+    int64_t all = 2 * (values_of(x, a->k) + values_of(y, a->k));
+    int64_t least = 2 * (values_of(x, few) + values_of(y, few));
     int64_t bytes = s->bf16_scratch ? s->bf16_scratch_bytes : all;
+    if (!y.x)
+        return cq_fail(CQ_ESHAPE, "cuda: matmul: b16 alone with rows %lld apart, wanted 16 bytes",
+                       (long long)a->ldb);
+    if (all == 0)
+        return rounded_piece(s, a, 0, a->k, NULL);
     void *room = s->bf16_scratch ? s->bf16_scratch : cq_cuda_scratch(s, bytes);
     if (!room)
         return CQ_ENOMEM;
-    if (!a->b && !has_b16)
-        return cq_fail(CQ_ESHAPE, "cuda: matmul: b16 alone with rows %lld apart, wanted 16 bytes",
-                       (long long)a->ldb);
+    if (bytes < all && a->c_bf16)
+        return product_by_columns(s, a, bytes, (__nv_bfloat16 *)room);
     if (bytes < least)
         return cq_fail(CQ_ENOMEM, "cuda: matmul: %lld bytes for BF16 operands, %lld wanted",
                        (long long)bytes, (long long)least);
     int64_t depth = bytes < all ? bytes / least * 16 : a->k;
     for (int64_t k0 = 0; k0 < a->k; k0 += depth)
-        CQ_TRY(rounded_piece(s, a, k0, a->k - k0 < depth ? a->k - k0 : depth, has_b16,
-                             (__nv_bfloat16 *)room));
+        CQ_TRY(
+            rounded_piece(s, a, k0, a->k - k0 < depth ? a->k - k0 : depth, (__nv_bfloat16 *)room));
     return CQ_OK;
 }
 
@@ -595,12 +557,19 @@ extern "C" int cq_cuda_matmul(cq_stream *s, const cq_matmul_args *a) {
     if (a->m == 0 || a->n == 0)
         return CQ_OK;
     if (a->k == 0) {
-        CQ_LAUNCH(scale_only, cq_blocks(a->m * a->n, THREADS), THREADS, 0, s, (float *)a->c, a->m,
-                  a->n, a->ldc, (float)a->beta);
+        unsigned blocks = cq_blocks(a->m * a->n, THREADS);
+        if (a->c_bf16)
+            CQ_LAUNCH(scale_only<__nv_bfloat16>, blocks, THREADS, 0, s, (__nv_bfloat16 *)a->c, a->m,
+                      a->n, a->ldc, (float)a->beta);
+        else
+            CQ_LAUNCH(scale_only<float>, blocks, THREADS, 0, s, (float *)a->c, a->m, a->n, a->ldc,
+                      (float)a->beta);
         CQ_CUDA_END("matmul");
     }
     if (s->compute == CQ_COMPUTE_BF16)
         return product_bf16(s, a);
+    if (a->a_bf16 || a->b_bf16 || a->c_bf16)
+        return cq_fail(CQ_EUSAGE, "cuda: matmul: matrices in BF16, wanted BF16 products for them");
     return product((cq_cuda_device *)s->device, a, false);
 }
 

@@ -48,12 +48,13 @@ static row_cover cover_row(int64_t n) {
 
 /// A block takes rows blockIdx.x, + gridDim.x ..., the next one is read while this one is worked
 /// on.
-template <int STEPS>
+template <int STEPS, typename T>
 static __global__ void __launch_bounds__(512)
     rmsnorm_forward_rows(cq_rmsnorm_forward_args a, int64_t quarters) {
     CQ_SHARED(float, room, [32]);
     const float *X = (const float *)a.x;
-    float *y = (float *)a.y, *yq = (float *)a.yq, *rstd = (float *)a.rstd;
+    T *y = (T *)a.y, *yq = (T *)a.yq;
+    float *rstd = (float *)a.rstd;
     float4 x[STEPS];
     bool quantize = yq && a.fq.amax;
     int saturated = 0;
@@ -104,8 +105,9 @@ static __global__ void __launch_bounds__(512)
         cq_fake_count(a.fq.saturated, saturated);
 }
 /// Any width: one row per block, read twice; `out` is quantized later.
+template <typename Out>
 static __global__ void __launch_bounds__(256)
-    rmsnorm_forward_any(cq_rmsnorm_forward_args a, float *out) {
+    rmsnorm_forward_any(cq_rmsnorm_forward_args a, Out *out) {
     CQ_SHARED(float, room, [32]);
     int64_t r = blockIdx.x;
     const float *x = (const float *)a.x + r * a.dim, *w = (const float *)a.w;
@@ -116,52 +118,85 @@ static __global__ void __launch_bounds__(256)
     if (a.rstd && threadIdx.x == 0)
         ((float *)a.rstd)[r] = by;
     for (int64_t i = threadIdx.x; out && i < a.dim; i += blockDim.x)
-        out[r * a.dim + i] = w[i] * (x[i] * by);
+        cq_put(out + r * a.dim + i, w[i] * (x[i] * by));
 }
 
 /// Quantizes (or copies) `out` to `quantized` where the norm itself did not.
-static int quantize_rows(cq_stream *s, cq_dtype dtype, int64_t rows, int64_t dim, const void *out,
+static int quantize_rows(cq_stream *s, cq_dtype act, int64_t rows, int64_t dim, const void *out,
                          void *quantized, const cq_fq &fq) {
     if (!quantized)
         return CQ_OK;
     cq_fake_quant_args q = {};
-    q.dtype = dtype;
     q.rows = rows;
     q.cols = dim;
     q.x = out;
     q.y = quantized;
     q.fq = fq;
     q.top = 448.0f;
+    q.act = act;
     return cq_cuda_fake_quant(s, &q);
 }
-
-extern "C" int cq_cuda_rmsnorm_forward(cq_stream *s, const cq_rmsnorm_forward_args *a) {
-    CQ_CUDA_F32("rmsnorm_forward", a);
-    if (a->yq)
-        CQ_TRY(cq_fake_columns(a->fq, a->dim));
-    if (a->rows == 0 || a->dim == 0)
+/// Rows in F32 for a norm that does not quantize itself and whose results are T: rounded first they
+/// would be quantized to other values. NULL where there is no need.
+template <typename T>
+static int wide_rows(cq_stream *s, float **wide, int64_t values, const void *quantized,
+                     const cq_fq &fq) {
+    *wide = NULL;
+    if (sizeof(T) == sizeof(float) || !quantized || !fq.amax)
         return CQ_OK;
+    *wide = (float *)cq_cuda_scratch(s, values * (int64_t)sizeof(float));
+    return *wide ? CQ_OK : CQ_ENOMEM;
+}
+/// Both results of such rows.
+template <typename T>
+static void store_rows(cq_stream *s, const float *wide, int64_t rows, int64_t dim, void *out,
+                       void *quantized, const cq_fq &fq) {
+    cq_fake_dense<float> source = {wide, true};
+    cq_fake_launch<false>(s, source, cq_fake_job_make<T>(rows, dim, out, quantized, fq));
+}
+
+template <typename T>
+static int rmsnorm_forward_unaligned(cq_stream *s, const cq_rmsnorm_forward_args *a) {
+    T *out = (T *)(a->y ? a->y : a->yq);
+    float *wide;
+    CQ_TRY(wide_rows<T>(s, &wide, a->rows * a->dim, a->yq, a->fq));
+    if (wide) {
+        CQ_LAUNCH(rmsnorm_forward_any<float>, (unsigned)a->rows, 256, 0, s, *a, wide);
+        store_rows<T>(s, wide, a->rows, a->dim, a->y, a->yq, a->fq);
+    } else {
+        CQ_LAUNCH(rmsnorm_forward_any<T>, (unsigned)a->rows, 256, 0, s, *a, out);
+        CQ_TRY(quantize_rows(s, a->act, a->rows, a->dim, out, a->yq, a->fq));
+    }
+    CQ_CUDA_END("rmsnorm_forward");
+}
+
+template <typename T> static int rmsnorm_forward(cq_stream *s, const cq_rmsnorm_forward_args *a) {
     row_cover c = cover_row(a->dim / 4);
     bool whole = a->dim % 4 == 0 && c.steps && cq_aligned16(a->x) && cq_aligned16(a->w) &&
-                 cq_aligned16(a->y) && cq_aligned16(a->yq);
-    if (!whole) {
-        float *out = (float *)(a->y ? a->y : a->yq);
-        CQ_LAUNCH(rmsnorm_forward_any, (unsigned)a->rows, 256, 0, s, *a, out);
-        CQ_TRY(quantize_rows(s, a->dtype, a->rows, a->dim, out, a->yq, a->fq));
-        CQ_CUDA_END("rmsnorm_forward");
-    }
+                 cq_aligned4<T>(a->y) && cq_aligned4<T>(a->yq);
+    if (!whole)
+        return rmsnorm_forward_unaligned<T>(s, a);
     int64_t most = SMS * (int64_t)(1024 / c.threads); /* at once, with 64 registers */
     unsigned blocks = (unsigned)share_rows(a->rows, most).blocks;
     int64_t n = a->dim / 4;
     if (c.steps == 1)
-        CQ_LAUNCH(rmsnorm_forward_rows<1>, blocks, c.threads, 0, s, *a, n);
+        CQ_LAUNCH((rmsnorm_forward_rows<1, T>), blocks, c.threads, 0, s, *a, n);
     else if (c.steps == 2)
-        CQ_LAUNCH(rmsnorm_forward_rows<2>, blocks, c.threads, 0, s, *a, n);
+        CQ_LAUNCH((rmsnorm_forward_rows<2, T>), blocks, c.threads, 0, s, *a, n);
     else if (c.steps == 3)
-        CQ_LAUNCH(rmsnorm_forward_rows<3>, blocks, c.threads, 0, s, *a, n);
+        CQ_LAUNCH((rmsnorm_forward_rows<3, T>), blocks, c.threads, 0, s, *a, n);
     else
-        CQ_LAUNCH(rmsnorm_forward_rows<4>, blocks, c.threads, 0, s, *a, n);
+        CQ_LAUNCH((rmsnorm_forward_rows<4, T>), blocks, c.threads, 0, s, *a, n);
     CQ_CUDA_END("rmsnorm_forward");
+}
+
+extern "C" int cq_cuda_rmsnorm_forward(cq_stream *s, const cq_rmsnorm_forward_args *a) {
+    CQ_CUDA_ACT("rmsnorm_forward", a);
+    if (a->yq)
+        CQ_TRY(cq_fake_columns(a->fq, a->dim));
+    if (a->rows == 0 || a->dim == 0)
+        return CQ_OK;
+    return a->act == CQ_BF16 ? rmsnorm_forward<__nv_bfloat16>(s, a) : rmsnorm_forward<float>(s, a);
 }
 
 /// A block takes `share` rows in a row; its sum of dy xhat goes to part[blockIdx.x]. dx may be dy.
@@ -282,8 +317,9 @@ extern "C" int cq_cuda_rmsnorm_backward(cq_stream *s, const cq_rmsnorm_backward_
 
 // ---- gated group norm ---------------------------------------------------------------------------
 
+static __device__ __forceinline__ float gated(float y, float z) { return y * z * cq_sigmoid(z); }
 /// A warp takes one group of one row, `quarters` <= 32 STEPS of them.
-template <int STEPS>
+template <int STEPS, typename T>
 static __global__ void __launch_bounds__(256)
     gatednorm_forward_groups(cq_gatednorm_forward_args a, int64_t quarters, cq_divider groups) {
     int lane = (int)(threadIdx.x % CQ_WARP);
@@ -291,10 +327,10 @@ static __global__ void __launch_bounds__(256)
     if (task >= a.rows * a.groups) /* the whole warp */
         return;
     int64_t r = cq_divide(task, groups), first = (task - r * a.groups) * quarters;
-    const float *y = (const float *)a.y + r * a.dim + 4 * first,
-                *w = (const float *)a.w + 4 * first;
-    const float *z = (const float *)a.z + r * a.ldz + 4 * first;
-    float *out = (float *)a.out, *outq = (float *)a.outq;
+    const T *y = (const T *)a.y + r * a.dim + 4 * first;
+    const T *z = (const T *)a.z + r * a.ldz + 4 * first;
+    const float *w = (const float *)a.w + 4 * first;
+    T *out = (T *)a.out, *outq = (T *)a.outq;
     float4 u[STEPS], v[STEPS], weight[STEPS];
     float sum = 0.0f;
 #pragma unroll
@@ -334,50 +370,70 @@ static __global__ void __launch_bounds__(256)
     }
 }
 /// Any width: a block per group of a row.
+template <typename T, typename Out>
 static __global__ void __launch_bounds__(128)
-    gatednorm_forward_any(cq_gatednorm_forward_args a, float *out) {
+    gatednorm_forward_any(cq_gatednorm_forward_args a, Out *out) {
     CQ_SHARED(float, room, [32]);
     int64_t width = a.dim / a.groups, r = blockIdx.x / a.groups, g = blockIdx.x % a.groups;
-    const float *y = (const float *)a.y + r * a.dim + g * width,
-                *w = (const float *)a.w + g * width;
-    const float *z = (const float *)a.z + r * a.ldz + g * width;
+    const T *y = (const T *)a.y + r * a.dim + g * width;
+    const T *z = (const T *)a.z + r * a.ldz + g * width;
+    const float *w = (const float *)a.w + g * width;
     float sum = 0.0f;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-        float u = y[i] * z[i] * cq_sigmoid(z[i]);
+        float u = gated(cq_value(y[i]), cq_value(z[i]));
         sum += u * u;
     }
     float by = cq_rstd(cq_block_sum(sum, room), width, (float)a.eps);
     if (a.rstd && threadIdx.x == 0)
         ((float *)a.rstd)[blockIdx.x] = by;
     for (int64_t i = threadIdx.x; out && i < width; i += blockDim.x)
-        out[r * a.dim + g * width + i] = w[i] * (y[i] * z[i] * cq_sigmoid(z[i]) * by);
+        cq_put(out + r * a.dim + g * width + i,
+               w[i] * (gated(cq_value(y[i]), cq_value(z[i])) * by));
+}
+
+template <typename T>
+static int gatednorm_forward_unaligned(cq_stream *s, const cq_gatednorm_forward_args *a) {
+    unsigned tasks = (unsigned)(a->rows * a->groups);
+    T *out = (T *)(a->out ? a->out : a->outq);
+    float *wide;
+    CQ_TRY(wide_rows<T>(s, &wide, a->rows * a->dim, a->outq, a->fq));
+    if (wide) {
+        CQ_LAUNCH((gatednorm_forward_any<T, float>), tasks, 128, 0, s, *a, wide);
+        store_rows<T>(s, wide, a->rows, a->dim, a->out, a->outq, a->fq);
+    } else {
+        CQ_LAUNCH((gatednorm_forward_any<T, T>), tasks, 128, 0, s, *a, out);
+        CQ_TRY(quantize_rows(s, a->act, a->rows, a->dim, out, a->outq, a->fq));
+    }
+    CQ_CUDA_END("gatednorm_forward");
+}
+
+template <typename T>
+static int gatednorm_forward(cq_stream *s, const cq_gatednorm_forward_args *a) {
+    int64_t width = a->dim / a->groups, n = width / 4;
+    bool whole = width % (a->outq && a->fq.amax ? 16 : 4) == 0 && width <= 512 && a->ldz % 4 == 0 &&
+                 cq_aligned4<T>(a->y) && cq_aligned4<T>(a->z) && cq_aligned16(a->w) &&
+                 cq_aligned4<T>(a->out) && cq_aligned4<T>(a->outq);
+    if (!whole)
+        return gatednorm_forward_unaligned<T>(s, a);
+    unsigned blocks = cq_blocks(a->rows * a->groups, 8);
+    cq_divider groups = cq_divider_make(a->groups);
+    if (width <= 128)
+        CQ_LAUNCH((gatednorm_forward_groups<1, T>), blocks, 256, 0, s, *a, n, groups);
+    else if (width <= 256)
+        CQ_LAUNCH((gatednorm_forward_groups<2, T>), blocks, 256, 0, s, *a, n, groups);
+    else
+        CQ_LAUNCH((gatednorm_forward_groups<4, T>), blocks, 256, 0, s, *a, n, groups);
+    CQ_CUDA_END("gatednorm_forward");
 }
 
 extern "C" int cq_cuda_gatednorm_forward(cq_stream *s, const cq_gatednorm_forward_args *a) {
-    CQ_CUDA_F32("gatednorm_forward", a);
+    CQ_CUDA_ACT("gatednorm_forward", a);
     if (a->outq)
         CQ_TRY(cq_fake_columns(a->fq, a->dim));
     if (a->rows == 0 || a->dim == 0)
         return CQ_OK;
-    int64_t width = a->dim / a->groups, n = width / 4, tasks = a->rows * a->groups;
-    bool whole = width % (a->outq && a->fq.amax ? 16 : 4) == 0 && width <= 512 && a->ldz % 4 == 0 &&
-                 cq_aligned16(a->y) && cq_aligned16(a->z) && cq_aligned16(a->w) &&
-                 cq_aligned16(a->out) && cq_aligned16(a->outq);
-    if (!whole) {
-        float *out = (float *)(a->out ? a->out : a->outq);
-        CQ_LAUNCH(gatednorm_forward_any, (unsigned)tasks, 128, 0, s, *a, out);
-        CQ_TRY(quantize_rows(s, a->dtype, a->rows, a->dim, out, a->outq, a->fq));
-        CQ_CUDA_END("gatednorm_forward");
-    }
-    unsigned blocks = cq_blocks(tasks, 8);
-    cq_divider groups = cq_divider_make(a->groups);
-    if (width <= 128)
-        CQ_LAUNCH(gatednorm_forward_groups<1>, blocks, 256, 0, s, *a, n, groups);
-    else if (width <= 256)
-        CQ_LAUNCH(gatednorm_forward_groups<2>, blocks, 256, 0, s, *a, n, groups);
-    else
-        CQ_LAUNCH(gatednorm_forward_groups<4>, blocks, 256, 0, s, *a, n, groups);
-    CQ_CUDA_END("gatednorm_forward");
+    return a->act == CQ_BF16 ? gatednorm_forward<__nv_bfloat16>(s, a)
+                             : gatednorm_forward<float>(s, a);
 }
 
 /// dy and dz of one element: du is the gradient of u = y z s.
@@ -390,7 +446,7 @@ static __device__ __forceinline__ void gate_slopes(float y, float z, float du, f
 enum { GATE_WARPS = 8 };
 /// A block takes group blockIdx.x of `share` rows in a row, a warp every eighth of them; its sum of
 /// dout uhat goes to part[blockIdx.y].
-template <int STEPS>
+template <int STEPS, typename T>
 static __global__ void __launch_bounds__(GATE_WARPS *CQ_WARP)
     gatednorm_backward_groups(cq_gatednorm_backward_args a, int64_t quarters, int64_t share,
                               float *part) {
@@ -406,9 +462,9 @@ static __global__ void __launch_bounds__(GATE_WARPS *CQ_WARP)
         dw[k] = cq_zero4();
     }
     for (int64_t r = first + warp; r < end; r += GATE_WARPS) {
-        const float *Y = (const float *)a.y + r * a.dim + column;
-        const float *Z = (const float *)a.z + r * a.ldz + column;
-        const float *D = (const float *)a.dout + r * a.dim + column;
+        const T *Y = (const T *)a.y + r * a.dim + column;
+        const T *Z = (const T *)a.z + r * a.ldz + column;
+        const T *D = (const T *)a.dout + r * a.dim + column;
         float by = ((const float *)a.rstd)[r * a.groups + blockIdx.x], sum = 0.0f;
         float4 y[STEPS], z[STEPS], g[STEPS], u[STEPS];
 #pragma unroll
@@ -435,8 +491,8 @@ static __global__ void __launch_bounds__(GATE_WARPS *CQ_WARP)
             gate_slopes(y[k].z, z[k].z, du.z, &dy.z, &dz.z);
             gate_slopes(y[k].w, z[k].w, du.w, &dy.w, &dz.w);
             if (at < quarters) {
-                cq_store4((float *)a.dy + r * a.dim + column + 4 * at, dy, true);
-                cq_store4((float *)a.dz + r * a.lddz + column + 4 * at, dz, true);
+                cq_store4((T *)a.dy + r * a.dim + column + 4 * at, dy, true);
+                cq_store4((T *)a.dz + r * a.lddz + column + 4 * at, dz, true);
             }
         }
     }
@@ -454,6 +510,7 @@ static __global__ void __launch_bounds__(GATE_WARPS *CQ_WARP)
     }
 }
 /// Any width: sums over `share` rows, a thread per column; then a block per group of a row.
+template <typename T>
 static __global__ void __launch_bounds__(128)
     gatednorm_weight_any(cq_gatednorm_backward_args a, int64_t share, float *part) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -462,42 +519,41 @@ static __global__ void __launch_bounds__(128)
         return;
     float sum = 0.0f;
     for (int64_t r = first; r < first + share && r < a.rows; r++) {
-        float z = ((const float *)a.z)[r * a.ldz + i];
-        float u = ((const float *)a.y)[r * a.dim + i] * z * cq_sigmoid(z);
-        sum += ((const float *)a.dout)[r * a.dim + i] *
+        float z = cq_value(((const T *)a.z)[r * a.ldz + i]);
+        float u = gated(cq_value(((const T *)a.y)[r * a.dim + i]), z);
+        sum += cq_value(((const T *)a.dout)[r * a.dim + i]) *
                (u * ((const float *)a.rstd)[r * a.groups + i / (a.dim / a.groups)]);
     }
     part[blockIdx.y * a.dim + i] = sum;
 }
+template <typename T>
 static __global__ void __launch_bounds__(128) gatednorm_backward_any(cq_gatednorm_backward_args a) {
     CQ_SHARED(float, room, [32]);
     int64_t width = a.dim / a.groups, r = blockIdx.x / a.groups, g = blockIdx.x % a.groups;
-    const float *y = (const float *)a.y + r * a.dim + g * width,
-                *w = (const float *)a.w + g * width;
-    const float *z = (const float *)a.z + r * a.ldz + g * width;
-    const float *dout = (const float *)a.dout + r * a.dim + g * width;
-    float *dy = (float *)a.dy + r * a.dim + g * width;
-    float *dz = (float *)a.dz + r * a.lddz + g * width;
+    const T *y = (const T *)a.y + r * a.dim + g * width;
+    const T *z = (const T *)a.z + r * a.ldz + g * width;
+    const T *dout = (const T *)a.dout + r * a.dim + g * width;
+    const float *w = (const float *)a.w + g * width;
+    T *dy = (T *)a.dy + r * a.dim + g * width;
+    T *dz = (T *)a.dz + r * a.lddz + g * width;
     float by = ((const float *)a.rstd)[blockIdx.x], sum = 0.0f;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x)
-        sum += w[i] * dout[i] * (y[i] * z[i] * cq_sigmoid(z[i]) * by);
+        sum += w[i] * cq_value(dout[i]) * (gated(cq_value(y[i]), cq_value(z[i])) * by);
     float m = cq_block_sum(sum, room) / (float)width;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = y[i], gate = z[i], u = v * gate * cq_sigmoid(gate) * by, a_slope, b_slope;
-        gate_slopes(v, gate, by * (w[i] * dout[i] - u * m), &a_slope, &b_slope);
-        dy[i] = a_slope;
-        dz[i] = b_slope;
+        float v = cq_value(y[i]), gate = cq_value(z[i]), u = gated(v, gate) * by, a_slope, b_slope;
+        gate_slopes(v, gate, by * (w[i] * cq_value(dout[i]) - u * m), &a_slope, &b_slope);
+        cq_put(dy + i, a_slope);
+        cq_put(dz + i, b_slope);
     }
 }
 
-extern "C" int cq_cuda_gatednorm_backward(cq_stream *s, const cq_gatednorm_backward_args *a) {
-    CQ_CUDA_F32("gatednorm_backward", a);
-    if (a->rows == 0 || a->dim == 0)
-        return CQ_OK;
+template <typename T>
+static int gatednorm_backward(cq_stream *s, const cq_gatednorm_backward_args *a) {
     int64_t width = a->dim / a->groups, n = width / 4;
     bool whole = width % 4 == 0 && width <= 512 && a->ldz % 4 == 0 && a->lddz % 4 == 0 &&
-                 cq_aligned16(a->y) && cq_aligned16(a->z) && cq_aligned16(a->w) &&
-                 cq_aligned16(a->dout) && cq_aligned16(a->dy) && cq_aligned16(a->dz);
+                 cq_aligned4<T>(a->y) && cq_aligned4<T>(a->z) && cq_aligned16(a->w) &&
+                 cq_aligned4<T>(a->dout) && cq_aligned4<T>(a->dy) && cq_aligned4<T>(a->dz);
     int64_t most = MOST_PARTS;
     if (whole) /* about six blocks for each multiprocessor, no warp without a row */
         most = a->groups < SMS * 6 ? SMS * 6 / a->groups : 1;
@@ -514,16 +570,24 @@ extern "C" int cq_cuda_gatednorm_backward(cq_stream *s, const cq_gatednorm_backw
     enum { THREADS = GATE_WARPS * CQ_WARP };
     if (!whole) {
         if (part)
-            CQ_LAUNCH(gatednorm_weight_any, dim3(cq_blocks(a->dim, 128), (unsigned)share.blocks),
+            CQ_LAUNCH(gatednorm_weight_any<T>, dim3(cq_blocks(a->dim, 128), (unsigned)share.blocks),
                       128, 0, s, *a, share.rows, part);
-        CQ_LAUNCH(gatednorm_backward_any, (unsigned)(a->rows * a->groups), 128, 0, s, *a);
+        CQ_LAUNCH(gatednorm_backward_any<T>, (unsigned)(a->rows * a->groups), 128, 0, s, *a);
     } else if (width <= 128)
-        CQ_LAUNCH(gatednorm_backward_groups<1>, grid, THREADS, 0, s, *a, n, share.rows, part);
+        CQ_LAUNCH((gatednorm_backward_groups<1, T>), grid, THREADS, 0, s, *a, n, share.rows, part);
     else if (width <= 256)
-        CQ_LAUNCH(gatednorm_backward_groups<2>, grid, THREADS, 0, s, *a, n, share.rows, part);
+        CQ_LAUNCH((gatednorm_backward_groups<2, T>), grid, THREADS, 0, s, *a, n, share.rows, part);
     else
-        CQ_LAUNCH(gatednorm_backward_groups<4>, grid, THREADS, 0, s, *a, n, share.rows, part);
+        CQ_LAUNCH((gatednorm_backward_groups<4, T>), grid, THREADS, 0, s, *a, n, share.rows, part);
     if (part)
         cq_add_parts_to(s, a->dim, share.blocks, part, (float *)a->dw);
     CQ_CUDA_END("gatednorm_backward");
+}
+
+extern "C" int cq_cuda_gatednorm_backward(cq_stream *s, const cq_gatednorm_backward_args *a) {
+    CQ_CUDA_ACT("gatednorm_backward", a);
+    if (a->rows == 0 || a->dim == 0)
+        return CQ_OK;
+    return a->act == CQ_BF16 ? gatednorm_backward<__nv_bfloat16>(s, a)
+                             : gatednorm_backward<float>(s, a);
 }

@@ -15,8 +15,8 @@ constexpr int THREADS = 256, TILE = 256, MOST_SLICES = 16, SLICE_TILES = 4;
 constexpr int ROW_THREADS = 128, AHEAD = 8, STEPS = 4;
 
 /// Source of cq_fake_flat: rows by index, which is below `limit`.
-struct gathered {
-    const float *x;
+template <typename T> struct gathered {
+    const T *x;
     const int32_t *index;
     int64_t limit;
     cq_divider quarters; ///< of a row
@@ -30,26 +30,27 @@ struct gathered {
     }
 };
 /// Rows that are no multiple of 4 long; they cannot be quantized.
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    gather_plain(const float *x, const int32_t *index, int64_t limit, float *y, float *yq,
-                 int64_t n, cq_divider dim) {
+    gather_plain(const T *x, const int32_t *index, int64_t limit, T *y, T *yq, int64_t n,
+                 cq_divider dim) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n)
         return;
     int64_t row = cq_divide(i, dim), from = index[row];
-    float v = from >= 0 && from < limit ? x[from * dim.by + i - row * dim.by] : nanf("");
+    float v = from >= 0 && from < limit ? cq_value(x[from * dim.by + i - row * dim.by]) : nanf("");
     if (y)
-        y[i] = v;
+        cq_put(y + i, v);
     if (yq)
-        yq[i] = v;
+        cq_put(yq + i, v);
 }
 
 /// V neighbouring elements of a row: 1, or 4 where all is aligned.
 template <int V> struct piece;
 template <> struct piece<1> {
     float v;
-    __device__ __forceinline__ void load(const float *p) { v = *p; }
-    __device__ __forceinline__ void store(float *p) const { *p = v; }
+    template <typename T> __device__ __forceinline__ void load(const T *p) { v = cq_value(*p); }
+    template <typename T> __device__ __forceinline__ void store(T *p) const { cq_put(p, v); }
     __device__ __forceinline__ void zero() { v = 0.0f; }
     __device__ __forceinline__ void add(const piece &o, float w) { v += w * o.v; }
     __device__ __forceinline__ void scale(float w) { v *= w; }
@@ -57,8 +58,12 @@ template <> struct piece<1> {
 };
 template <> struct piece<4> {
     float4 v;
-    __device__ __forceinline__ void load(const float *p) { v = *(const float4 *)p; }
-    __device__ __forceinline__ void store(float *p) const { *(float4 *)p = v; }
+    template <typename T> __device__ __forceinline__ void load(const T *p) {
+        v = cq_load4(p, true);
+    }
+    template <typename T> __device__ __forceinline__ void store(T *p) const {
+        cq_store4(p, v, true);
+    }
     __device__ __forceinline__ void zero() { v = cq_zero4(); }
     __device__ __forceinline__ void add(const piece &o, float w) {
         v.x += w * o.v.x;
@@ -72,9 +77,9 @@ template <> struct piece<4> {
 
 /// out[t] += sum over j of weight[t, j] y[position[t, j]], j ascending; weight NULL: 1. `dim` and
 /// `n` count pieces; AHEAD rows are on their way at once.
-template <int V>
+template <int V, typename T>
 __global__ void __launch_bounds__(THREADS)
-    combine(float *out, const float *y, const float *weight, const int32_t *position, int64_t n,
+    combine(float *out, const T *y, const float *weight, const int32_t *position, int64_t n,
             int64_t top_k, cq_divider dim) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n)
@@ -101,10 +106,10 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /// One block for each (token, slot); `dim` counts pieces.
-template <int V>
+template <int V, typename T>
 __global__ void __launch_bounds__(THREADS)
-    combine_back(const float *y, const float *weight, const float *dout, const int32_t *position,
-                 float *dy, float *dweight, int64_t top_k, int64_t dim) {
+    combine_back(const T *y, const float *weight, const float *dout, const int32_t *position, T *dy,
+                 float *dweight, int64_t top_k, int64_t dim) {
     CQ_SHARED(float, room, [CQ_WARP]);
     int64_t pair = blockIdx.x, row = (int64_t)position[pair] * dim, t = pair / top_k * dim;
     float w = weight[pair], dot = 0.0f;
@@ -225,6 +230,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     sum.store(to);
 }
 
+template <typename T>
 int gather(cq_stream *s, const void *x, const int32_t *index, int64_t limit, int64_t rows,
            int64_t dim, void *y, void *yq, const cq_fq &fq) {
     if (yq)
@@ -232,69 +238,83 @@ int gather(cq_stream *s, const void *x, const int32_t *index, int64_t limit, int
     if (rows < 1 || dim < 1)
         return CQ_OK;
     if (dim % 4 == 0) {
-        gathered source = {(const float *)x, index, limit, cq_divider_make(dim / 4),
-                           cq_aligned16(x)};
-        cq_fake_launch<false>(s, source, cq_fake_job_make(rows, dim, y, yq, fq));
+        gathered<T> source = {(const T *)x, index, limit, cq_divider_make(dim / 4),
+                              cq_aligned4<T>(x)};
+        cq_fake_launch<false>(s, source, cq_fake_job_make<T>(rows, dim, y, yq, fq));
         return CQ_OK;
     }
-    CQ_LAUNCH(gather_plain, cq_blocks(rows * dim, THREADS), THREADS, 0, s, (const float *)x, index,
-              limit, (float *)y, (float *)yq, rows * dim, cq_divider_make(dim));
+    CQ_LAUNCH(gather_plain<T>, cq_blocks(rows * dim, THREADS), THREADS, 0, s, (const T *)x, index,
+              limit, (T *)y, (T *)yq, rows * dim, cq_divider_make(dim));
     return CQ_OK;
 }
 
-template <int V>
-void add_pairs(cq_stream *s, float *out, const float *y, const float *weight,
-               const int32_t *position, int64_t tokens, int64_t top_k, int64_t dim) {
+template <int V, typename T>
+void add_pieces(cq_stream *s, float *out, const T *y, const float *weight, const int32_t *position,
+                int64_t tokens, int64_t top_k, int64_t dim) {
     int64_t n = tokens * (dim / V);
     if (n > 0)
-        CQ_LAUNCH((combine<V>), cq_blocks(n, THREADS), THREADS, 0, s, out, y, weight, position, n,
-                  top_k, cq_divider_make(dim / V));
+        CQ_LAUNCH((combine<V, T>), cq_blocks(n, THREADS), THREADS, 0, s, out, y, weight, position,
+                  n, top_k, cq_divider_make(dim / V));
 }
 
-/// Whether rows of dim can be moved four elements at a time.
-bool by_four(int64_t dim, const void *a, const void *b) {
-    return dim % 4 == 0 && cq_aligned16(a) && cq_aligned16(b);
+/// Whether rows of dim can be moved four elements at a time: of F32 at a, of T at b.
+template <typename T = float> bool by_four(int64_t dim, const void *a, const void *b) {
+    return dim % 4 == 0 && cq_aligned16(a) && cq_aligned4<T>(b);
+}
+
+template <typename T>
+void add_pairs(cq_stream *s, void *out, const void *y, const void *weight, const int32_t *position,
+               int64_t tokens, int64_t top_k, int64_t dim) {
+    (by_four<T>(dim, out, y) ? add_pieces<4, T> : add_pieces<1, T>)(s, (float *)out, (const T *)y,
+                                                                    (const float *)weight, position,
+                                                                    tokens, top_k, dim);
+}
+
+template <typename T> void split_pairs(cq_stream *s, const cq_combine_backward_args *a) {
+    int64_t pairs = a->tokens * a->top_k;
+    const T *y = (const T *)a->y;
+    const float *weight = (const float *)a->weight, *dout = (const float *)a->dout;
+    T *dy = (T *)a->dy;
+    float *dweight = (float *)a->dweight;
+    if (by_four<T>(a->dim, a->dout, a->y) && cq_aligned4<T>(a->dy))
+        CQ_LAUNCH((combine_back<4, T>), (unsigned)pairs, THREADS, 0, s, y, weight, dout,
+                  a->position, dy, dweight, a->top_k, a->dim / 4);
+    else
+        CQ_LAUNCH((combine_back<1, T>), (unsigned)pairs, THREADS, 0, s, y, weight, dout,
+                  a->position, dy, dweight, a->top_k, a->dim);
 }
 
 } // namespace
 
 extern "C" int cq_cuda_gather_rows(cq_stream *s, const cq_gather_rows_args *a) {
-    CQ_CUDA_F32("gather_rows", a);
-    CQ_TRY(gather(s, a->x, a->index, INT64_MAX, a->rows, a->dim, a->y, a->yq, a->fq));
+    CQ_CUDA_ACT("gather_rows", a);
+    CQ_TRY((a->act == CQ_BF16 ? gather<__nv_bfloat16> : gather<float>)(s, a->x, a->index, INT64_MAX,
+                                                                       a->rows, a->dim, a->y, a->yq,
+                                                                       a->fq));
     CQ_CUDA_END("gather_rows");
 }
 
 extern "C" int cq_cuda_combine_forward(cq_stream *s, const cq_combine_forward_args *a) {
-    CQ_CUDA_F32("combine_forward", a);
-    (by_four(a->dim, a->out, a->y) ? add_pairs<4>
-                                   : add_pairs<1>)(s, (float *)a->out, (const float *)a->y,
-                                                   (const float *)a->weight, a->position, a->tokens,
-                                                   a->top_k, a->dim);
+    CQ_CUDA_ACT("combine_forward", a);
+    (a->act == CQ_BF16 ? add_pairs<__nv_bfloat16> : add_pairs<float>)(s, a->out, a->y, a->weight,
+                                                                      a->position, a->tokens,
+                                                                      a->top_k, a->dim);
     CQ_CUDA_END("combine_forward");
 }
 
 extern "C" int cq_cuda_combine_backward(cq_stream *s, const cq_combine_backward_args *a) {
-    CQ_CUDA_F32("combine_backward", a);
-    int64_t pairs = a->tokens * a->top_k;
-    if (pairs < 1)
+    CQ_CUDA_ACT("combine_backward", a);
+    if (a->tokens * a->top_k < 1)
         return CQ_OK;
-    const float *y = (const float *)a->y, *weight = (const float *)a->weight;
-    const float *dout = (const float *)a->dout;
-    float *dy = (float *)a->dy, *dweight = (float *)a->dweight;
-    if (by_four(a->dim, a->y, a->dy) && cq_aligned16(a->dout))
-        CQ_LAUNCH((combine_back<4>), (unsigned)pairs, THREADS, 0, s, y, weight, dout, a->position,
-                  dy, dweight, a->top_k, a->dim / 4);
-    else
-        CQ_LAUNCH((combine_back<1>), (unsigned)pairs, THREADS, 0, s, y, weight, dout, a->position,
-                  dy, dweight, a->top_k, a->dim);
+    (a->act == CQ_BF16 ? split_pairs<__nv_bfloat16> : split_pairs<float>)(s, a);
     CQ_CUDA_END("combine_backward");
 }
 
 extern "C" int cq_cuda_ungather_rows(cq_stream *s, const cq_ungather_rows_args *a) {
-    CQ_CUDA_F32("ungather_rows", a);
-    (by_four(a->dim, a->dx, a->dy) ? add_pairs<4>
-                                   : add_pairs<1>)(s, (float *)a->dx, (const float *)a->dy, NULL,
-                                                   a->position, a->tokens, a->top_k, a->dim);
+    CQ_CUDA_ACT("ungather_rows", a);
+    (a->act == CQ_BF16 ? add_pairs<__nv_bfloat16> : add_pairs<float>)(s, a->dx, a->dy, NULL,
+                                                                      a->position, a->tokens,
+                                                                      a->top_k, a->dim);
     CQ_CUDA_END("ungather_rows");
 }
 
@@ -316,7 +336,7 @@ extern "C" int cq_cuda_scatter_rows(cq_stream *s, const cq_scatter_rows_args *a)
 extern "C" int cq_cuda_embed_forward(cq_stream *s, const cq_embed_forward_args *a) {
     CQ_CUDA_F32("embed_forward", a);
     cq_fq none = {};
-    CQ_TRY(gather(s, a->table, a->ids, a->vocab, a->tokens, a->dim, a->h, NULL, none));
+    CQ_TRY(gather<float>(s, a->table, a->ids, a->vocab, a->tokens, a->dim, a->h, NULL, none));
     CQ_CUDA_END("embed_forward");
 }
 

@@ -13,25 +13,41 @@ constexpr int CHUNK = 64, THREADS = 128, PER_THREAD = CHUNK * CHUNK / THREADS;
 
 // ---- operands -----------------------------------------------------------------------------------
 
+/// EXACT operands hold nothing but BF16 values, and `raw` gives four of them as they are.
+
 /// n rows of `cols` values, ld apart; zeros around them.
-struct rows {
-    const float *p;
+template <typename T> struct rows {
+    static constexpr bool EXACT = sizeof(T) == sizeof(__nv_bfloat16);
+    const T *p;
     int64_t ld;
     int n, cols;
     bool vec;
     __device__ __forceinline__ float4 at(int r, int c) const {
         if (r >= n || c >= cols)
             return cq_zero4();
-        const float *from = p + r * ld + c;
+        const T *from = p + r * ld + c;
         if (vec)
-            return *(const float4 *)from;
-        return make_float4(from[0], c + 1 < cols ? from[1] : 0.0f, c + 2 < cols ? from[2] : 0.0f,
-                           c + 3 < cols ? from[3] : 0.0f);
+            return cq_load4(from, true);
+        return make_float4(cq_value(from[0]), c + 1 < cols ? cq_value(from[1]) : 0.0f,
+                           c + 2 < cols ? cq_value(from[2]) : 0.0f,
+                           c + 3 < cols ? cq_value(from[3]) : 0.0f);
+    }
+    __device__ __forceinline__ uint2 raw(int r, int c) const {
+        if (r >= n || c >= cols)
+            return make_uint2(0u, 0u);
+        const T *from = p + r * ld + c;
+        if (vec)
+            return *(const uint2 *)from;
+        T zero = T(0.0f);
+        return make_uint2(
+            cq_bf16_pair(from[0], c + 1 < cols ? from[1] : zero),
+            cq_bf16_pair(c + 2 < cols ? from[2] : zero, c + 3 < cols ? from[3] : zero));
     }
 };
 /// The same, row r times weight[r].
-struct weighted {
-    rows of;
+template <typename T> struct weighted {
+    static constexpr bool EXACT = false;
+    rows<T> of;
     const float *weight;
     __device__ __forceinline__ float4 at(int r, int c) const {
         return r < of.n ? cq_scale4(of.at(r, c), weight[r]) : cq_zero4();
@@ -39,6 +55,7 @@ struct weighted {
 };
 /// A 64 x 64 tile in shared memory.
 struct tile {
+    static constexpr bool EXACT = false;
     const float *p;
     __device__ __forceinline__ float4 at(int r, int c) const {
         return *(const float4 *)(p + r * CHUNK + c);
@@ -121,7 +138,8 @@ struct engine_f32 {
 };
 
 /// Tensor cores: a warp has 32 x 32 of the result. An operand is the sum of two BF16 values, three
-/// products of which are added: about 16 bits are right. Operands lie as they are read, [m][k] or
+/// products of which are added: about 16 bits are right. Of an EXACT operand the second value is
+/// zero, and so are its products, which are left out. Operands lie as they are read, [m][k] or
 /// [k][m], rows padded by 8 values.
 struct engine_bf16 {
     static constexpr int ROWS = 4, RUNS = 4, RUN = 2, SHARERS = 8, SLICE = 32;
@@ -165,10 +183,13 @@ struct engine_bf16 {
 #pragma unroll
         for (int i = 0; i < FETCHES; i++) {
             int at = (int)threadIdx.x + THREADS * i, r = at / quarters, c = 4 * (at % quarters);
-            v[i] = pack(ALONG_K ? f.at(r, k0 + c) : f.at(k0 + r, c));
+            if constexpr (F::EXACT)
+                v[i].high = ALONG_K ? f.raw(r, k0 + c) : f.raw(k0 + r, c);
+            else
+                v[i] = pack(ALONG_K ? f.at(r, k0 + c) : f.at(k0 + r, c));
         }
     }
-    template <bool ALONG_K>
+    template <bool ALONG_K, bool EXACT>
     static __device__ __forceinline__ void put(__nv_bfloat16 *to, const piece (&v)[FETCHES]) {
         const int quarters = (ALONG_K ? SLICE : CHUNK) / 4;
 #pragma unroll
@@ -176,7 +197,8 @@ struct engine_bf16 {
             int at = (int)threadIdx.x + THREADS * i, r = at / quarters, c = 4 * (at % quarters);
             __nv_bfloat16 *p = to + r * ld<ALONG_K>() + c;
             *(uint2 *)p = v[i].high;
-            *(uint2 *)(p + LARGEST) = v[i].low;
+            if (!EXACT)
+                *(uint2 *)(p + LARGEST) = v[i].low;
         }
     }
     /// Two fragments of A, rows m0 on, or of B, columns n0 on, at k.
@@ -225,18 +247,22 @@ struct engine_bf16 {
             fetch<A_ALONG_K>(va, fa, k0);
             fetch<B_ALONG_K>(vb, fb, k0);
             __syncthreads();
-            put<A_ALONG_K>(as, va);
-            put<B_ALONG_K>(bs, vb);
+            put<A_ALONG_K, A::EXACT>(as, va);
+            put<B_ALONG_K, B::EXACT>(bs, vb);
             __syncthreads();
             int end = depth - k0 < SLICE ? depth - k0 : SLICE;
             for (int k = 0; k < end; k += 16) {
                 unsigned a[2][4], b[2][4], low[2][4];
                 load_a<A_ALONG_K>(a, as, m0, k);
                 load_b<B_ALONG_K>(b, bs, n0, k);
-                load_a<A_ALONG_K>(low, as + LARGEST, m0, k);
-                multiply(acc, low, b);
-                load_b<B_ALONG_K>(low, bs + LARGEST, n0, k);
-                multiply(acc, a, low);
+                if (!A::EXACT) {
+                    load_a<A_ALONG_K>(low, as + LARGEST, m0, k);
+                    multiply(acc, low, b);
+                }
+                if (!B::EXACT) {
+                    load_b<B_ALONG_K>(low, bs + LARGEST, n0, k);
+                    multiply(acc, a, low);
+                }
                 multiply(acc, a, b);
             }
         }
@@ -248,24 +274,30 @@ __device__ __forceinline__ void clear(float (&acc)[PER_THREAD]) {
     for (int i = 0; i < PER_THREAD; i++)
         acc[i] = 0.0f;
 }
+__device__ __forceinline__ void store2(float *p, float x, float y) {
+    *(float2 *)p = make_float2(x, y);
+}
+__device__ __forceinline__ void store2(__nv_bfloat16 *p, float x, float y) {
+    *(unsigned *)p = cq_bf16_pair(x, y);
+}
 /// RUN neighbours of a row to p, those before column `cols`.
-template <int RUN>
-__device__ __forceinline__ void store_run(float *p, const float *v, int c, int cols, bool vec) {
+template <int RUN, typename T>
+__device__ __forceinline__ void store_run(T *p, const float *v, int c, int cols, bool vec) {
     if (vec && RUN == 4 && c + 4 <= cols) {
-        *(float4 *)(p + c) = make_float4(v[0], v[1], v[RUN - 2], v[RUN - 1]);
+        cq_store4(p + c, make_float4(v[0], v[1], v[RUN - 2], v[RUN - 1]), true);
     } else if (vec && RUN == 2 && c + 2 <= cols) {
-        *(float2 *)(p + c) = make_float2(v[0], v[1]);
+        store2(p + c, v[0], v[1]);
     } else {
 #pragma unroll
         for (int j = 0; j < RUN; j++)
             if (c + j < cols)
-                p[c + j] = v[j];
+                cq_put(p + c + j, v[j]);
     }
 }
 /// The tile's first n rows and `cols` columns to p.
-template <typename E>
-__device__ __forceinline__ void store_tile(float *p, int64_t ld, const float (&acc)[PER_THREAD],
-                                           int n, int cols, bool vec) {
+template <typename E, typename T>
+__device__ __forceinline__ void store_tile(T *p, int64_t ld, const float (&acc)[PER_THREAD], int n,
+                                           int cols, bool vec) {
 #pragma unroll
     for (int q = 0; q < E::ROWS; q++)
         if (E::row(q) < n)
@@ -276,21 +308,21 @@ __device__ __forceinline__ void store_tile(float *p, int64_t ld, const float (&a
 }
 /// to[r] += sum over columns of the tile times v, rows r < n; `room` is free before and after the
 /// next barrier.
-template <typename E>
+template <typename E, typename T>
 __device__ __forceinline__ void dot_rows(float *room, float *to, const float (&acc)[PER_THREAD],
-                                         const rows &v) {
+                                         const rows<T> &v) {
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < E::ROWS; q++) {
         float sum = 0.0f;
-        const float *p = v.p + E::row(q) * v.ld;
+        const T *p = v.p + E::row(q) * v.ld;
         if (E::row(q) < v.n)
 #pragma unroll
             for (int u = 0; u < E::RUNS; u++)
 #pragma unroll
                 for (int j = 0; j < E::RUN; j++)
                     if (E::column(u) + j < v.cols)
-                        sum += acc[E::index(q, u, j)] * p[E::column(u) + j];
+                        sum += acc[E::index(q, u, j)] * cq_value(p[E::column(u) + j]);
         room[E::row(q) * (E::SHARERS + 1) + E::sharer()] = sum;
     }
     __syncthreads();

@@ -1,7 +1,7 @@
 /// tiles.cuh - small matrices in shared memory and their products, for kernels that are bound by
 /// neither: THREADS threads of a block work together, four by four results each.
 #pragma once
-#include "kernels/cuda/cq_cuda.h"
+#include "kernels/cuda/float4.cuh"
 
 /// A matrix in shared memory; an odd ld keeps columns on different banks.
 struct cq_tile {
@@ -11,11 +11,12 @@ struct cq_tile {
 };
 
 /// n rows of `cols` values, ld apart, into a tile; scaled row by row where `by` is not NULL.
-__device__ __forceinline__ void cq_load_rows(const cq_tile &to, const float *from, int64_t ld,
-                                             int n, int cols, const float *by) {
+template <typename T>
+__device__ __forceinline__ void cq_load_rows(const cq_tile &to, const T *from, int64_t ld, int n,
+                                             int cols, const float *by) {
     for (int i = (int)threadIdx.x; i < n * cols; i += (int)blockDim.x) {
         int r = i / cols, c = i - r * cols;
-        float v = from[(int64_t)r * ld + c];
+        float v = cq_value(from[(int64_t)r * ld + c]);
         to.at(r, c) = by ? v * by[r] : v;
     }
 }

@@ -120,7 +120,7 @@ extern "C" int cq_cuda_adamw(cq_stream *s, const cq_adamw_args *a) {
     source.g = (const float *)a->g;
     source.aligned =
         cq_aligned16(a->w) && cq_aligned16(a->m) && cq_aligned16(a->v) && cq_aligned16(a->g);
-    cq_fake_job job = cq_fake_job_make(a->rows, a->cols, NULL, a->wq, a->fq);
+    cq_fake_job<float> job = cq_fake_job_make<float>(a->rows, a->cols, NULL, a->wq, a->fq);
     job.quarters = n / 4;
     job.block_amax = a->block_amax;
     job.top = a->top;

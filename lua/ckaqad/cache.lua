@@ -152,7 +152,8 @@ local function write_manifest(self, complete)
   local list = { "format", format, "program", "ckaqad", "version", native.version, "dir", self.teacher.dir, "vocab", self.teacher.vocab }
   for _, item in ipairs(self.identity) do list[#list + 1], list[#list + 2] = item[1], item[3] end
   local device = self.teacher.device
-  for _, x in ipairs { "steps", self.steps, "held_out", self.held_out or 0, "compute", device.compute, "complete", complete } do
+  for _, x in ipairs { "steps", self.steps, "held_out", self.held_out or 0, "compute", device.compute,
+    "activations", device.activations, "complete", complete } do
     list[#list + 1] = x
   end
   local s = json.encode(json.object(list), true) .. "\n"

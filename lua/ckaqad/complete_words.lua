@@ -18,7 +18,7 @@ complete.values = {
   offload = { "none", "teacher", "optimizer", "both" },
   suite = { "aime25", "gpqa", "lcb" }, mix = { "sft", "rl", "test", "easy" }, part = { "validation", "test" },
   arms = { "all", "main", "short" }, family = { "nemotron_h", "qwen3" },
-  device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16", "nvfp4" },
+  device = { "cpu", "cuda", "cuda:0", "auto" }, compute = { "f32", "bf16", "nvfp4" }, activations = { "f32", "bf16" },
   gram = { "micro", "ranks" }, moe = { "local", "ranks" }, template = { "auto", "nano3", "qwen3-thinking" },
   stream = { "auto", "yes", "no" },
 }

@@ -43,28 +43,34 @@ local function open(o)
 end
 
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
---- ranks of a machine share) and compute ("f32", "bf16", "nvfp4") for models opened from now on, `copies` for students (see
---- `teacher:quantize`), `offload` ("none", "teacher", "optimizer", "both": what a GPU keeps in pinned host memory); `check` looks at every result for NaN and
---- Inf. A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
+--- ranks of a machine share) and compute ("f32", "bf16", "nvfp4") for models opened from now on, `activations` ("f32"; "bf16": inside of
+--- blocks, on a GPU with BF16 products), `copies` for students (see `teacher:quantize`), `offload` ("none", "teacher", "optimizer", "both":
+--- what a GPU keeps in pinned host memory); `check` looks at every result for NaN and Inf. A run does this from its options. Under mpirun
+--- "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
 ---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
   local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", copies = "f32", offload = "none",
-    check = false })
+    activations = "f32", check = false })
   if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
     errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
   end
   errors.choose("option --compute", o.compute, { "f32", "bf16", "nvfp4" })
   errors.choose("option --copies", o.copies, { "f32", "bf16", "packed" })
   errors.choose("option --offload", o.offload, { "none", "teacher", "optimizer", "both" })
+  errors.choose("option --activations", o.activations, { "f32", "bf16" })
   if o.threads < 0 or o.threads ~= math.floor(o.threads) then
     errors.usage("option --threads: got %g, wanted a whole number, 0 or more", o.threads)
   end
   local stream, kernels = open(o)
   if o.offload ~= "none" and stream.table.memory == nil then
     errors.usage("option --offload: %s goes with a GPU (--device=cuda), on the processor all is in the host's memory", o.offload)
+  end
+  if o.activations == "bf16" and (stream.table.memory == nil or o.compute == "f32") then
+    errors.usage("option --activations: bf16 needs a GPU and --compute=bf16, got %s and --compute=%s",
+      stream.table.memory == nil and "the processor" or "a GPU", o.compute)
   end
   if o.check then stream.table = C.cq_kernels_checked(stream.table) end
   if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
@@ -82,7 +88,7 @@ function device.device(given)
   call.cq_stream_describe(stream, text, 128)
   local name = native.string(text)
   current = {
-    stream = stream, kernels = kernels, compute = o.compute, copies = o.copies, offload = o.offload,
+    stream = stream, kernels = kernels, compute = o.compute, activations = o.activations, copies = o.copies, offload = o.offload,
     threads = tonumber(stream.threads), on_device = stream.table.memory ~= nil,
     isa = name ~= "" and name or kernels == "cpu" and native.string(C.cq_cpu_isa()) or "scalar",
   }

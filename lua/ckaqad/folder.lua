@@ -181,7 +181,7 @@ function Folder:record(run)
     "options", folder.options(run.opt),
     "seeds", json.object { "data", rawget(run.opt, "seed"), "rows", rawget(run.opt, "seed") },
     "device", json.object { "kernels", device.kernels, "instructions", device.isa, "threads", device.threads,
-      "compute", device.compute },
+      "compute", device.compute, "activations", device.activations },
     "ranks", json.object { "size", ranks.size, "backend", native.string(C.cq_comm_backend(native.comm)),
       "ordered", ranks.ordered or ranks.many, "gram", ranks.gram, "moe", ranks.moe },
     "model", f.model and json.object { "dir", f.model.dir, "family", f.model.family, "pattern", f.model.pattern,

@@ -26,6 +26,7 @@ local function wrap(c, extra)
   for key, value in pairs(extra or {}) do m[key] = value end
   C.cq_model_set_compute(c, m.device.stream.compute)
   C.cq_model_set_fp4(c, m.device.compute == "nvfp4")
+  C.cq_model_set_activations(c, m.device.activations == "bf16" and C.CQ_BF16 or C.CQ_F32)
   if ranks.moe == "ranks" and not m.device.imagined then call.cq_model_share_experts(c, native.comm) end
   setmetatable(m, Model)
   m:set_offload(m.device.offload)

@@ -15,6 +15,7 @@ local common = {
   { "compute", "f32", "matrix products: f32, bf16 operands with f32 sums, or nvfp4 (forward on FP4 tensor cores, packed copies)" },
   { "offload", "none", "on a GPU, what stays in pinned host memory: teacher (its blocks, fetched in turn), optimizer, both, or none" },
   { "copies", "f32", "fake-quantized weights: f32, bf16 (half; for bf16 products on a GPU), packed (NVFP4, opened before each product)" },
+  { "activations", "f32", "inside of blocks: f32, or bf16 (2 bytes each; needs a GPU and --compute=bf16)" },
   { "check", false, "look at every operation's result for NaN and Inf and name the first (slow)" },
   { "memory", 0, "bytes the plan may use, for example 4GiB (0: what the system has)" },
   { "template", "auto", "chat template: nano3, qwen3-thinking, or auto (by its hash)" },

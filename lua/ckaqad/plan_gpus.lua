@@ -119,24 +119,25 @@ local function planned(o, mode)
   return out
 end
 
--- Scratch that exists only because products round F32 operands to BF16.
-local function operands(o)
-  local with = planned(o, "yes").scratch
-  for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_compute(m.c, C.CQ_COMPUTE_F32) end
-  local without = planned(o, "yes").scratch
-  for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_compute(m.c, C.CQ_COMPUTE_BF16) end
-  return with - without
+local stored = { f32 = C.CQ_F32, bf16 = C.CQ_BF16 }
+
+-- How the models of a prepared plan keep activations inside of blocks.
+local function set_activations(o, value)
+  for _, m in ipairs { o.teacher, o.student } do C.cq_model_set_activations(m.c, stored[value]) end
 end
 
--- What plan_ranks takes of a prepared plan; `planned` holds what the plan declares without and with recompute.
+-- What plan_ranks takes of a prepared plan; `planned` holds what the plan declares, by activations, without and with recompute.
 function gpus.model(o)
   local list, block, quantized = classes(o.student)
   local model = { classes = list, block = block, quantized_block = quantized, shape = shape(o.student), planned = {}, work = {} }
-  local rounded = operands(o)
-  for mode in pairs(modes) do
-    local p = planned(o, mode)
-    model.planned[mode], model.work[mode] = p, { operands = rounded }
-    for _, name in ipairs { "activations", "scratch", "logits", "cka" } do model.work[mode][name] = p[name] end
+  for _, value in ipairs { "bf16", "f32" } do
+    set_activations(o, value)
+    model.planned[value], model.work[value] = {}, {}
+    for mode in pairs(modes) do
+      local p = planned(o, mode)
+      model.planned[value][mode], model.work[value][mode] = p, {}
+      for _, name in ipairs { "activations", "scratch", "logits", "cka" } do model.work[value][mode][name] = p[name] end
+    end
   end
   local _, layers = loss.split(o.lists[1] or { { logits = "kl" } })
   local taps = layers and #select_.blocks(layers.blocks, o.student.pattern) or 0
@@ -154,7 +155,9 @@ local function variant(o, options, globs, changes)
   copy.student = o.teacher:quantize(quant)
   for _, m in ipairs { o.teacher, copy.student } do m:set_offload(changes.offload or "none") end
   copy.adam = optim.adamw(copy.student, adam)
-  return plan.prepare(copy)
+  copy = plan.prepare(copy)
+  set_activations(copy, changes.activations or "f32")
+  return copy
 end
 
 -- Tokens of a micro-batch with which a combination just fits: activations and scratch grow with them.
@@ -209,8 +212,9 @@ local function declared(r, o, options, search)
   if r.layout.gpus > 1 or r.missing > 0 then return end
   local globs = r.combo.freeze == "experts" and "*.experts.*" or nil
   local sum = r.bytes
-  r.bytes = planned(variant(o, options, globs, { moments = r.combo.moments, master = r.combo.master, copies = r.combo.copies,
-    offload = r.combo.offload }), r.combo.recompute)
+  local c = r.combo
+  local changes = { moments = c.moments, master = c.master, activations = c.activations, copies = c.copies, offload = c.offload }
+  r.bytes = planned(variant(o, options, globs, changes), r.combo.recompute)
   if search.cached then r.bytes.teacher, r.bytes.total = sum.teacher, r.bytes.total - r.bytes.teacher + sum.teacher end
   r.short = math.max(0, r.bytes.total - search.limit)
   r.fits = r.short == 0

@@ -71,8 +71,8 @@ end
 
 -- Bytes on one rank by purpose, `total` and `host`. `model`: classes = list of { n, expert, quantized, matrix (products read a BF16
 -- copy), linear (not what embeds, too), product (a token meets it in a product), trained, vector, block (it lies in one) }, block =
--- values of the largest block, quantized_block, work = { no = ..., yes = ... } bytes of the work buffers without and with recompute (operands: of
--- scratch, what rounding to BF16 takes).
+-- values of the largest block, quantized_block, work = { f32 = { no = ..., yes = ... }, bf16 = ... } bytes of the work buffers by
+-- activations, without and with recompute.
 function ranks.bytes(model, combo, layout)
   local out = { host = 0, optimizer = 0, stream = 0 }
   for _, purpose in ipairs(ranks.purposes) do out[purpose] = 0 end
@@ -88,10 +88,8 @@ function ranks.bytes(model, combo, layout)
     student(out, class, combo, n, n / copies)
   end
   if offloads(combo, "teacher") then out.teacher = out.teacher + 2 * 2 * model.block / layout.experts end
-  local work = model.work[combo.recompute]
-  local shrink = combo.activations == "bf16" and 0.5 or 1
-  out.activations, out.scratch = work.activations * shrink, (work.scratch - work.operands) * shrink
-  if combo.activations == "f32" then out.scratch = out.scratch + work.operands end
+  local work = model.work[combo.activations][combo.recompute]
+  out.activations, out.scratch = work.activations, work.scratch
   if combo.copies == "packed" then out.scratch = out.scratch + 2 * model.quantized_block / layout.experts end
   out.logits, out.cka, out.total = work.logits, work.cka, 0
   for _, purpose in ipairs(ranks.purposes) do out.total = out.total + out[purpose] end

@@ -88,7 +88,8 @@ function run.run(opt, given)
   ranks.ordered, ranks.gram = opt.ordered, errors.choose("option --gram", opt.gram, { "micro", "ranks" })
   ranks.moe = errors.choose("option --moe", opt.moe, { "local", "ranks" })
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
-    compute = opt.compute, copies = opt.copies, offload = imagined and "none" or opt.offload, check = opt.check }
+    compute = opt.compute, copies = opt.copies, offload = imagined and "none" or opt.offload,
+    activations = imagined and "f32" or opt.activations, check = opt.check }
   if imagined then require "ckaqad.plan_gpus".imagine(opt) end
   local elsewhere = (rawget(opt, "server") or "") ~= "" -- the model is a server's
   local has_model = not elsewhere and (rawget(opt, "model") or rawget(opt, "teacher"))
@@ -119,7 +120,7 @@ function run.run(opt, given)
   current = self
   if imagined then return self end
   self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
-    self.device.compute == "bf16" and ", bf16 matrix products" or "")
+    (self.device.compute == "bf16" and ", bf16 matrix products" or "") .. (self.device.activations == "bf16" and " and activations" or ""))
   if ranks.many then
     self:say("%d ranks, %s%s", ranks.size, native.string(native.C.cq_comm_backend(native.comm)),
       ranks.moe == "ranks" and ", experts dealt out" or "")

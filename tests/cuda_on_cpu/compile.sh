@@ -18,7 +18,7 @@ flags=(-O2 -g -Wall -Wextra -DCQ_CUDA_ON_CPU -I"$root/tests/cuda_on_cpu" -I"$roo
 objects=$(mktemp -d); trap 'rm -rf "$objects"' EXIT
 here=$root/tests/cuda_on_cpu
 for f in cuda_on_cpu memory; do g++ -std=c++17 "${flags[@]}" -c "$here/$f.cpp" -o "$objects/$f.o"; done
-for f in table library; do gcc "${flags[@]}" -c "$here/$f.c" -o "$objects/$f.o"; done
+for f in table plain library; do gcc "${flags[@]}" -c "$here/$f.c" -o "$objects/$f.o"; done
 for f in ${tests+"${tests[@]}"}; do
   gcc "${flags[@]}" -fopenmp -DWAYS_CUDA -DWAYS_EMULATED '-DWAYS_TABLE="cuda_on_cpu"' -c "$f" -o "$objects/$(basename "$f").o"
 done

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "kernels/ref/ref.h"
-#include "tests/cuda_on_cpu/memory.h"
+#include "tests/cuda_on_cpu/plain.h"
 
 /* The operands as BF16 would hold them. */
 static float rounded(float x) {
@@ -24,28 +24,66 @@ static float *rounded_copy(const float *x, int64_t rows, int64_t cols, int64_t l
     return y;
 }
 
+static float widened(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &u, sizeof(x));
+    return x;
+}
 static float *widened_copy(const uint16_t *x, int64_t n) {
     float *y = malloc((size_t)(n + 1) * sizeof(*y));
-    for (int64_t i = 0; y && i < n; i++) {
-        uint32_t u = (uint32_t)x[i] << 16;
-        memcpy(&y[i], &u, sizeof(u));
-    }
+    for (int64_t i = 0; y && i < n; i++)
+        y[i] = widened(x[i]);
     return y;
 }
 /* Values of an operand, [a, b] or across; of its last row only its own. */
 static int64_t values(bool across, int64_t a, int64_t b, int64_t ld) {
     return across ? (b - 1) * ld + a : (a - 1) * ld + b;
 }
+/* An operand [rows, cols] as BF16 holds it, which it may be already. */
+static float *operand(const void *x, bool bf16, int64_t rows, int64_t cols, int64_t ld) {
+    int64_t n = rows > 0 ? values(false, rows, cols, ld) : 0;
+    return bf16 ? widened_copy(x, n) : rounded_copy(x, rows, cols, ld);
+}
+static void store_16(uint16_t *to, const float *from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = rounded(from[i]);
+        uint32_t u;
+        memcpy(&u, &x, sizeof(u));
+        to[i] = (uint16_t)(u >> 16);
+    }
+}
+/* C in BF16 is written once, from the FP32 one. */
+static int product_into_16(cq_stream *s, const cq_matmul_args *a) {
+    uint16_t *c = a->c;
+    cq_matmul_args b = *a;
+    float *wide = widened_copy(c, values(false, a->m, a->n, a->ldc));
+    b.c = wide;
+    int status = wide ? cq_ref_matmul(s, &b) : cq_fail(CQ_ENOMEM, "matmul: no memory");
+    for (int64_t i = 0; i < a->m && !status; i++)
+        store_16(c + i * a->ldc, wide + i * a->ldc, a->n);
+    free(wide);
+    return status;
+}
 static int product(cq_stream *s, const cq_matmul_args *a) {
+    if (s->compute != CQ_COMPUTE_BF16 && (a->a_bf16 || a->b_bf16 || a->c_bf16))
+        return cq_fail(CQ_EUSAGE, "cuda: matmul: matrices in BF16, wanted BF16 products for them");
     if (s->compute != CQ_COMPUTE_BF16 || a->dtype != CQ_F32)
         return cq_ref_matmul(s, a);
+    if (a->m == 0 || a->n == 0)
+        return CQ_OK;
     cq_matmul_args b = *a;
-    float *x = rounded_copy(a->a, a->ta ? a->k : a->m, a->ta ? a->m : a->k, a->lda);
-    float *y = a->b ? rounded_copy(a->b, a->tb ? a->n : a->k, a->tb ? a->k : a->n, a->ldb)
-                    : widened_copy(a->b16, values(a->tb, a->k, a->n, a->ldb));
+    bool only_16 = !a->b; /* b16 alone */
+    float *x = operand(a->a, a->a_bf16, a->ta ? a->k : a->m, a->ta ? a->m : a->k, a->lda);
+    float *y = operand(only_16 ? a->b16 : a->b, a->b_bf16 || only_16, a->tb ? a->n : a->k,
+                       a->tb ? a->k : a->n, a->ldb);
     b.a = x;
     b.b = y;
-    int status = x && y ? cq_ref_matmul(s, &b) : cq_fail(CQ_ENOMEM, "matmul: no memory");
+    int status = CQ_OK;
+    if (!x || !y)
+        status = cq_fail(CQ_ENOMEM, "matmul: no memory");
+    else
+        status = a->c_bf16 ? product_into_16(s, &b) : cq_ref_matmul(s, &b);
     free(x);
     free(y);
     return status;
@@ -139,18 +177,29 @@ int cq_cuda_matmul_nvfp4(cq_stream *s, const cq_matmul_nvfp4_args *a) {
     return nvfp4_product(s, a);
 }
 
+/* x or y of a grouped product as FP32 holds it. */
+static float *rows_copy(const void *x, bool bf16, int64_t rows, int64_t cols) {
+    return operand(x, bf16, rows, cols, cols);
+}
 static int grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     cq_matmul_grouped_args b = *a;
     if (s->compute != CQ_COMPUTE_BF16)
-        return cq_ref_matmul_grouped(s, a);
+        return a->x_bf16 || a->y_bf16
+                   ? cq_fail(CQ_EUSAGE, "cuda: matmul_grouped: rows in BF16 want BF16 products")
+                   : cq_ref_matmul_grouped(s, a);
     int64_t rows = a->offsets[a->groups], status = CQ_ENOMEM;
-    float *x = rounded_copy(a->x, rows, a->k, a->k), *y = rounded_copy(a->y, rows, a->n, a->n);
-    float *w = rounded_copy(a->w, a->groups * a->n, a->k, a->k);
+    bool only_16 = !a->w; /* w16 alone */
+    float *x = rows_copy(a->x, a->x_bf16, rows, a->k), *y = rows_copy(a->y, a->y_bf16, rows, a->n);
+    float *w = operand(only_16 ? a->w16 : a->w, only_16, a->groups * a->n, a->k, a->k);
     if (x && y && w) {
-        b.x = a->mode == CQ_GROUPED_INPUT ? a->x : x;
-        b.y = a->mode == CQ_GROUPED_FORWARD ? a->y : y;
+        b.x = a->mode == CQ_GROUPED_INPUT && !a->x_bf16 ? a->x : x;
+        b.y = a->mode == CQ_GROUPED_FORWARD && !a->y_bf16 ? a->y : y;
         b.w = a->mode == CQ_GROUPED_WEIGHT ? a->w : w;
         status = cq_ref_matmul_grouped(s, &b);
+        if (a->mode == CQ_GROUPED_INPUT && a->x_bf16)
+            store_16(a->x, x, rows * a->k);
+        if (a->mode == CQ_GROUPED_FORWARD && a->y_bf16)
+            store_16(a->y, y, rows * a->n);
     } else
         cq_fail(CQ_ENOMEM, "matmul_grouped: no memory");
     free(x);
@@ -158,13 +207,19 @@ static int grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     free(w);
     return (int)status;
 }
+static int grouped_on_device(cq_stream *s, const cq_matmul_grouped_args *a) {
+    cq_emu_memory_unlock();
+    int status = grouped(s, a);
+    cq_emu_memory_lock();
+    return status;
+}
+int cq_emu_plain_matmul_grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
+    return a->x_bf16 ? grouped_on_device(s, a) : CQ_EMU_NOT_PLAIN;
+}
 /* matmul_grouped of a kernel file takes its place where there is one. */
 __attribute__((weak)) int cq_cuda_matmul_grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     if (a->dtype != CQ_F32)
         return cq_fail(CQ_EUSAGE, "cuda: matmul_grouped: dtype is %s, wanted F32",
                        cq_dtype_name(a->dtype));
-    cq_emu_memory_unlock();
-    int status = grouped(s, a);
-    cq_emu_memory_lock();
-    return status;
+    return grouped_on_device(s, a);
 }

@@ -1,10 +1,11 @@
 /* table.c - the table of the emulated device, named "cuda_on_cpu".
 
    An operation whose kernel file is not in the build is an error that names it. Before an operation
-   runs, every pointer in its arguments must be NULL or lie on the device. */
+   runs, every pointer in its arguments must be NULL or lie on the device. Where plain.c has it and
+   is asked for, that takes its place. */
 #include <stdio.h>
 
-#include "tests/cuda_on_cpu/memory.h"
+#include "tests/cuda_on_cpu/plain.h"
 #include "tests/cuda_on_cpu/pointers.h"
 
 #define CQ_KERNEL(op) __attribute__((weak)) int cq_cuda_##op(cq_stream *s, const cq_##op##_args *a);
@@ -27,6 +28,10 @@ static int check_pointer(const cq_stream *s, const char *op, const char *field, 
     static int run_##name(cq_stream *s, const cq_##name##_args *a) {                               \
         static const char op[] = #name;                                                            \
         CQ_EMU_POINTERS_##name;                                                                    \
+        int plain =                                                                                \
+            cq_emu_plain_##name && cq_emu_plain() ? cq_emu_plain_##name(s, a) : CQ_EMU_NOT_PLAIN;  \
+        if (plain != CQ_EMU_NOT_PLAIN)                                                             \
+            return plain;                                                                          \
         if (!cq_cuda_##name)                                                                       \
             return cq_fail(CQ_EUSAGE, "cuda: operation %s is not in this build", op);              \
         CQ_TRY(cq_cuda_##name(s, a));                                                              \

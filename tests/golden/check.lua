@@ -18,7 +18,7 @@ local opt = cq.options {
 }
 local double = opt.compute == "f64"
 local device = cq.device { device = opt.device, kernels = double and "ref" or opt.kernels, threads = opt.threads,
-  compute = double and "f32" or opt.compute }
+  compute = double and "f32" or opt.compute, activations = opt.activations }
 
 -- An array where the kernels run: a copy on a device (kept until the end), itself on the host; and its values back.
 local memory = device.stream.table.memory

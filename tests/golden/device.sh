@@ -15,7 +15,19 @@ for model in nemotron_h_tiny qwen3_tiny; do # products in BF16, the teacher's ma
   build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --compute=bf16 --report --kernels=cuda_on_cpu >"$reports/device"
   awk -f $g/bf16.awk "$reports/cpu" "$reports/device"
 done
+for model in nemotron_h_tiny qwen3_tiny; do # activations in BF16: what ref makes of the same widened values, rounded at the same places
+  check() { build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --compute=bf16 --activations=bf16 --report --kernels=cuda_on_cpu; }
+  CKAQAD_CUDA_PLAIN=1 check >"$reports/plain"
+  check >"$reports/device"
+  awk -f $g/bf16.awk "$reports/plain" "$reports/device"
+  awk -f $g/bf16.awk "$reports/plain" $g/$model.bf16.txt
+  check >"$reports/again"
+  cmp "$reports/device" "$reports/again"
+done
 for model in nemotron_h_gsm8k qwen3_gsm8k; do # generation: the first tokens
   build/ckaqad_on_cpu $g/check.lua --model=$g/$model --generate=$g/$model.generate.json --most=2 --kernels=cuda_on_cpu
+  build/ckaqad_on_cpu $g/check.lua --model=$g/$model --generate=$g/$model.generate.json --most=2 --kernels=cuda_on_cpu --compute=bf16 --activations=bf16 \
+    --report >"$reports/tokens"
+  grep -q "greedy tokens that differ .* worst 0 " "$reports/tokens"
 done
 build/ckaqad_on_cpu $g/check.lua --golden=$g/nvfp4_static.golden.safetensors --kernels=cuda_on_cpu

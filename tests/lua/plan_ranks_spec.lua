@@ -10,6 +10,9 @@ local function class(n, flags)
   return c
 end
 
+local none = { activations = 0, scratch = 0, logits = 0, cka = 0 }
+local no_work = { f32 = { no = none, yes = none }, bf16 = { no = none, yes = none } }
+
 local function nano(freeze)
   local experts = class(23 * 128 * 2 * 1856 * D, "expert quantized matrix linear product block")
   experts.trained = not freeze
@@ -23,7 +26,7 @@ local function nano(freeze)
     block = 128 * 2 * 1856 * D + 2 * 3712 * D + 128 * D, quantized_block = 128 * 2 * 1856 * D + 2 * 3712 * D,
     shape = { top_k = 6, experts = 128, heads = 32, head_dim = 128, chunk = 128, vocab = V, hidden = D, mamba_heads = 64,
       mamba_head_dim = 64, state = 128, groups = 8, attention = 6, mamba = 23, moe = 23 },
-    work = { no = { activations = 0, scratch = 0, operands = 0, logits = 0, cka = 0 } }, cka_operations = 0,
+    work = no_work, cka_operations = 0,
   }
 end
 
@@ -35,7 +38,7 @@ local function qwen()
     block = linear / 36, quantized_block = linear / 36,
     shape = { top_k = 0, experts = 0, heads = 32, head_dim = 128, chunk = 0, vocab = 151936, hidden = d, mamba_heads = 0,
       mamba_head_dim = 0, state = 0, groups = 0, attention = 36, mamba = 0, moe = 0 },
-    work = { no = { activations = 0, scratch = 0, operands = 0, logits = 0, cka = 0 } }, cka_operations = 0,
+    work = no_work, cka_operations = 0,
   }
 end
 
@@ -183,7 +186,6 @@ describe("plan_ranks", function()
 
   it("puts what fits first, the faster before the slower, the exact before the others", function()
     local m = nano(true)
-    m.work.yes = m.work.no
     local o = { step = { batch = 16, seq = 4096, micro = 1 }, limit = 140e9, host = 0, rates = ranks.rates,
       has = function(_, value) return value ~= "packed" end, has_ranks = function() return true end, fixed = {} }
     local list = ranks.search({ experts = m }, 1, o)

@@ -18,10 +18,10 @@ local function prepare(dir, freeze, copies)
   return { teacher = teacher, student = student, adam = adam, terms = terms, tokens = 256, longest = 128, eval = true }
 end
 
-local function combination(recompute)
+local function combination(activations, recompute)
   local c = {}
   for _, knob in ipairs(ranks.knobs) do c[knob.name] = knob.values[1] end
-  c.recompute = recompute
+  c.activations, c.recompute = activations, recompute
   return c
 end
 
@@ -38,20 +38,22 @@ for _, dir in ipairs(arg) do
     local model, buffers = gpus.model(o), 0
     for _ in o.student:params() do buffers = buffers + 1 end
     local slack = 64 * 4 * buffers -- every buffer begins at a multiple of 64, and scales of quantized matrices are not counted
-    for _, recompute in ipairs { "no", "yes" } do
-      local sum, declared = ranks.bytes(model, combination(recompute), { gpus = 1, experts = 1 }), model.planned[recompute]
+    for _, c in ipairs { combination("f32", "no"), combination("f32", "yes"), combination("bf16", "no"), combination("bf16", "yes") } do
+      local sum, declared = ranks.bytes(model, c, { gpus = 1, experts = 1 }), model.planned[c.activations][c.recompute]
       for _, purpose in ipairs(ranks.purposes) do
         local off = declared[purpose] - sum[purpose]
-        assert(off >= 0 and off <= slack, ("%s, freeze %q, recompute %s: %s is %d declared, %d added up"):format(dir, freeze, recompute,
+        assert(off >= 0 and off <= slack, ("%s, freeze %q, recompute %s: %s is %d declared, %d added up"):format(dir, freeze, c.recompute,
           purpose, declared[purpose], sum[purpose]))
       end
       assert(math.abs(sum.total - declared.total) <= 3 * slack)
     end
+    local wide, narrow = model.planned.f32.no, model.planned.bf16.no
+    assert(narrow.activations < 0.75 * wide.activations and narrow.scratch < wide.scratch, "activations in BF16 take less")
 
     for _, copies in ipairs { "bf16", "packed" } do
-      local narrow, c = gpus.model(plan.prepare(prepare(dir, freeze, copies))), combination "yes"
+      local kept, c = gpus.model(plan.prepare(prepare(dir, freeze, copies))), combination("f32", "yes")
       c.copies = copies
-      local sum, declared = ranks.bytes(narrow, c, { gpus = 1, experts = 1 }), narrow.planned.yes
+      local sum, declared = ranks.bytes(kept, c, { gpus = 1, experts = 1 }), kept.planned.f32.yes
       for name in pairs(weights) do
         local off = declared[name] - sum[name]
         assert(off >= 0 and off <= slack, ("%s, freeze %q, copies %s: %s is %d declared, %d added up"):format(dir, freeze, copies, name,
@@ -64,6 +66,6 @@ for _, dir in ipairs(arg) do
       assert(counted[purpose] == allocated[name], ("%s, freeze %q: %s is %d counted, %d allocated"):format(dir, freeze, name,
         counted[purpose], allocated[name]))
     end
-    print(("%s, freeze %q: %d bytes on a GPU with recompute, as declared"):format(dir, freeze, model.planned.yes.total))
+    print(("%s, freeze %q: %d bytes on a GPU with recompute, as declared"):format(dir, freeze, model.planned.f32.yes.total))
   end
 end
