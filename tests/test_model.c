@@ -249,6 +249,34 @@ Test(model, measuring_gradient_norms_changes_nothing) {
     cr_expect_str_eq(a, b);
 }
 
+Test(model, blocks_whose_grams_are_made_together_have_the_bits_of_one_at_a_time) {
+    static const int64_t together[] = {1, 2, 3, 64};
+    char hash[4][65];
+    double layer[4];
+    for (int i = 0; i < 4; i++) {
+        harness h;
+        harness_options o = pair(models[0]);
+        o.distill.many = true;
+        o.distill.together = together[i];
+        harness_open(&h, &o);
+        harness_disturb(&h, 0.05);
+        double norms[2][64];
+        cq_distill_result r;
+        harness_step(&h, 1, 2, 1, 2);
+        harness_step(&h, 2, 2, 0.5, 1);
+        harness_hash(&h, hash[i]);
+        OK(cq_distill_forward(h.distill, &h.stream, h.batch[1], 3, 0, h.batch[1]->valid, &r));
+        OK(cq_distill_norms(h.distill, &h.stream, h.batch[1], norms[0], norms[1]));
+        layer[i] = 0;
+        for (int64_t l = 0; l < cq_model_config(h.student)->n_blocks; l++)
+            layer[i] += norms[1][l] * (double)(l + 1) + r.layer_loss[l];
+        cr_expect(layer[i] > 0);
+        cr_expect_str_eq(hash[i], hash[0], "%ld together", (long)together[i]);
+        cr_expect(layer[i] == layer[0], "%ld together", (long)together[i]);
+        harness_close(&h);
+    }
+}
+
 Test(model, frozen_parameters_are_the_teachers_own_memory) {
     harness h;
     harness_options o = pair(models[0]);

@@ -39,6 +39,8 @@ typedef struct cq_distill_options {
     bool many; ///< more than one micro-batch per step: the head's gradient gets a buffer of its own
     int64_t cached_k; ///< above 0: the teacher is NULL, its part comes from files with this many
                       ///< entries a token (cache.h); cq_distill_from before each forward
+    int64_t together; ///< blocks whose Grams one call makes; 0: one on the host, on a device as
+                      ///< many as are worth their memory. Bits do not depend on it
     cq_comm *comm;    ///< one Gram over the sampled rows of all its ranks, each of which has a
                       ///< micro-batch at the same time; NULL: over this micro-batch's
 } cq_distill_options;
