@@ -109,6 +109,7 @@ CHECKED(cka, )
 CHECKED(cka_backward, DENSE(dx, (a->batch > 1 ? a->batch : 1) * a->n, a->dim))
 CHECKED(rowloss, )
 CHECKED(rowloss_backward, DENSE(dx, a->n, a->dim))
+CHECKED(balance, )
 CHECKED(scatter_rows, )
 CHECKED(adamw, {
     int64_t blocks = (a->rows * a->cols + 255) / 256;

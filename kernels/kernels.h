@@ -603,6 +603,21 @@ typedef struct cq_rowloss_backward_args {
     const double *weights; ///< [1] in the place of `weight`; may be NULL
     void *dx;
 } cq_rowloss_backward_args;
+/// The losses of a micro-batch where the host finds them later, and with `ratio` the weights of its
+/// n layer losses, worked out where they are, in double as cq.balance.ratio does:
+///     kl = sum / valid     gap = mean of 1 - cka, 0 for n = 0     cka = 1 - loss
+///     weight = min(max(kl, 0) / max(gap, 1e-8), most)             each loss: weight / n * share
+typedef struct cq_balance_args {
+    int64_t n;
+    const double *sum;    ///< of the logit loss
+    const int64_t *right; ///< right answers
+    const double *stats;  ///< [n, 4] of cka or rowloss, the loss last
+    const int32_t *order; ///< [n] in which the losses are added up
+    bool ratio;
+    double valid, share, most;
+    double *weights; ///< [n] of the layer losses; written by `ratio`
+    double *report;  ///< [3 + n] sum, right answers, weight (0 without `ratio`), the losses
+} cq_balance_args;
 /// x[index[i]] += y[i]; indices are distinct.
 typedef struct cq_scatter_rows_args {
     cq_dtype dtype;

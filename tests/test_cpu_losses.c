@@ -426,6 +426,63 @@ Test(cpu_losses, layers_in_one_call_have_the_bits_they_have_alone) {
     check_layers(CQ_GRAM_FROBENIUS, 12, 8, CQ_COMPUTE_F32, 1353);
 }
 
+/* Bit for bit: a weight from the host and one from a device must be the same. */
+static void check_balance(int64_t n, bool ratio, double kl, double gap, double most) {
+    double stats[4 * 300], weights[300], report[303], wanted[300], wanted_report[303];
+    int32_t order[300];
+    int64_t right = 17;
+    double sum = kl * 90;
+    for (int64_t i = 0; i < n; i++) {
+        order[i] = (int32_t)(n - 1 - i);
+        for (int k = 0; k < 4; k++)
+            stats[4 * i + k] = gap * (1 + 0.5 * cq_random_normal(1360, (uint64_t)k, (uint64_t)i));
+        weights[i] = wanted[i] = -1;
+    }
+    ways w = {.seed = 0};
+    for (w.at = -1; ways_next(&w.at);) {
+        cq_stream s = ways_stream(&w, CPU_WAY);
+        cq_balance_args a = {.n = n,
+                             .sum = &sum,
+                             .right = &right,
+                             .stats = stats,
+                             .order = order,
+                             .ratio = ratio,
+                             .valid = 90,
+                             .share = 0.3,
+                             .most = most,
+                             .weights = wanted,
+                             .report = wanted_report};
+        cr_assert_eq(cq_ref_balance(NULL, &a), CQ_OK);
+        a.weights = weights;
+        a.report = report;
+        cr_assert_eq(WAYS_CALL(&s, balance, a, WAYS_AT(sum, 8), WAYS_AT(right, 8),
+                               WAYS_AT(stats, 32 * n), WAYS_AT(order, 4 * n),
+                               WAYS_AT(weights, 8 * n), WAYS_AT(report, 8 * (3 + n))),
+                     CQ_OK, "%s", cq_error());
+        cr_expect(memcmp(report, wanted_report, (size_t)(8 * (3 + n))) == 0, "n %lld",
+                  (long long)n);
+        cr_expect(memcmp(weights, wanted, (size_t)(8 * n)) == 0, "n %lld", (long long)n);
+        ways_stream_free(&s);
+    }
+    double loss = 0;
+    for (int64_t i = n - 1; i >= 0; i--)
+        loss += 1 - (1 - stats[4 * i + 3]);
+    double by = fmax(n ? loss / (double)n : 0, 1e-8);
+    cr_expect(wanted_report[2] == (ratio ? fmin(fmax(sum / 90, 0) / by, most) : 0));
+    cr_expect(wanted_report[0] == sum && wanted_report[1] == 17);
+    cr_expect(n == 0 || wanted_report[2 + n] == stats[4 * n - 1]);
+    cr_expect(n == 0 || wanted[n - 1] == (ratio ? wanted_report[2] / (double)n * 0.3 : -1));
+}
+Test(cpu_losses, ratio_is_worked_out_with_the_same_bits_everywhere) {
+    check_balance(36, true, 0.31, 0.02, 100);
+    check_balance(300, true, 0.31, 0.02, 100);
+    check_balance(1, true, 0.7, 1e-12, 1e30);
+    check_balance(5, true, 0.7, 1e-4, 100);
+    check_balance(5, true, -1e-9, 1e-4, 100);
+    check_balance(0, true, 1e-8, 0, 100);
+    check_balance(7, false, 0.31, 0.02, 100);
+}
+
 Test(cpu_losses, row_losses_agree_with_ref) {
     for (cq_rowloss_form form = CQ_ROWLOSS_COSINE; form <= CQ_ROWLOSS_MSE; form++) {
         ways w = {.seed = 0};

@@ -61,6 +61,7 @@
 #define CQ_EMU_POINTERS_cka_backward P(k) P(l) P(x) P(weights) P(stats) P(dx)
 #define CQ_EMU_POINTERS_rowloss P(x) P(y) P(out)
 #define CQ_EMU_POINTERS_rowloss_backward P(x) P(y) P(weights) P(dx)
+#define CQ_EMU_POINTERS_balance P(sum) P(right) P(stats) P(order) P(weights) P(report)
 #define CQ_EMU_POINTERS_scatter_rows P(y) P(index) P(x)
 #define CQ_EMU_POINTERS_adamw                                                                      \
     P(w)                                                                                           \
