@@ -83,14 +83,18 @@ int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
     size_t n = (size_t)d->n_blocks;
     d->taps = calloc(n, sizeof *d->taps);
     d->tap_of = calloc(n, sizeof *d->tap_of);
+    d->summed = calloc(n, sizeof *d->summed);
     d->loss = calloc(n, sizeof *d->loss);
     d->weight = calloc(n, sizeof *d->weight);
+    d->o.slots = o->slots > 1 ? o->slots : 1;
+    d->kept = calloc((size_t)d->o.slots, sizeof *d->kept);
     bool many = cq_comm_size(o->comm) > 1 && o->layer_loss != CQ_LAYER_NONE;
     if (many)
         d->of_rank = calloc((size_t)cq_comm_size(o->comm), sizeof *d->of_rank);
     if (many)
         d->piece = calloc((size_t)cq_comm_size(o->comm), sizeof *d->piece);
-    if (!d->taps || !d->tap_of || !d->loss || !d->weight || (many && (!d->of_rank || !d->piece))) {
+    if (!d->taps || !d->tap_of || !d->summed || !d->loss || !d->weight || !d->kept ||
+        (many && (!d->of_rank || !d->piece))) {
         cq_distill_close(d);
         return cq_fail(CQ_ENOMEM, "distill: no memory");
     }
@@ -98,6 +102,9 @@ int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
         memcpy(d->taps, o->taps, n * sizeof *d->taps);
     for (int64_t l = 0; l < d->n_blocks; l++)
         d->tap_of[l] = d->taps[l] ? (int32_t)d->n_taps++ : -1;
+    for (int64_t i = 0; i < d->n_taps; i++)
+        d->summed[i] = o->order ? d->tap_of[o->order[i]] : (int32_t)i;
+    d->o.order = NULL;
     d->o.taps = d->taps;
     *out = d;
     return CQ_OK;
@@ -108,9 +115,11 @@ void cq_distill_close(cq_distill *d) {
         return;
     free(d->taps);
     free(d->tap_of);
+    free(d->summed);
     free(d->sampled);
     free(d->loss);
     free(d->weight);
+    free(d->kept);
     free(d->of_rank);
     free(d->piece);
     free(d->from);
@@ -133,8 +142,11 @@ int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (d->o.logit_loss == CQ_LOGIT_POLICY)
         CQ_TRY(cq_plan_add(p, &d->weights, CQ_FOR_LOGITS, "weights of the labels", CQ_F32,
                            CQ_SHAPE1(tokens)));
-    CQ_TRY(cq_plan_add(p, &d->sums, CQ_FOR_RESULTS, "logit loss", CQ_F64, CQ_SHAPE1(1)));
-    CQ_TRY(cq_plan_add(p, &d->counts, CQ_FOR_RESULTS, "right answers", CQ_I64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->sums, CQ_FOR_LOGITS, "logit loss", CQ_F64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->counts, CQ_FOR_LOGITS, "right answers", CQ_I64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->report, CQ_FOR_RESULTS, "losses", CQ_F64,
+                       CQ_SHAPE2(d->o.slots, 3 + d->n_taps)));
+    CQ_TRY(cq_plan_add(p, &d->square, CQ_FOR_RESULTS, "squared norm", CQ_F64, CQ_SHAPE1(1)));
     CQ_TRY(cq_plan_add(p, &d->dxf, CQ_FOR_LOGITS, "final hidden gradient", d->dtype,
                        CQ_SHAPE2(tokens, d->dim)));
     if (d->o.many && cq_model_head(d->student)->trainable)
@@ -292,8 +304,8 @@ static int read_teacher(cq_distill *d, const cq_batch *b) {
     return CQ_OK;
 }
 
-int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
-                       int64_t valid_total, cq_distill_result *out) {
+int cq_distill_start(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
+                     int64_t valid_total, int64_t slot) {
     if (b->valid < 1 || valid_total < b->valid)
         return cq_fail(
             CQ_EDATA,
@@ -302,17 +314,19 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
     if (d->o.logit_loss == CQ_LOGIT_POLICY && d->n_weights != b->tokens)
         return cq_fail(CQ_EUSAGE, "distill: weights of %ld labels, wanted those of %ld tokens",
                        (long)d->n_weights, (long)b->tokens);
+    if (slot < 0 || slot >= d->o.slots)
+        return cq_fail(CQ_EUSAGE, "distill: slot is %ld, wanted 0 to %ld", (long)slot,
+                       (long)d->o.slots - 1);
     d->n_weights = 0;
+    d->slot = slot;
     d->step = step;
     d->valid = b->valid;
     d->valid_total = valid_total;
     d->n_rows = d->n_gram = 0;
     if (d->o.layer_loss != CQ_LAYER_NONE)
         CQ_TRY(cq_layers_sample(d, b, step, micro));
-    double *sum = d->sums.data;
-    int64_t *right = d->counts.data;
-    *sum = 0;
-    *right = 0;
+    CQ_TRY(cq_zero(d->sums.data, cq_tensor_bytes(d->sums)));
+    CQ_TRY(cq_zero(d->counts.data, cq_tensor_bytes(d->counts)));
     if (d->o.cached_k)
         CQ_TRY(read_teacher(d, b));
     if (d->teacher)
@@ -322,14 +336,33 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
         CQ_TRY(cq_zero(d->dxf.data, b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
     for (int64_t at = 0; at < b->tokens && d->o.logit_loss != CQ_LOGIT_NONE; at += d->o.chunk)
         CQ_TRY(head_chunk(d, s, b, at));
-    CQ_TRY(cq_stream_wait(s));
+    d->kept[slot].valid = b->valid;
+    d->kept[slot].rows = d->n_gram;
+    return cq_layers_report(d, s, false, 0);
+}
+
+int cq_distill_read(cq_distill *d, int64_t slot, cq_distill_result *out) {
+    if (slot < 0 || slot >= d->o.slots || !d->kept[slot].valid)
+        return cq_fail(CQ_EUSAGE, "distill: nothing in slot %ld of %ld", (long)slot,
+                       (long)d->o.slots);
+    const double *report = (const double *)d->report.data + slot * (3 + d->n_taps);
+    int64_t valid = d->kept[slot].valid, rows = d->kept[slot].rows;
     for (int64_t l = 0; l < d->n_blocks; l++)
-        d->loss[l] = cq_layers_has(d, l) ? cq_layers_stats(d, l)[3] : NAN;
-    *out = (cq_distill_result){.logit_loss = *sum / (double)b->valid,
-                               .accuracy = (double)*right / (double)b->valid,
-                               .valid = b->valid,
-                               .rows = d->n_gram,
-                               .layer_loss = d->loss};
+        d->loss[l] = d->taps[l] && rows >= 4 ? report[3 + d->tap_of[l]] : NAN;
+    *out = (cq_distill_result){.logit_loss = report[0] / (double)valid,
+                               .accuracy = report[1] / (double)valid,
+                               .valid = valid,
+                               .rows = rows,
+                               .layer_loss = d->loss,
+                               .weight = report[2]};
+    return CQ_OK;
+}
+
+int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
+                       int64_t valid_total, cq_distill_result *out) {
+    CQ_TRY(cq_distill_start(d, s, b, step, micro, valid_total, 0));
+    CQ_TRY(cq_stream_wait(s));
+    CQ_TRY(cq_distill_read(d, 0, out));
     return check_losses(d, b, step, out->logit_loss);
 }
 
@@ -346,10 +379,9 @@ static int scale_head(cq_distill *d, cq_stream *s, double w) {
                            .y = grad->data);
 }
 
-int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
-                        const double *w_layer) {
+/* With the layer losses weighed. */
+static int backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl) {
     void *dx;
-    CQ_TRY(cq_layers_weigh(d, w_layer));
     CQ_TRY(scale_head(d, s, w_kl));
     if (w_kl != 1)
         CQ_TRY(CQ_RUN(s, axpy, .dtype = d->dtype, .n = b->tokens * d->dim, .alpha = w_kl,
@@ -365,6 +397,19 @@ int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w
     return cq_model_embed_backward(d->student, s, b);
 }
 
+int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
+                        const double *w_layer) {
+    CQ_TRY(cq_layers_weigh(d, w_layer));
+    return backward(d, s, b, w_kl);
+}
+
+int cq_distill_backward_ratio(cq_distill *d, cq_stream *s, const cq_batch *b, double most) {
+    if (d->of_rank)
+        return cq_fail(CQ_EUSAGE, "distill: ratio with a Gram over ranks, wanted weights");
+    CQ_TRY(cq_layers_report(d, s, true, most));
+    return backward(d, s, b, 1);
+}
+
 int cq_distill_serve(cq_distill *d, cq_stream *s) {
     if (d->teacher)
         CQ_TRY(cq_model_serve_forward(d->teacher, s));
@@ -373,7 +418,7 @@ int cq_distill_serve(cq_distill *d, cq_stream *s) {
 }
 
 static int norm_of(cq_distill *d, cq_stream *s, const void *x, int64_t n, double *out) {
-    double *sum = d->sums.data;
+    double *sum = d->square.data;
     *sum = 0;
     CQ_TRY(CQ_RUN(s, sumsq, .dtype = d->dtype, .n = n, .x = x, .out = sum));
     CQ_TRY(cq_stream_wait(s));

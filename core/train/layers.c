@@ -48,8 +48,10 @@ int cq_layers_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (!(d->sampled = calloc((size_t)tokens, 2 * sizeof *d->sampled)))
         return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
     int64_t g = d->together = blocks_together(d, p, n, wide);
-    CQ_TRY(cq_plan_add(p, &d->stats, CQ_FOR_RESULTS, "inner products", CQ_F64,
-                       CQ_SHAPE2(d->n_taps, 4)));
+    CQ_TRY(cq_plan_add(p, &d->order, CQ_FOR_RESULTS, "order of the taps", CQ_I32,
+                       CQ_SHAPE1(d->n_taps)));
+    CQ_TRY(
+        cq_plan_add(p, &d->stats, CQ_FOR_CKA, "inner products", CQ_F64, CQ_SHAPE2(d->n_taps, 4)));
     CQ_TRY(cq_plan_add(p, &d->pull, CQ_FOR_CKA, "weights", CQ_F64, CQ_SHAPE1(d->n_taps)));
     CQ_TRY(cq_plan_add(p, &d->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(own)));
     CQ_TRY(cq_plan_add(p, &d->xs, CQ_FOR_CKA, "rows", d->dtype, CQ_SHAPE3(g, n, wide)));
@@ -105,6 +107,8 @@ int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n) {
     return cq_copy(d->rows.data, rows, n * (int64_t)sizeof *rows);
 }
 
+int64_t cq_distill_rows(const cq_distill *d) { return d->n_gram; }
+
 bool cq_layers_has(const cq_distill *d, int64_t l) { return d->taps[l] && d->n_gram >= 4; }
 
 /* Matrix i of n_gram rows in a list of them. */
@@ -116,8 +120,8 @@ void *cq_layers_of_teacher(const cq_distill *d, int64_t l) {
     return nth(d, &d->of_teacher, d->tap_of[l], is_row_loss(d) ? d->dim : d->n_gram);
 }
 
-double *cq_layers_stats(const cq_distill *d, int64_t l) {
-    return (double *)d->stats.data + 4 * d->tap_of[l];
+static double *stats_of(const cq_distill *d, int64_t tap) {
+    return (double *)d->stats.data + 4 * tap;
 }
 
 /* The sampled rows of h [tokens, dim] into place i of the slab: this rank's, or those of all ranks
@@ -143,7 +147,7 @@ static int row_loss(cq_distill *d, cq_stream *s, int64_t l, const cq_tensor *h, 
     return teacher ? CQ_OK
                    : CQ_RUN(s, rowloss, .dtype = d->dtype, .form = row_form(d), .n = d->n_gram,
                             .dim = d->dim, .x = rows, .y = cq_layers_of_teacher(d, l),
-                            .out = cq_layers_stats(d, l) + 3);
+                            .out = stats_of(d, d->tap_of[l]) + 3);
 }
 
 int cq_layers_tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
@@ -163,7 +167,7 @@ int cq_layers_tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
     return teacher ? CQ_OK
                    : CQ_RUN(s, cka, .dtype = d->dtype, .loss = gram_loss(d), .batch = count, .n = n,
                             .k = gram, .l = nth(d, &d->of_teacher, first, n),
-                            .out = (double *)d->stats.data + 4 * first);
+                            .out = stats_of(d, first));
 }
 
 int cq_layers_weigh(cq_distill *d, const double *w_layer) {
@@ -182,6 +186,19 @@ int cq_layers_weigh(cq_distill *d, const double *w_layer) {
                : cq_copy(d->pull.data, d->weight, d->n_taps * (int64_t)sizeof *d->weight);
 }
 
+int cq_layers_report(cq_distill *d, cq_stream *s, bool ratio, double most) {
+    int64_t n = d->n_gram >= 4 ? d->n_taps : 0;
+    for (int64_t i = 0; i < n; i++) {
+        ((int32_t *)d->order.data)[i] = d->summed[i]; /* what lies there already, but once */
+        d->weight[i] = ratio;                         /* not known here, but not 0 */
+    }
+    return CQ_RUN(s, balance, .n = n, .sum = d->sums.data, .right = d->counts.data,
+                  .stats = d->stats.data, .order = d->order.data, .ratio = ratio,
+                  .valid = (double)d->valid, .share = (double)d->valid / (double)d->valid_total,
+                  .most = most, .weights = d->pull.data,
+                  .report = (double *)d->report.data + d->slot * (3 + d->n_taps));
+}
+
 /* The gradients of the slab that ends with tap `last`, block l, at weights of which one is not 0.
  */
 static int slab_gradients(cq_distill *d, cq_stream *s, int64_t l, int64_t last) {
@@ -198,8 +215,7 @@ static int slab_gradients(cq_distill *d, cq_stream *s, int64_t l, int64_t last) 
                    count * n * n * cq_dtype_bytes(d->dtype)));
     return CQ_RUN(s, cka_backward, .dtype = d->dtype, .loss = gram_loss(d), .batch = count, .n = n,
                   .dim = d->dim, .k = d->work.data, .l = nth(d, &d->of_teacher, first, n),
-                  .x = d->xs.data, .weights = pull, .stats = (double *)d->stats.data + 4 * first,
-                  .dx = d->dxs.data);
+                  .x = d->xs.data, .weights = pull, .stats = stats_of(d, first), .dx = d->dxs.data);
 }
 
 int cq_layers_gradient(cq_distill *d, cq_stream *s, int64_t l, void **dx) {

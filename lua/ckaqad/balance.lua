@@ -19,15 +19,37 @@ function balance.gap(pass)
   return n > 0 and sum / n or 0
 end
 
---- Both terms get the same value: cka weight = min(kl / max(mean(1 - cka), 1e-8), max), per micro-batch.
+-- What `ratio` gives for a pass whose losses are on a device: a backward of this pass has the device work the weight out; who looks
+-- at `cka` first waits for the losses.
+local promises, Promise = setmetatable({}, { __mode = "k" }), {}
+function Promise.__index(weights, key)
+  local p = promises[weights]
+  if key ~= "cka" or not p then return nil end
+  promises[weights] = nil
+  weights.cka = p.rule(p.pass)
+  return weights.cka
+end
+
+-- The largest weight of a promise for this pass that nobody has looked at or changed, else nil.
+function balance.promised(weights, pass)
+  local p = promises[weights]
+  return p and p.pass == pass and rawget(weights, "cka") == nil and weights.kl == 1 and p.max or nil
+end
+
+--- Both terms get the same value: cka weight = min(kl / max(mean(1 - cka), 1e-8), max), per micro-batch. On a device it is worked
+--- out there, and `cka` becomes a number when it is looked at.
 ---
 --- Example:
 ---     local balance = cq.balance.ratio { max = 100 }
 ---     print(balance({ step = 1, kl = 0.3, cka = { [0] = 0.9 } }).cka) --> 3
 function balance.ratio(options)
   local o = errors.fill("balance.ratio", options, { max = 100 })
+  local function weight(pass) return math.min(math.max(pass.kl, 0) / math.max(balance.gap(pass), 1e-8), o.max) end
   return function(pass)
-    return { kl = 1, cka = math.min(math.max(pass.kl, 0) / math.max(balance.gap(pass), 1e-8), o.max) }
+    if not rawget(pass, "slot") then return { kl = 1, cka = weight(pass) } end
+    local weights = setmetatable({ kl = 1 }, Promise)
+    promises[weights] = { pass = pass, rule = weight, max = o.max }
+    return weights
   end
 end
 
