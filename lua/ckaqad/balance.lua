@@ -4,6 +4,7 @@
 -- { kl = number, cka = number or { [block] = number } }. A number w means w * mean over the tapped blocks of (1 - cka);
 -- a table weighs each block's 1 - cka itself. The weights are constants: no gradient flows through them.
 local errors = require "ckaqad.errors"
+local promise = require "ckaqad.promise"
 local ranks = require "ckaqad.ranks"
 local balance = {}
 
@@ -19,23 +20,6 @@ function balance.gap(pass)
   return n > 0 and sum / n or 0
 end
 
--- What `ratio` gives for a pass whose losses are on a device: a backward of this pass has the device work the weight out; who looks
--- at `cka` first waits for the losses.
-local promises, Promise = setmetatable({}, { __mode = "k" }), {}
-function Promise.__index(weights, key)
-  local p = promises[weights]
-  if key ~= "cka" or not p then return nil end
-  promises[weights] = nil
-  weights.cka = p.rule(p.pass)
-  return weights.cka
-end
-
--- The largest weight of a promise for this pass that nobody has looked at or changed, else nil.
-function balance.promised(weights, pass)
-  local p = promises[weights]
-  return p and p.pass == pass and rawget(weights, "cka") == nil and weights.kl == 1 and p.max or nil
-end
-
 --- Both terms get the same value: cka weight = min(kl / max(mean(1 - cka), 1e-8), max), per micro-batch. On a device it is worked
 --- out there, and `cka` becomes a number when it is looked at.
 ---
@@ -47,9 +31,7 @@ function balance.ratio(options)
   local function weight(pass) return math.min(math.max(pass.kl, 0) / math.max(balance.gap(pass), 1e-8), o.max) end
   return function(pass)
     if not rawget(pass, "slot") then return { kl = 1, cka = weight(pass) } end
-    local weights = setmetatable({ kl = 1 }, Promise)
-    promises[weights] = { pass = pass, rule = weight, max = o.max }
-    return weights
+    return promise.make(pass, weight, o.max)
   end
 end
 

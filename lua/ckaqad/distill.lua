@@ -4,8 +4,8 @@
 -- such passes. The optimizer reads them before it changes a weight, at no cost, for it waits for the gradients' norm by then.
 local native = require "ckaqad.ffi"
 local errors = require "ckaqad.errors"
-local balance = require "ckaqad.balance"
 local loss = require "ckaqad.loss"
+local promise = require "ckaqad.promise"
 local ranks = require "ckaqad.ranks"
 local select_ = require "ckaqad.select"
 local C, call = native.C, native.call
@@ -200,7 +200,7 @@ end
 ---     pass:backward { kl = 1, cka = pass.kl }                   -- one weight for the mean over the tapped blocks
 ---     pass:backward { kl = 1, cka = { [0] = 0.1, [7] = 0.3 } }  -- or one for each block
 function Pass:backward(weights)
-  local most = rawget(self, "slot") and balance.promised(weights, self)
+  local most = rawget(self, "slot") and promise.most(weights, self)
   if most then
     self.by_ratio = true
     call.cq_distill_backward_ratio(self.d.c, self.student:stream(), self.part.c, most)
