@@ -206,6 +206,7 @@ function Pass:backward(weights)
     call.cq_distill_backward_ratio(self.d.c, self.student:stream(), self.part.c, most)
     return
   end
+  promise.keep(weights)
   local w = errors.fill("backward", weights, { kl = 1, cka = 0 })
   if w.kl ~= w.kl or w.cka ~= w.cka then
     errors.raise(errors.NUMERIC, "step %d: a weight of the balance is not a number", self.step)

@@ -19,6 +19,11 @@ function promise.make(pass, weight, most)
   return weights
 end
 
+-- Makes the weight of a promise a number; other weights are as they were.
+function promise.keep(weights)
+  if rules[weights] then weights.cka = weights.cka end
+end
+
 -- The largest weight of a promise for this pass that nobody has looked at or changed, else nil.
 function promise.most(weights, pass)
   local p = rules[weights]

@@ -9,7 +9,7 @@ local C, call = native.C, native.call
 local opt = cq.options {
   model = "",       -- checkpoint folder
   data = "",        -- documents
-  rule = "ratio",   -- a balance, or look: a rule of one's own
+  rule = "ratio",   -- a balance; look: a rule of one's own; late: ratio, then a look
   layer = "cka",    -- loss on hidden states
   cka = "all",      -- blocks
   later = true,     -- results stay where they are until somebody looks
@@ -24,7 +24,7 @@ local student = teacher:quantize { preset = "all" }
 local data = cq.data.open(opt.data, { model = teacher, seq = 32, batch = 4, micro = 1, seed = 3 })
 local terms = { cq.loss.kl { top_k = 16 }, cq.loss.layer(opt.layer, { blocks = opt.cka, tokens = 16 }) }
 local adam = cq.optim.adamw(student)
-local balance = cq.balance.get(opt.rule, { max = 100 })
+local balance = cq.balance.get(opt.rule == "late" and "ratio" or opt.rule, { max = 100 })
 cq.plan { teacher = teacher, student = student, adam = adam, terms = terms, data = data }
 student:calibrate(data:take(1))
 
@@ -55,7 +55,9 @@ local ok, problem = pcall(function()
     local batch, begun = cq.batch(data, step), waits()
     for part in batch:split() do
       local pass = cq.distill(teacher, student, part, terms)
-      pass:backward(balance(pass))
+      local w = balance(pass)
+      if opt.rule == "late" then assert(pass.kl > 0) end
+      pass:backward(w)
     end
     local norm = adam:step(1e-3)
     if student.device.on_device then print(("waits %d in step %d"):format(waits() - begun, step)) end

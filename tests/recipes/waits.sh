@@ -11,6 +11,9 @@ go() { # PROGRAM OUT OPTION...
   "$program" tests/recipes/waits.lua --model=tests/golden/qwen3_gsm8k --data="$work/train.jsonl" "$@" >"$out.all" 2>&1 || fail "$*: $(tail -n 3 "$out.all")"
   grep -v '^waits ' "$out.all" >"$out"
 }
+same() { # FILE FILE: the same results
+  cmp -s "$work/$1" "$work/$2" || fail "$1 and $2 differ: $(diff "$work/$1" "$work/$2" | head -n 4)"
+}
 both() { # PROGRAM OPTION...
   local program=$1; shift
   go "$program" "$work/later" --later=true "$@"
@@ -32,6 +35,9 @@ for options in "--rule=ratio" "--rule=fixed:0.5" "--rule=none" "--rule=look" "--
   both $cpu $options
 done
 broken $cpu
+go $cpu "$work/ratio" --rule=ratio
+go $cpu "$work/late" --rule=late
+same ratio late
 [ -x build/ckaqad_on_cpu ] || { echo "the bits of looking at once; no C++ compiler: waits were not counted"; exit 0; }
 device() { # WAITS OPTION...
   local n=$1; shift
