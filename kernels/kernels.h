@@ -596,13 +596,15 @@ typedef struct cq_cross_entropy_args {
 
 /// Gram matrix of n rows, centred: biased K = Xc Xc' with Xc = X - column means; unbiased:
 /// U-centred X X' (zero diagonal). n >= 2 (biased) or 4 (unbiased). method.md 4.1.
+/// Here and in the two that follow, `batch` is how many one call makes, 0 counts as 1; each has the
+/// bits it has alone.
 typedef struct cq_gram_args {
     cq_dtype dtype;
-    int64_t n, dim;
-    const void *x; ///< [n, dim] dense; not changed
+    int64_t batch, n, dim;
+    const void *x; ///< [batch, n, dim] dense; not changed
     bool unbiased;
-    void *scratch; ///< [n, dim] for the centred rows
-    void *gram;    ///< [n, n]
+    void *scratch; ///< [batch, n, dim] for the centred rows
+    void *gram;    ///< [batch, n, n]
 } cq_gram_args;
 /// Two losses of a student Gram k and a teacher Gram l [n, n], both centred the same way.
 ///   CQ_GRAM_CKA        loss = 1 - <K, L> / (|K| |L|), evaluated as |K/|K| - L/|L||^2 / 2 (no
@@ -614,9 +616,9 @@ typedef enum cq_gram_loss { CQ_GRAM_CKA, CQ_GRAM_FROBENIUS } cq_gram_loss;
 typedef struct cq_cka_args {
     cq_dtype dtype;
     cq_gram_loss loss;
-    int64_t n;
-    const void *k, *l;
-    double *out;
+    int64_t batch, n;
+    const void *k, *l; ///< [batch, n, n]
+    double *out;       ///< [batch, 4]
 } cq_cka_args;
 /// dx = weight * dloss/dX; for CKA -weight * (2/b) (L/c - cka K/b) X with b = |K|, c = |L|
 /// (method.md 4.2), for Frobenius weight * 4 (K - L) X / |L|^2. k is destroyed. Zero where the loss
@@ -624,13 +626,14 @@ typedef struct cq_cka_args {
 typedef struct cq_cka_backward_args {
     cq_dtype dtype;
     cq_gram_loss loss;
-    int64_t n, dim;
-    void *k;
-    const void *l;
-    const void *x; ///< [n, dim]
+    int64_t batch, n, dim;
+    void *k;       ///< [batch, n, n]
+    const void *l; ///< [batch, n, n]
+    const void *x; ///< [batch, n, dim]
     double weight;
-    const double *stats; ///< the four values of cq_cka_args
-    void *dx;            ///< [n, dim]
+    const double *weights; ///< [batch], each in the place of `weight`; may be NULL
+    const double *stats;   ///< [batch, 4] the values of cq_cka_args
+    void *dx;              ///< [batch, n, dim]
 } cq_cka_backward_args;
 /// Rivals of CKA on the same rows: cosine: mean over rows of 1 - cos(x, y); mse: |X - Y|^2 / |Y|^2.
 typedef enum cq_rowloss_form { CQ_ROWLOSS_COSINE, CQ_ROWLOSS_MSE } cq_rowloss_form;
@@ -648,8 +651,24 @@ typedef struct cq_rowloss_backward_args {
     int64_t n, dim;
     const void *x, *y;
     double weight;
+    const double *weights; ///< [1] in the place of `weight`; may be NULL
     void *dx;
 } cq_rowloss_backward_args;
+/// The losses of a micro-batch where the host finds them later, and with `ratio` the weights of its
+/// n layer losses, worked out where they are, in double as cq.balance.ratio does:
+///     kl = sum / valid     gap = mean of 1 - cka, 0 for n = 0     cka = 1 - loss
+///     weight = min(max(kl, 0) / max(gap, 1e-8), most)             each loss: weight / n * share
+typedef struct cq_balance_args {
+    int64_t n;
+    const double *sum;    ///< of the logit loss
+    const int64_t *right; ///< right answers
+    const double *stats;  ///< [n, 4] of cka or rowloss, the loss last
+    const int32_t *order; ///< [n] in which the losses are added up
+    bool ratio;
+    double valid, share, most;
+    double *weights; ///< [n] of the layer losses; written by `ratio`
+    double *report;  ///< [3 + n] sum, right answers, weight (0 without `ratio`), the losses
+} cq_balance_args;
 /// x[index[i]] += y[i]; indices are distinct.
 typedef struct cq_scatter_rows_args {
     cq_dtype dtype;

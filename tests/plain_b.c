@@ -50,3 +50,5 @@ CQ_PLAIN_OP(widen)
 int cq_plain_route_sort(cq_stream *s, const cq_route_sort_args *a) {
     return cq_ref_route_sort(s, a);
 }
+/* in double in every way */
+int cq_plain_balance(cq_stream *s, const cq_balance_args *a) { return cq_ref_balance(s, a); }

@@ -319,6 +319,170 @@ Test(cpu_losses, cka_of_a_zero_gram_is_zero_and_so_is_its_gradient) {
     ways_stream_free(&s);
 }
 
+enum { LAYERS = 3 };
+
+/* Grams, losses and gradients of LAYERS pairs of [n, dim] by calls for `together` of them. */
+typedef struct layer_results {
+    float *gram[2], *dx;
+    double stats[4 * LAYERS];
+} layer_results;
+
+static layer_results run_layers(cq_stream *s, cq_gram_loss loss, int64_t n, int64_t dim,
+                                const float *x, int64_t together) {
+    static const double weights[LAYERS] = {0.5, 0.0, -1.25};
+    int64_t rows = n * dim, square = n * n, size = (int64_t)sizeof(float);
+    float *scratch = calloc((size_t)(LAYERS * rows), sizeof(*scratch));
+    float *pulls = calloc((size_t)(LAYERS * square), sizeof(*pulls));
+    layer_results r = {.dx = calloc((size_t)(LAYERS * rows), sizeof(*r.dx))};
+    for (int side = 0; side < 2; side++) {
+        r.gram[side] = calloc((size_t)(LAYERS * square), sizeof(*r.gram[side]));
+        for (int64_t i = 0; i < LAYERS; i += together) {
+            cq_gram_args a = {.dtype = CQ_F32,
+                              .batch = together,
+                              .n = n,
+                              .dim = dim,
+                              .x = x + (side * LAYERS + i) * rows,
+                              .unbiased = true,
+                              .scratch = scratch,
+                              .gram = r.gram[side] + i * square};
+            cr_assert_eq(WAYS_CALL(s, gram, a, WAYS_AT(x, together * rows * size),
+                                   WAYS_AT(scratch, together * rows * size),
+                                   WAYS_AT(gram, together * square * size)),
+                         CQ_OK, "%s", cq_error());
+        }
+    }
+    for (int64_t i = 0; i < LAYERS; i += together) {
+        cq_cka_args a = {.dtype = CQ_F32,
+                         .loss = loss,
+                         .batch = together,
+                         .n = n,
+                         .k = r.gram[0] + i * square,
+                         .l = r.gram[1] + i * square,
+                         .out = r.stats + 4 * i};
+        cr_assert_eq(WAYS_CALL(s, cka, a, WAYS_AT(k, together * square * size),
+                               WAYS_AT(l, together * square * size), WAYS_AT(out, together * 32)),
+                     CQ_OK, "%s", cq_error());
+        memcpy(pulls + i * square, a.k, (size_t)(together * square * size));
+        cq_cka_backward_args b = {.dtype = CQ_F32,
+                                  .loss = loss,
+                                  .batch = together,
+                                  .n = n,
+                                  .dim = dim,
+                                  .k = pulls + i * square,
+                                  .l = a.l,
+                                  .x = x + i * rows,
+                                  .weight = weights[i],
+                                  .stats = r.stats + 4 * i,
+                                  .dx = r.dx + i * rows};
+        b.weights = together > 1 ? weights + i : NULL;
+        cr_assert_eq(WAYS_CALL(s, cka_backward, b, WAYS_AT(k, together * square * size),
+                               WAYS_AT(l, together * square * size),
+                               WAYS_AT(x, together * rows * size), WAYS_AT(weights, together * 8),
+                               WAYS_AT(stats, together * 32), WAYS_AT(dx, together * rows * size)),
+                     CQ_OK, "%s", cq_error());
+    }
+    free(scratch);
+    free(pulls);
+    return r;
+}
+
+static void check_layers(cq_gram_loss loss, int64_t n, int64_t dim, cq_compute compute,
+                         uint64_t seed) {
+    ways w = {.compute = compute};
+    int64_t rows = n * dim;
+    float *x = malloc((size_t)(2 * LAYERS * rows) * sizeof(*x));
+    for (int64_t i = 0; i < 2 * LAYERS * rows; i++)
+        x[i] = (float)(cq_random_normal(seed, 60, (uint64_t)(i % (LAYERS * rows))) +
+                       0.2 * cq_random_normal(seed, 61, (uint64_t)i));
+    for (int64_t i = 0; i < rows; i++) /* the last layer's loss has no gradient: its Gram is 0 */
+        x[2 * rows + i] = 1.0f;
+    for (w.at = -1; ways_next(&w.at);) {
+        cq_stream s = ways_stream(&w, CPU_WAY);
+        layer_results one = run_layers(&s, loss, n, dim, x, 1);
+        layer_results all = run_layers(&s, loss, n, dim, x, LAYERS);
+        cr_expect(memcmp(one.stats, all.stats, sizeof(one.stats)) == 0, "loss %d, n %lld: stats",
+                  (int)loss, (long long)n);
+        cr_expect(memcmp(one.dx, all.dx, (size_t)(LAYERS * rows) * sizeof(float)) == 0,
+                  "loss %d, n %lld: gradients", (int)loss, (long long)n);
+        cr_expect(all.dx[0] != 0.0f && all.stats[3] > 0.0, "n %lld: something to compare",
+                  (long long)n);
+        for (int side = 0; side < 2; side++) {
+            cr_expect(memcmp(one.gram[side], all.gram[side],
+                             (size_t)(LAYERS * n * n) * sizeof(float)) == 0,
+                      "n %lld: Grams", (long long)n);
+            free(one.gram[side]);
+            free(all.gram[side]);
+        }
+        free(one.dx);
+        free(all.dx);
+        ways_stream_free(&s);
+    }
+    free(x);
+}
+Test(cpu_losses, layers_in_one_call_have_the_bits_they_have_alone) {
+    check_layers(CQ_GRAM_CKA, 64, 40, CQ_COMPUTE_F32, 1350);
+    check_layers(CQ_GRAM_CKA, 37, 29, CQ_COMPUTE_F32, 1351);
+    check_layers(CQ_GRAM_CKA, 64, 40, CQ_COMPUTE_BF16, 1352);
+    check_layers(CQ_GRAM_FROBENIUS, 12, 8, CQ_COMPUTE_F32, 1353);
+}
+
+/* Bit for bit: a weight from the host and one from a device must be the same. */
+static void check_balance(int64_t n, bool ratio, double kl, double gap, double most) {
+    double stats[4 * 300], weights[300], report[303], wanted[300], wanted_report[303];
+    int32_t order[300];
+    int64_t right = 17;
+    double sum = kl * 90;
+    for (int64_t i = 0; i < n; i++) {
+        order[i] = (int32_t)(n - 1 - i);
+        for (int k = 0; k < 4; k++)
+            stats[4 * i + k] = gap * (1 + 0.5 * cq_random_normal(1360, (uint64_t)k, (uint64_t)i));
+        weights[i] = wanted[i] = -1;
+    }
+    ways w = {.seed = 0};
+    for (w.at = -1; ways_next(&w.at);) {
+        cq_stream s = ways_stream(&w, CPU_WAY);
+        cq_balance_args a = {.n = n,
+                             .sum = &sum,
+                             .right = &right,
+                             .stats = stats,
+                             .order = order,
+                             .ratio = ratio,
+                             .valid = 90,
+                             .share = 0.3,
+                             .most = most,
+                             .weights = wanted,
+                             .report = wanted_report};
+        cr_assert_eq(cq_ref_balance(NULL, &a), CQ_OK);
+        a.weights = weights;
+        a.report = report;
+        cr_assert_eq(WAYS_CALL(&s, balance, a, WAYS_AT(sum, 8), WAYS_AT(right, 8),
+                               WAYS_AT(stats, 32 * n), WAYS_AT(order, 4 * n),
+                               WAYS_AT(weights, 8 * n), WAYS_AT(report, 8 * (3 + n))),
+                     CQ_OK, "%s", cq_error());
+        cr_expect(memcmp(report, wanted_report, (size_t)(8 * (3 + n))) == 0, "n %lld",
+                  (long long)n);
+        cr_expect(memcmp(weights, wanted, (size_t)(8 * n)) == 0, "n %lld", (long long)n);
+        ways_stream_free(&s);
+    }
+    double loss = 0;
+    for (int64_t i = n - 1; i >= 0; i--)
+        loss += 1 - (1 - stats[4 * i + 3]);
+    double by = fmax(n ? loss / (double)n : 0, 1e-8);
+    cr_expect(wanted_report[2] == (ratio ? fmin(fmax(sum / 90, 0) / by, most) : 0));
+    cr_expect(wanted_report[0] == sum && wanted_report[1] == 17);
+    cr_expect(n == 0 || wanted_report[2 + n] == stats[4 * n - 1]);
+    cr_expect(n == 0 || wanted[n - 1] == (ratio ? wanted_report[2] / (double)n * 0.3 : -1));
+}
+Test(cpu_losses, ratio_is_worked_out_with_the_same_bits_everywhere) {
+    check_balance(36, true, 0.31, 0.02, 100);
+    check_balance(300, true, 0.31, 0.02, 100);
+    check_balance(1, true, 0.7, 1e-12, 1e30);
+    check_balance(5, true, 0.7, 1e-4, 100);
+    check_balance(5, true, -1e-9, 1e-4, 100);
+    check_balance(0, true, 1e-8, 0, 100);
+    check_balance(7, false, 0.31, 0.02, 100);
+}
+
 Test(cpu_losses, row_losses_agree_with_ref) {
     for (cq_rowloss_form form = CQ_ROWLOSS_COSINE; form <= CQ_ROWLOSS_MSE; form++) {
         ways w = {.seed = 0};

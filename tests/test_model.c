@@ -249,6 +249,109 @@ Test(model, measuring_gradient_norms_changes_nothing) {
     cr_expect_str_eq(a, b);
 }
 
+Test(model, blocks_whose_grams_are_made_together_have_the_bits_of_one_at_a_time) {
+    static const int64_t together[] = {1, 2, 3, 64};
+    char hash[4][65];
+    double layer[4];
+    for (int i = 0; i < 4; i++) {
+        harness h;
+        harness_options o = pair(models[0]);
+        o.distill.many = true;
+        o.distill.together = together[i];
+        harness_open(&h, &o);
+        harness_disturb(&h, 0.05);
+        double norms[2][64];
+        cq_distill_result r;
+        harness_step(&h, 1, 2, 1, 2);
+        harness_step(&h, 2, 2, 0.5, 1);
+        harness_hash(&h, hash[i]);
+        OK(cq_distill_forward(h.distill, &h.stream, h.batch[1], 3, 0, h.batch[1]->valid, &r));
+        OK(cq_distill_norms(h.distill, &h.stream, h.batch[1], norms[0], norms[1]));
+        layer[i] = 0;
+        for (int64_t l = 0; l < cq_model_config(h.student)->n_blocks; l++)
+            layer[i] += norms[1][l] * (double)(l + 1) + r.layer_loss[l];
+        cr_expect(layer[i] > 0);
+        cr_expect_str_eq(hash[i], hash[0], "%ld together", (long)together[i]);
+        cr_expect(layer[i] == layer[0], "%ld together", (long)together[i]);
+        harness_close(&h);
+    }
+}
+
+/* A step of two micro-batches by the rule `ratio`, from the host or where the losses are. */
+static void step_by_ratio(harness *h, bool there, cq_distill_result r[2], double layer[2]) {
+    int64_t blocks = cq_model_config(h->student)->n_blocks;
+    int64_t valid = h->batch[0]->valid + h->batch[1]->valid;
+    double w[64], norm;
+    OK(cq_model_zero_grad(h->student));
+    for (int i = 0; i < 2; i++) {
+        if (there) {
+            OK(cq_distill_start(h->distill, &h->stream, h->batch[i], 1, i, valid, 1 - i));
+            OK(cq_distill_backward_ratio(h->distill, &h->stream, h->batch[i], 2.5));
+            continue;
+        }
+        OK(cq_distill_forward(h->distill, &h->stream, h->batch[i], 1, i, valid, &r[i]));
+        double gap = 0;
+        for (int64_t l = 0; l < blocks; l++)
+            gap += 1 - (1 - r[i].layer_loss[l]);
+        r[i].weight = fmin(r[i].logit_loss / fmax(gap / (double)blocks, 1e-8), 2.5);
+        layer[i] = r[i].layer_loss[blocks - 1];
+        for (int64_t l = 0; l < blocks; l++)
+            w[l] = r[i].weight / (double)blocks;
+        OK(cq_distill_backward(h->distill, &h->stream, h->batch[i], 1, w));
+    }
+    OK(cq_adamw_measure(h->adam, &h->stream));
+    for (int i = 0; i < 2 && there; i++) {
+        OK(cq_distill_read(h->distill, 1 - i, &r[i]));
+        layer[i] = r[i].layer_loss[blocks - 1];
+    }
+    OK(cq_adamw_step(h->adam, &h->stream, 1e-3, 1, &norm));
+}
+
+Test(model, a_rule_worked_out_where_the_losses_are_gives_the_bits_of_one_on_the_host) {
+    for (cq_layer_loss loss = CQ_LAYER_CKA; loss <= CQ_LAYER_GRAM; loss++) {
+        char hash[2][65];
+        double layer[2][2];
+        cq_distill_result r[2][2];
+        for (int there = 0; there < 2; there++) {
+            harness h;
+            harness_options o = pair(models[0]);
+            o.distill.layer_loss = loss;
+            o.distill.many = true;
+            o.distill.slots = 2;
+            o.distill.together = 1 + 2 * there;
+            harness_open(&h, &o);
+            harness_disturb(&h, 0.05);
+            step_by_ratio(&h, there, r[there], layer[there]);
+            harness_hash(&h, hash[there]);
+            harness_close(&h);
+        }
+        cr_expect_str_eq(hash[0], hash[1], "loss %d", (int)loss);
+        for (int i = 0; i < 2; i++) {
+            cr_expect(r[0][i].weight == r[1][i].weight && r[0][i].weight > 0, "loss %d", (int)loss);
+            cr_expect(r[0][i].logit_loss == r[1][i].logit_loss && layer[0][i] == layer[1][i]);
+            cr_expect(r[0][i].accuracy == r[1][i].accuracy && r[0][i].rows == r[1][i].rows);
+        }
+        cr_expect(r[0][0].logit_loss != r[0][1].logit_loss, "two micro-batches, two results");
+    }
+}
+Test(model, results_lie_in_a_slot_that_exists_and_was_filled) {
+    harness h;
+    harness_options o = pair(models[1]);
+    o.distill.slots = 2;
+    harness_open(&h, &o);
+    cq_distill_result r;
+    const cq_batch *b = h.batch[0];
+    cr_expect_eq(cq_distill_read(h.distill, 0, &r), CQ_EUSAGE);
+    cr_expect_eq(cq_distill_start(h.distill, &h.stream, b, 1, 0, b->valid, 2), CQ_EUSAGE);
+    OK(cq_distill_start(h.distill, &h.stream, b, 1, 0, b->valid, 1));
+    cr_expect_eq(cq_distill_rows(h.distill), 24);
+    cr_expect_eq(cq_distill_read(h.distill, 0, &r), CQ_EUSAGE);
+    cr_expect_eq(cq_distill_read(h.distill, 2, &r), CQ_EUSAGE);
+    OK(cq_distill_read(h.distill, 1, &r));
+    cr_expect(r.logit_loss > 0 && r.valid == b->valid);
+    harness_close(&h);
+}
+
 Test(model, frozen_parameters_are_the_teachers_own_memory) {
     harness h;
     harness_options o = pair(models[0]);

@@ -19,7 +19,7 @@ struct cq_adamw {
     cq_tensor (*scale)[2];  ///< [n] of 8-bit moments
     cq_tensor sums;         ///< [n] results: squared gradient norms
     cq_shares shares;
-    bool ordered;
+    bool ordered, measured;
 };
 
 int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
@@ -123,8 +123,8 @@ static cq_tensor gradient_of(const cq_adamw *a, int64_t i) {
     return a->ordered && p->holder < 0 ? a->shares.sum[i] : p->grad;
 }
 
-static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
-    double total = 0, *sum = a->sums.data;
+int cq_adamw_measure(cq_adamw *a, cq_stream *s) {
+    double *sum = a->sums.data;
     for (int64_t i = 0; i < a->n; i++) {
         cq_tensor g = gradient_of(a, i);
         sum[i] = 0;
@@ -133,6 +133,15 @@ static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
                           .out = &sum[i]));
     }
     CQ_TRY(cq_stream_wait(s));
+    a->measured = true;
+    return CQ_OK;
+}
+
+static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
+    double total = 0, *sum = a->sums.data;
+    if (!a->measured)
+        CQ_TRY(cq_adamw_measure(a, s));
+    a->measured = false;
     cq_comm_about(a->shares.comm, "gradient norms");
     if (cq_comm_size(a->shares.comm) > 1) /* one owner each, all else adds zeros */
         CQ_TRY(cq_comm_sum(a->shares.comm, sum, a->n));

@@ -1,52 +1,15 @@
 /// distill.c - both forwards of a micro-batch, the losses, and the student's backward.
 ///
 /// The teacher runs first and leaves its final hidden state and one Gram (or, for row losses, n
-/// rows) per tapped block. The head's gradients are made in the forward, chunk by chunk, at weight
-/// 1; the backward scales them.
-#include "core/train/distill.h"
+/// rows) per tapped block (layers.c). The head's gradients are made in the forward, chunk by chunk,
+/// at weight 1; the backward scales them.
 #include "core/base/error.h"
 #include "core/tensor/device.h"
-#include "core/train/cached.h"
-#include "core/train/taps.h"
+#include "core/train/distill_impl.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct cq_distill {
-    cq_model *teacher, *student;
-    cq_distill_options o;
-    cq_dtype dtype;
-    int64_t n_blocks, dim, teacher_dim, vocab;
-    bool *taps;
-    cq_tensor zt, zs, dxf, dhead, weights;
-    cq_tensor rows, xs, centred, dxs, work;
-    cq_tensor *of_teacher, *of_student; ///< [n_blocks] Grams or rows
-    int32_t *sampled;              ///< [tokens] on the host; the first n_rows are those in `rows`
-    cq_tensor sums, counts, stats; ///< results: loss [1], right answers [1], [n_blocks, 4]
-    double *loss;
-    int64_t n_rows, given, valid, valid_total, step;
-    int64_t n_gram, first; ///< rows in a Gram, and where this rank's begin among them
-    int64_t *of_rank;      ///< [ranks] rows of each, where a Gram is over all; else NULL
-    cq_piece *piece;       ///< [ranks] those rows
-    double *weight;        ///< [n_blocks] of the layer losses, summed over ranks
-    int64_t n_weights;     ///< given for the next forward
-    cq_cached file;        ///< of the micro-batch at hand, when a cache stands in for the teacher
-    char *from;
-    cq_cached_room room;
-};
-
-static bool is_row_loss(const cq_distill *d) {
-    return d->o.layer_loss == CQ_LAYER_COSINE || d->o.layer_loss == CQ_LAYER_MSE;
-}
-
-static cq_rowloss_form row_form(const cq_distill *d) {
-    return d->o.layer_loss == CQ_LAYER_COSINE ? CQ_ROWLOSS_COSINE : CQ_ROWLOSS_MSE;
-}
-
-static cq_gram_loss gram_loss(const cq_distill *d) {
-    return d->o.layer_loss == CQ_LAYER_GRAM ? CQ_GRAM_FROBENIUS : CQ_GRAM_CKA;
-}
 
 /* What a Gram over ranks can be made of. */
 static int check_ranks(const cq_distill_options *o) {
@@ -119,22 +82,29 @@ int cq_distill_open(cq_distill **out, cq_model *teacher, cq_model *student,
     d->vocab = cq_model_config(student)->vocab;
     size_t n = (size_t)d->n_blocks;
     d->taps = calloc(n, sizeof *d->taps);
-    d->of_teacher = calloc(n, sizeof *d->of_teacher);
-    d->of_student = calloc(n, sizeof *d->of_student);
+    d->tap_of = calloc(n, sizeof *d->tap_of);
+    d->summed = calloc(n, sizeof *d->summed);
     d->loss = calloc(n, sizeof *d->loss);
     d->weight = calloc(n, sizeof *d->weight);
+    d->o.slots = o->slots > 1 ? o->slots : 1;
+    d->kept = calloc((size_t)d->o.slots, sizeof *d->kept);
     bool many = cq_comm_size(o->comm) > 1 && o->layer_loss != CQ_LAYER_NONE;
     if (many)
         d->of_rank = calloc((size_t)cq_comm_size(o->comm), sizeof *d->of_rank);
     if (many)
         d->piece = calloc((size_t)cq_comm_size(o->comm), sizeof *d->piece);
-    if (!d->taps || !d->of_teacher || !d->of_student || !d->loss || !d->weight ||
+    if (!d->taps || !d->tap_of || !d->summed || !d->loss || !d->weight || !d->kept ||
         (many && (!d->of_rank || !d->piece))) {
         cq_distill_close(d);
         return cq_fail(CQ_ENOMEM, "distill: no memory");
     }
     if (o->layer_loss != CQ_LAYER_NONE && o->taps)
         memcpy(d->taps, o->taps, n * sizeof *d->taps);
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        d->tap_of[l] = d->taps[l] ? (int32_t)d->n_taps++ : -1;
+    for (int64_t i = 0; i < d->n_taps; i++)
+        d->summed[i] = o->order ? d->tap_of[o->order[i]] : (int32_t)i;
+    d->o.order = NULL;
     d->o.taps = d->taps;
     *out = d;
     return CQ_OK;
@@ -144,44 +114,18 @@ void cq_distill_close(cq_distill *d) {
     if (!d)
         return;
     free(d->taps);
-    free(d->of_teacher);
-    free(d->of_student);
+    free(d->tap_of);
+    free(d->summed);
     free(d->sampled);
     free(d->loss);
     free(d->weight);
+    free(d->kept);
     free(d->of_rank);
     free(d->piece);
     free(d->from);
     cq_cached_room_close(&d->room);
     cq_cached_close(&d->file);
     free(d);
-}
-
-static int plan_taps(cq_distill *d, cq_plan *p, int64_t tokens) {
-    int64_t own = d->o.rows < tokens ? d->o.rows : tokens;
-    int64_t n = own * (d->of_rank ? cq_comm_size(d->o.comm) : 1);
-    int64_t cols = is_row_loss(d) ? d->dim : n;
-    int64_t wide = d->teacher_dim > d->dim ? d->teacher_dim : d->dim;
-    d->o.rows = own;
-    free(d->sampled);
-    if (!(d->sampled = calloc((size_t)tokens, 2 * sizeof *d->sampled)))
-        return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
-    CQ_TRY(cq_plan_add(p, &d->stats, CQ_FOR_RESULTS, "inner products", CQ_F64,
-                       CQ_SHAPE2(d->n_blocks, 4)));
-    CQ_TRY(cq_plan_add(p, &d->rows, CQ_FOR_CKA, "sampled rows", CQ_I32, CQ_SHAPE1(own)));
-    CQ_TRY(cq_plan_add(p, &d->xs, CQ_FOR_CKA, "rows", d->dtype, CQ_SHAPE2(n, wide)));
-    CQ_TRY(cq_plan_add(p, &d->centred, CQ_FOR_CKA, "centred rows", d->dtype, CQ_SHAPE2(n, wide)));
-    CQ_TRY(cq_plan_add(p, &d->dxs, CQ_FOR_CKA, "rows' gradient", d->dtype, CQ_SHAPE2(n, d->dim)));
-    CQ_TRY(cq_plan_add(p, &d->work, CQ_FOR_CKA, "Gram copy", d->dtype, CQ_SHAPE2(n, cols)));
-    for (int64_t l = 0; l < d->n_blocks; l++)
-        if (d->taps[l]) {
-            CQ_TRY(cq_plan_add(p, &d->of_teacher[l], CQ_FOR_CKA, "teacher's Gram", d->dtype,
-                               CQ_SHAPE2(n, cols)));
-            if (!is_row_loss(d))
-                CQ_TRY(cq_plan_add(p, &d->of_student[l], CQ_FOR_CKA, "student's Gram", d->dtype,
-                                   CQ_SHAPE2(n, cols)));
-        }
-    return CQ_OK;
 }
 
 int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
@@ -198,69 +142,17 @@ int cq_distill_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (d->o.logit_loss == CQ_LOGIT_POLICY)
         CQ_TRY(cq_plan_add(p, &d->weights, CQ_FOR_LOGITS, "weights of the labels", CQ_F32,
                            CQ_SHAPE1(tokens)));
-    CQ_TRY(cq_plan_add(p, &d->sums, CQ_FOR_RESULTS, "logit loss", CQ_F64, CQ_SHAPE1(1)));
-    CQ_TRY(cq_plan_add(p, &d->counts, CQ_FOR_RESULTS, "right answers", CQ_I64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->sums, CQ_FOR_LOGITS, "logit loss", CQ_F64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->counts, CQ_FOR_LOGITS, "right answers", CQ_I64, CQ_SHAPE1(1)));
+    CQ_TRY(cq_plan_add(p, &d->report, CQ_FOR_RESULTS, "losses", CQ_F64,
+                       CQ_SHAPE2(d->o.slots, 3 + d->n_taps)));
+    CQ_TRY(cq_plan_add(p, &d->square, CQ_FOR_RESULTS, "squared norm", CQ_F64, CQ_SHAPE1(1)));
     CQ_TRY(cq_plan_add(p, &d->dxf, CQ_FOR_LOGITS, "final hidden gradient", d->dtype,
                        CQ_SHAPE2(tokens, d->dim)));
     if (d->o.many && cq_model_head(d->student)->trainable)
         CQ_TRY(cq_plan_add(p, &d->dhead, CQ_FOR_LOGITS, "head gradient of one micro-batch",
                            d->dtype, CQ_SHAPE2(d->vocab, d->dim)));
-    return d->o.layer_loss == CQ_LAYER_NONE ? CQ_OK : plan_taps(d, p, tokens);
-}
-
-/* How many rows the Gram has, and where this rank's are. */
-static int place_rows(cq_distill *d) {
-    d->n_gram = d->n_rows;
-    d->first = 0;
-    if (!d->of_rank)
-        return CQ_OK;
-    int64_t size = cq_comm_size(d->o.comm), *mine = &d->of_rank[cq_comm_rank(d->o.comm)];
-    memset(d->of_rank, 0, (size_t)size * sizeof *d->of_rank);
-    *mine = d->n_rows;
-    cq_comm_about(d->o.comm, "sampled rows");
-    CQ_TRY(cq_comm_sum_int(d->o.comm, d->of_rank, size));
-    d->n_gram = 0;
-    for (int64_t r = 0; r < size; r++) {
-        if (&d->of_rank[r] == mine)
-            d->first = d->n_gram;
-        d->n_gram += d->of_rank[r];
-    }
-    return CQ_OK;
-}
-
-static int sample_rows(cq_distill *d, const cq_batch *b, int64_t step, int64_t micro) {
-    int32_t *row = d->sampled;
-    if (d->given) {
-        d->n_rows = d->given;
-        d->given = 0;
-        return place_rows(d);
-    }
-    d->n_rows = cq_tap_sample(row, b, d->o.rows, d->o.seed, step, micro);
-    CQ_TRY(cq_copy(d->rows.data, row, d->n_rows * (int64_t)sizeof *row));
-    return place_rows(d);
-}
-
-/* xs = the sampled rows of h [tokens, dim]: this rank's, or those of all ranks in their order. */
-static int collect_rows(cq_distill *d, cq_stream *s, const void *h, int64_t dim) {
-    int64_t row = dim * cq_dtype_bytes(d->dtype), at = 0;
-    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = d->n_rows, .dim = dim, .x = h,
-                  .index = d->rows.data, .y = (char *)d->xs.data + d->first * row));
-    if (!d->of_rank)
-        return CQ_OK;
-    for (int r = 0; r < cq_comm_size(d->o.comm); at += d->of_rank[r++])
-        d->piece[r] = (cq_piece){
-            .owner = r,
-            .mine = {(char *)d->xs.data + at * row, CQ_SHAPE2(d->of_rank[r], dim), d->dtype}};
-    cq_comm_about(d->o.comm, "sampled rows");
-    return cq_comm_spread(d->o.comm, d->piece, cq_comm_size(d->o.comm));
-}
-
-int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n) {
-    if (d->o.layer_loss == CQ_LAYER_NONE || n < 4 || n > d->o.rows)
-        return cq_fail(CQ_EUSAGE, "distill: %ld rows given, wanted 4 to %ld and a layer loss",
-                       (long)n, (long)d->o.rows);
-    d->given = n;
-    return cq_copy(d->rows.data, rows, n * (int64_t)sizeof *rows);
+    return d->o.layer_loss == CQ_LAYER_NONE ? CQ_OK : cq_layers_plan(d, p, tokens);
 }
 
 int cq_distill_set_weights(cq_distill *d, const float *weights, int64_t n) {
@@ -273,29 +165,6 @@ int cq_distill_set_weights(cq_distill *d, const float *weights, int64_t n) {
     return cq_copy(d->weights.data, weights, n * (int64_t)sizeof *weights);
 }
 
-static double *stats_of(const cq_distill *d, int64_t l) { return (double *)d->stats.data + 4 * l; }
-
-static int tap(cq_distill *d, cq_stream *s, int64_t l, bool teacher) {
-    const cq_tensor *h = cq_model_hidden(teacher ? d->teacher : d->student, l);
-    int64_t dim = teacher ? d->teacher_dim : d->dim, n = d->n_gram;
-    if (!is_row_loss(d)) {
-        void *gram = teacher ? d->of_teacher[l].data : d->of_student[l].data;
-        CQ_TRY(collect_rows(d, s, h->data, dim));
-        CQ_TRY(CQ_RUN(s, gram, .dtype = d->dtype, .n = n, .dim = dim, .x = d->xs.data,
-                      .unbiased = d->o.layer_loss == CQ_LAYER_CKA_UNBIASED,
-                      .scratch = d->centred.data, .gram = gram));
-        return teacher ? CQ_OK
-                       : CQ_RUN(s, cka, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .k = gram,
-                                .l = d->of_teacher[l].data, .out = stats_of(d, l));
-    }
-    void *rows = teacher ? d->of_teacher[l].data : d->xs.data;
-    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = d->dtype, .rows = n, .dim = dim, .x = h->data,
-                  .index = d->rows.data, .y = rows));
-    return teacher ? CQ_OK
-                   : CQ_RUN(s, rowloss, .dtype = d->dtype, .form = row_form(d), .n = n, .dim = dim,
-                            .x = rows, .y = d->of_teacher[l].data, .out = stats_of(d, l) + 3);
-}
-
 /* Puts the step, and whose pass it was, before a message about numbers. */
 static int in_step(const cq_distill *d, int status, const char *who) {
     char where[64];
@@ -305,11 +174,12 @@ static int in_step(const cq_distill *d, int status, const char *who) {
 
 static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher) {
     cq_model *m = teacher ? d->teacher : d->student;
+    d->in_slab = 0;
     CQ_TRY(cq_model_embed_forward(m, s, b));
     for (int64_t l = 0; l < d->n_blocks; l++) {
         CQ_TRY(cq_model_block_forward(m, s, b, l));
-        if (d->taps[l] && d->n_gram >= 4)
-            CQ_TRY(tap(d, s, l, teacher));
+        if (cq_layers_has(d, l))
+            CQ_TRY(cq_layers_tap(d, s, l, teacher));
     }
     return cq_model_norm_forward(m, s, b);
 }
@@ -395,7 +265,7 @@ static int check_losses(cq_distill *d, const cq_batch *b, int64_t step, double l
         return not_finite(d, b, step, d->o.logit_loss == CQ_LOGIT_KL ? "KL" : "cross-entropy",
                           logit_loss);
     for (int64_t l = 0; l < d->n_blocks; l++)
-        if (d->taps[l] && d->n_gram >= 4 && !isfinite(d->loss[l]))
+        if (cq_layers_has(d, l) && !isfinite(d->loss[l]))
             return not_finite(d, b, step, "a layer loss", d->loss[l]);
     return CQ_OK;
 }
@@ -427,15 +297,15 @@ static int read_teacher(cq_distill *d, const cq_batch *b) {
     if (d->file.n_groups != 1 || d->file.groups[0] != d->n_rows)
         return cq_fail(CQ_EDATA, "%s: its rows are in %ld groups, wanted one Gram of all",
                        d->file.path, (long)d->file.n_groups);
-    for (int64_t l = 0; l < d->n_blocks && d->n_rows >= 4; l++)
-        if (d->taps[l])
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        if (cq_layers_has(d, l))
             CQ_TRY(cq_cached_gram(&d->file, l, 0, d->o.layer_loss == CQ_LAYER_CKA_UNBIASED,
-                                  d->dtype, d->of_teacher[l].data));
+                                  d->dtype, cq_layers_of_teacher(d, l)));
     return CQ_OK;
 }
 
-int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
-                       int64_t valid_total, cq_distill_result *out) {
+int cq_distill_start(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
+                     int64_t valid_total, int64_t slot) {
     if (b->valid < 1 || valid_total < b->valid)
         return cq_fail(
             CQ_EDATA,
@@ -444,17 +314,19 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
     if (d->o.logit_loss == CQ_LOGIT_POLICY && d->n_weights != b->tokens)
         return cq_fail(CQ_EUSAGE, "distill: weights of %ld labels, wanted those of %ld tokens",
                        (long)d->n_weights, (long)b->tokens);
+    if (slot < 0 || slot >= d->o.slots)
+        return cq_fail(CQ_EUSAGE, "distill: slot is %ld, wanted 0 to %ld", (long)slot,
+                       (long)d->o.slots - 1);
     d->n_weights = 0;
+    d->slot = slot;
     d->step = step;
     d->valid = b->valid;
     d->valid_total = valid_total;
     d->n_rows = d->n_gram = 0;
     if (d->o.layer_loss != CQ_LAYER_NONE)
-        CQ_TRY(sample_rows(d, b, step, micro));
-    double *sum = d->sums.data;
-    int64_t *right = d->counts.data;
-    *sum = 0;
-    *right = 0;
+        CQ_TRY(cq_layers_sample(d, b, step, micro));
+    CQ_TRY(cq_zero(d->sums.data, cq_tensor_bytes(d->sums)));
+    CQ_TRY(cq_zero(d->counts.data, cq_tensor_bytes(d->counts)));
     if (d->o.cached_k)
         CQ_TRY(read_teacher(d, b));
     if (d->teacher)
@@ -464,29 +336,34 @@ int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t s
         CQ_TRY(cq_zero(d->dxf.data, b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
     for (int64_t at = 0; at < b->tokens && d->o.logit_loss != CQ_LOGIT_NONE; at += d->o.chunk)
         CQ_TRY(head_chunk(d, s, b, at));
-    CQ_TRY(cq_stream_wait(s));
-    for (int64_t l = 0; l < d->n_blocks; l++)
-        d->loss[l] = d->taps[l] && d->n_gram >= 4 ? stats_of(d, l)[3] : NAN;
-    *out = (cq_distill_result){.logit_loss = *sum / (double)b->valid,
-                               .accuracy = (double)*right / (double)b->valid,
-                               .valid = b->valid,
-                               .rows = d->n_gram,
-                               .layer_loss = d->loss};
-    return check_losses(d, b, step, out->logit_loss);
+    d->kept[slot].valid = b->valid;
+    d->kept[slot].rows = d->n_gram;
+    return cq_layers_report(d, s, false, 0);
 }
 
-/* dxs = weight * d(layer loss l) / d(sampled rows). */
-static int layer_gradient(cq_distill *d, cq_stream *s, int64_t l, double weight) {
-    int64_t n = d->n_gram;
-    CQ_TRY(collect_rows(d, s, cq_model_hidden(d->student, l)->data, d->dim));
-    if (is_row_loss(d))
-        return CQ_RUN(s, rowloss_backward, .dtype = d->dtype, .form = row_form(d), .n = n,
-                      .dim = d->dim, .x = d->xs.data, .y = d->of_teacher[l].data, .weight = weight,
-                      .dx = d->dxs.data);
-    CQ_TRY(cq_copy(d->work.data, d->of_student[l].data, n * n * cq_dtype_bytes(d->dtype)));
-    return CQ_RUN(s, cka_backward, .dtype = d->dtype, .loss = gram_loss(d), .n = n, .dim = d->dim,
-                  .k = d->work.data, .l = d->of_teacher[l].data, .x = d->xs.data, .weight = weight,
-                  .stats = stats_of(d, l), .dx = d->dxs.data);
+int cq_distill_read(cq_distill *d, int64_t slot, cq_distill_result *out) {
+    if (slot < 0 || slot >= d->o.slots || !d->kept[slot].valid)
+        return cq_fail(CQ_EUSAGE, "distill: nothing in slot %ld of %ld", (long)slot,
+                       (long)d->o.slots);
+    const double *report = (const double *)d->report.data + slot * (3 + d->n_taps);
+    int64_t valid = d->kept[slot].valid, rows = d->kept[slot].rows;
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        d->loss[l] = d->taps[l] && rows >= 4 ? report[3 + d->tap_of[l]] : NAN;
+    *out = (cq_distill_result){.logit_loss = report[0] / (double)valid,
+                               .accuracy = report[1] / (double)valid,
+                               .valid = valid,
+                               .rows = rows,
+                               .layer_loss = d->loss,
+                               .weight = report[2]};
+    return CQ_OK;
+}
+
+int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
+                       int64_t valid_total, cq_distill_result *out) {
+    CQ_TRY(cq_distill_start(d, s, b, step, micro, valid_total, 0));
+    CQ_TRY(cq_stream_wait(s));
+    CQ_TRY(cq_distill_read(d, 0, out));
+    return check_losses(d, b, step, out->logit_loss);
 }
 
 static int scale_head(cq_distill *d, cq_stream *s, double w) {
@@ -502,35 +379,35 @@ static int scale_head(cq_distill *d, cq_stream *s, double w) {
                            .y = grad->data);
 }
 
-/* d->weight = the layer losses' weights, with this micro-batch's share; over ranks their sum. */
-static int sum_weights(cq_distill *d, const double *w_layer) {
-    double share = (double)d->valid / (double)d->valid_total;
-    for (int64_t l = 0; l < d->n_blocks; l++)
-        d->weight[l] = w_layer && d->taps[l] && d->n_gram >= 4 ? w_layer[l] * share : 0;
-    if (!d->of_rank)
-        return CQ_OK;
-    cq_comm_about(d->o.comm, "weights of the layer losses");
-    return cq_comm_sum(d->o.comm, d->weight, d->n_blocks);
-}
-
-int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
-                        const double *w_layer) {
-    CQ_TRY(sum_weights(d, w_layer));
+/* With the layer losses weighed. */
+static int backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl) {
+    void *dx;
     CQ_TRY(scale_head(d, s, w_kl));
     if (w_kl != 1)
         CQ_TRY(CQ_RUN(s, axpy, .dtype = d->dtype, .n = b->tokens * d->dim, .alpha = w_kl,
                       .x = d->dxf.data, .y = d->dxf.data));
     CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
     for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
-        if (d->weight[l] != 0) {
-            CQ_TRY(layer_gradient(d, s, l, d->weight[l]));
+        CQ_TRY(cq_layers_gradient(d, s, l, &dx));
+        if (dx)
             CQ_TRY(CQ_RUN(s, scatter_rows, .dtype = d->dtype, .rows = d->n_rows, .dim = d->dim,
-                          .y = (char *)d->dxs.data + d->first * d->dim * cq_dtype_bytes(d->dtype),
-                          .index = d->rows.data, .x = cq_model_dhidden(d->student)->data));
-        }
+                          .y = dx, .index = d->rows.data, .x = cq_model_dhidden(d->student)->data));
         CQ_TRY(in_step(d, cq_model_block_backward(d->student, s, b, l), "student"));
     }
     return cq_model_embed_backward(d->student, s, b);
+}
+
+int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
+                        const double *w_layer) {
+    CQ_TRY(cq_layers_weigh(d, w_layer));
+    return backward(d, s, b, w_kl);
+}
+
+int cq_distill_backward_ratio(cq_distill *d, cq_stream *s, const cq_batch *b, double most) {
+    if (d->of_rank)
+        return cq_fail(CQ_EUSAGE, "distill: ratio with a Gram over ranks, wanted weights");
+    CQ_TRY(cq_layers_report(d, s, true, most));
+    return backward(d, s, b, 1);
 }
 
 int cq_distill_serve(cq_distill *d, cq_stream *s) {
@@ -541,7 +418,7 @@ int cq_distill_serve(cq_distill *d, cq_stream *s) {
 }
 
 static int norm_of(cq_distill *d, cq_stream *s, const void *x, int64_t n, double *out) {
-    double *sum = d->sums.data;
+    double *sum = d->square.data;
     *sum = 0;
     CQ_TRY(CQ_RUN(s, sumsq, .dtype = d->dtype, .n = n, .x = x, .out = sum));
     CQ_TRY(cq_stream_wait(s));
@@ -550,17 +427,20 @@ static int norm_of(cq_distill *d, cq_stream *s, const void *x, int64_t n, double
 }
 
 static int measure(cq_distill *d, cq_stream *s, const cq_batch *b, double *kl, double *layer) {
-    double share = (double)d->valid / (double)d->valid_total;
+    void *dx;
     if (d->of_rank)
         return cq_fail(CQ_EUSAGE, "distill: gradient norms with a Gram over ranks, wanted one of "
                                   "each micro-batch");
+    for (int64_t l = 0; l < d->n_blocks; l++)
+        layer[l] = 1;
+    CQ_TRY(cq_layers_weigh(d, layer));
     CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
     for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
         kl[l] = layer[l] = 0;
-        if (d->taps[l] && d->n_rows >= 4) {
+        CQ_TRY(cq_layers_gradient(d, s, l, &dx));
+        if (dx) {
             CQ_TRY(norm_of(d, s, cq_model_dhidden(d->student)->data, b->tokens * d->dim, &kl[l]));
-            CQ_TRY(layer_gradient(d, s, l, share));
-            CQ_TRY(norm_of(d, s, d->dxs.data, d->n_rows * d->dim, &layer[l]));
+            CQ_TRY(norm_of(d, s, dx, d->n_rows * d->dim, &layer[l]));
         }
         CQ_TRY(cq_model_block_backward(d->student, s, b, l));
     }

@@ -34,11 +34,15 @@ typedef struct cq_distill_options {
     cq_layer_loss layer_loss;
     int64_t rows; ///< sampled tokens per Gram; fewer valid ones are all used, below 4 the term is
                   ///< skipped
-    const bool *taps; ///< [n_blocks]
-    uint64_t seed;    ///< of the sampled rows
+    const bool *taps;     ///< [n_blocks]
+    const int32_t *order; ///< the tapped blocks as `ratio` adds up their losses; NULL: ascending
+    uint64_t seed;        ///< of the sampled rows
     bool many; ///< more than one micro-batch per step: the head's gradient gets a buffer of its own
     int64_t cached_k; ///< above 0: the teacher is NULL, its part comes from files with this many
                       ///< entries a token (cache.h); cq_distill_from before each forward
+    int64_t slots;    ///< micro-batches whose results are kept at the same time; 0 counts as 1
+    int64_t together; ///< blocks whose Grams one call makes; 0: one on the host, on a device as
+                      ///< many as are worth their memory. Bits do not depend on it
     cq_comm *comm;    ///< one Gram over the sampled rows of all its ranks, each of which has a
                       ///< micro-batch at the same time; NULL: over this micro-batch's
 } cq_distill_options;
@@ -58,6 +62,7 @@ typedef struct cq_distill_result {
     int64_t rows; ///< rows in each Gram
     const double
         *layer_loss; ///< [n_blocks] 1 - cka or the alternative; NaN where untapped or skipped
+    double weight;   ///< of the layer losses' mean, by cq_distill_backward_ratio
 } cq_distill_result;
 
 /// Both forwards. `valid_total` is the number of valid tokens of the whole step (all
@@ -65,6 +70,16 @@ typedef struct cq_distill_result {
 /// in the step. CQ_ENUMERIC names the block whose output or loss is not finite.
 CQ_API int cq_distill_forward(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step,
                               int64_t micro, int64_t valid_total, cq_distill_result *out);
+/// The same without waiting for a device: results go to place `slot`, below o.slots, where
+/// cq_distill_read finds them until the place is taken again. Losses are not looked at:
+/// cq_distill_forward of the same micro-batch, before the weights change, says where one goes
+/// wrong.
+CQ_API int cq_distill_start(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step,
+                            int64_t micro, int64_t valid_total, int64_t slot);
+/// The results in a place; after cq_stream_wait. layer_loss holds until the next read.
+CQ_API int cq_distill_read(cq_distill *d, int64_t slot, cq_distill_result *out);
+/// Rows in each Gram of the micro-batch at hand, known before its results.
+CQ_API int64_t cq_distill_rows(const cq_distill *d);
 /// CQ_LOGIT_POLICY: the weight of every token's label in the next forward, whose micro-batch must
 /// have `n` tokens; those of labels below 0 count nothing.
 CQ_API int cq_distill_set_weights(cq_distill *d, const float *weights, int64_t n);
@@ -78,6 +93,10 @@ CQ_API int cq_distill_set_rows(cq_distill *d, const int32_t *rows, int64_t n);
 /// ranks' weights of a block add up, each with its share of the valid tokens.
 CQ_API int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,
                                const double *w_layer);
+/// The same by the rule `ratio`, worked out where the losses are, without waiting: the logit loss
+/// counts once, the mean of the layer losses min(max(logit loss, 0) / max(that mean, 1e-8), most)
+/// times, for cq_distill_read to tell. Not for a Gram over ranks.
+CQ_API int cq_distill_backward_ratio(cq_distill *d, cq_stream *s, const cq_batch *b, double most);
 /// The part of a rank without a micro-batch in the others' forward and backward, where experts are
 /// dealt out over ranks; nothing to do elsewhere.
 CQ_API int cq_distill_serve(cq_distill *d, cq_stream *s);

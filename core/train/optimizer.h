@@ -32,6 +32,9 @@ CQ_API bool cq_adamw_owns(const cq_adamw *a, int64_t param);
 CQ_API cq_comm *cq_adamw_comm(const cq_adamw *a);
 /// Says that the masters are the same on all ranks (a checkpoint was read).
 CQ_API void cq_adamw_fresh(cq_adamw *a);
+/// The first half of cq_adamw_step, which does it itself where nobody did: sums the squares of the
+/// gradients and waits, so that all results of the step can be read before a weight changes.
+CQ_API int cq_adamw_measure(cq_adamw *a, cq_stream *s);
 /// One step at `lr`, step counted from 1; *norm is the global gradient norm before clipping.
 /// CQ_ENUMERIC names the parameter whose gradient is not finite, and nothing is changed then.
 /// Weight decay skips tensors of rank 1.

@@ -242,17 +242,24 @@ static void losses(bench *b) {
             .scale = 1.0 / CHUNK, .gradient = true, .sum = bench_zeros(b, 8));
 }
 
+/// The layerwise term of one layer, and of eight in one call.
 static void similarity(bench *b) {
-    double product_flops = 2.0 * ROWS * ROWS * QWEN;
-    MEASURE(b, gram, "Qwen n = 512, unbiased", product_flops, 4 * (2 * ROWS * QWEN + ROWS * ROWS),
-            .n = ROWS, .dim = QWEN, .x = bench_floats(b, ROWS * QWEN), .unbiased = true,
-            .scratch = bench_floats(b, ROWS * QWEN), .gram = bench_floats(b, ROWS * ROWS));
-    MEASURE(b, cka, "n = 512", 0, 8 * ROWS * ROWS, .n = ROWS, .k = bench_floats(b, ROWS * ROWS),
-            .l = bench_floats(b, ROWS * ROWS), .out = bench_zeros(b, 32));
-    MEASURE(b, cka_backward, "Qwen n = 512", product_flops, 4 * (2 * ROWS * QWEN + 3 * ROWS * ROWS),
-            .n = ROWS, .dim = QWEN, .k = bench_floats(b, ROWS * ROWS),
-            .l = bench_floats(b, ROWS * ROWS), .x = bench_floats(b, ROWS * QWEN), .weight = 0.1,
-            .stats = bench_zeros(b, 32), .dx = bench_floats(b, ROWS * QWEN));
+    for (int64_t layers = 1; layers <= 8; layers += 7) {
+        int64_t rows = layers * ROWS * QWEN, square = layers * ROWS * ROWS;
+        double flops = 2.0 * ROWS * ROWS * QWEN * (double)layers;
+        const char *shape = layers > 1 ? "8 x Qwen n = 512" : "Qwen n = 512";
+        MEASURE(b, gram, layers > 1 ? "8 x Qwen n = 512, unbiased" : "Qwen n = 512, unbiased",
+                flops, 4 * (2 * rows + square), .batch = layers, .n = ROWS, .dim = QWEN,
+                .x = bench_floats(b, rows), .unbiased = true, .scratch = bench_floats(b, rows),
+                .gram = bench_floats(b, square));
+        MEASURE(b, cka, layers > 1 ? "8 x n = 512" : "n = 512", 0, 8 * square, .batch = layers,
+                .n = ROWS, .k = bench_floats(b, square), .l = bench_floats(b, square),
+                .out = bench_zeros(b, 32 * layers));
+        MEASURE(b, cka_backward, shape, flops, 4 * (2 * rows + 3 * square), .batch = layers,
+                .n = ROWS, .dim = QWEN, .k = bench_floats(b, square), .l = bench_floats(b, square),
+                .x = bench_floats(b, rows), .weight = 0.1, .stats = bench_zeros(b, 32 * layers),
+                .dx = bench_floats(b, rows));
+    }
     MEASURE(b, scatter_rows, "Qwen n = 512", 0, 12 * ROWS * QWEN, .rows = ROWS, .dim = QWEN,
             .y = bench_floats(b, ROWS * QWEN), .index = bench_permutation(b, T),
             .x = bench_floats(b, (int64_t)T * QWEN));

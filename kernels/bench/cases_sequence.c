@@ -247,6 +247,14 @@ void bench_rowloss_backward(bench *b) {
             .n = N, .dim = D, .x = bench_floats(b, N * D), .y = bench_floats(b, N * D),
             .weight = 1.0, .dx = bench_floats(b, N * D));
 }
+void bench_balance(bench *b) {
+    enum { LAYERS = 52 };
+    MEASURE_ANY(b, balance, "52 layers", 0, 8.0 * 6 * LAYERS, .n = LAYERS, .sum = bench_zeros(b, 8),
+                .right = bench_zeros(b, 8), .stats = bench_zeros(b, 32 * LAYERS),
+                .order = bench_permutation(b, LAYERS), .ratio = true, .valid = 4096, .share = 0.5,
+                .most = 100, .weights = bench_zeros(b, 8 * LAYERS),
+                .report = bench_zeros(b, 8 * (3 + LAYERS)));
+}
 void bench_scatter_rows(bench *b) {
     MEASURE(b, scatter_rows, "128x192", 0, 12.0 * N * D, .rows = N, .dim = D,
             .y = bench_floats(b, N * D), .index = bench_permutation(b, N),

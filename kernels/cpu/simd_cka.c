@@ -74,8 +74,7 @@ static void u_centre(float *g, int64_t n, int threads) {
         g[i * n + i] = 0.0f;
 }
 
-int CQ_OP(gram)(cq_stream *s, const cq_gram_args *a) {
-    CQ_F32_OR_REF(gram);
+static int one_gram(cq_stream *s, const cq_gram_args *a) {
     int64_t n = a->n, dim = a->dim, least = a->unbiased ? 4 : 2;
     if (n < least)
         return cq_fail(CQ_ESHAPE, "gram: %lld rows, wanted at least %lld", (long long)n,
@@ -93,6 +92,19 @@ int CQ_OP(gram)(cq_stream *s, const cq_gram_args *a) {
     }
     if (a->unbiased)
         u_centre(gram, n, threads_for(n * n, s->threads));
+    return CQ_OK;
+}
+
+int CQ_OP(gram)(cq_stream *s, const cq_gram_args *a) {
+    CQ_F32_OR_REF(gram);
+    int64_t rows = a->n * a->dim;
+    for (int64_t i = 0; i == 0 || i < a->batch; i++) {
+        cq_gram_args one = *a;
+        one.x = (const float *)a->x + i * rows;
+        one.scratch = (float *)a->scratch + i * rows;
+        one.gram = (float *)a->gram + i * a->n * a->n;
+        CQ_TRY(one_gram(s, &one));
+    }
     return CQ_OK;
 }
 
@@ -155,13 +167,17 @@ static double whole_distance(const float *x, double of_x, const float *y, double
 int CQ_OP(cka)(cq_stream *s, const cq_cka_args *a) {
     CQ_F32_OR_REF(cka);
     int64_t n = a->n * a->n;
-    all_inner_products(a->k, a->l, n, s->threads, a->out);
-    double kk = a->out[1], ll = a->out[2];
-    a->out[3] = 0.0;
-    if (a->loss == CQ_GRAM_CKA && is_norm(kk) && is_norm(ll))
-        a->out[3] = whole_distance(a->k, 1.0 / sqrt(kk), a->l, 1.0 / sqrt(ll), n, s->threads) / 2.0;
-    if (a->loss == CQ_GRAM_FROBENIUS && is_norm(ll) && isfinite(kk))
-        a->out[3] = whole_distance(a->k, 1.0, a->l, 1.0, n, s->threads) / ll;
+    const float *k = a->k, *l = a->l;
+    double *out = a->out;
+    for (int64_t i = 0; i == 0 || i < a->batch; i++, k += n, l += n, out += 4) {
+        all_inner_products(k, l, n, s->threads, out);
+        double kk = out[1], ll = out[2];
+        out[3] = 0.0;
+        if (a->loss == CQ_GRAM_CKA && is_norm(kk) && is_norm(ll))
+            out[3] = whole_distance(k, 1.0 / sqrt(kk), l, 1.0 / sqrt(ll), n, s->threads) / 2.0;
+        if (a->loss == CQ_GRAM_FROBENIUS && is_norm(ll) && isfinite(kk))
+            out[3] = whole_distance(k, 1.0, l, 1.0, n, s->threads) / ll;
+    }
     return CQ_OK;
 }
 
@@ -177,8 +193,7 @@ static void product_panel(float *dx, const float *m, const float *x, int64_t n, 
     }
 }
 
-int CQ_OP(cka_backward)(cq_stream *s, const cq_cka_backward_args *a) {
-    CQ_F32_OR_REF(cka_backward);
+static void one_cka_backward(cq_stream *s, const cq_cka_backward_args *a) {
     int64_t n = a->n, dim = a->dim;
     double kk = a->stats[1], ll = a->stats[2], of_k = 0.0, of_l = 0.0;
     if (a->loss == CQ_GRAM_CKA && is_norm(kk) && is_norm(ll)) {
@@ -194,7 +209,7 @@ int CQ_OP(cka_backward)(cq_stream *s, const cq_cka_backward_args *a) {
     const float *l = a->l;
     if (of_l == 0.0) {
         memset(dx, 0, (size_t)(n * dim) * sizeof(float));
-        return CQ_OK;
+        return;
     }
 #pragma omp parallel num_threads(s->threads)
     {
@@ -206,6 +221,21 @@ int CQ_OP(cka_backward)(cq_stream *s, const cq_cka_backward_args *a) {
         for (int64_t j = 0; j < dim; j += WIDE)
             product_panel(dx + j, k, (const float *)a->x + j, n, dim,
                           dim - j < WIDE ? dim - j : WIDE);
+    }
+}
+
+int CQ_OP(cka_backward)(cq_stream *s, const cq_cka_backward_args *a) {
+    CQ_F32_OR_REF(cka_backward);
+    int64_t rows = a->n * a->dim, square = a->n * a->n;
+    for (int64_t i = 0; i == 0 || i < a->batch; i++) {
+        cq_cka_backward_args one = *a;
+        one.k = (float *)a->k + i * square;
+        one.l = (const float *)a->l + i * square;
+        one.x = (const float *)a->x + i * rows;
+        one.weight = a->weights ? a->weights[i] : a->weight;
+        one.stats = a->stats + 4 * i;
+        one.dx = (float *)a->dx + i * rows;
+        one_cka_backward(s, &one);
     }
     return CQ_OK;
 }
@@ -245,10 +275,10 @@ int CQ_OP(rowloss)(cq_stream *s, const cq_rowloss_args *a) {
 
 int CQ_OP(rowloss_backward)(cq_stream *s, const cq_rowloss_backward_args *a) {
     CQ_F32_OR_REF(rowloss_backward);
-    double mse[3] = {0.0, 0.0, 0.0}, factor = 0.0;
+    double mse[3] = {0.0, 0.0, 0.0}, factor = 0.0, weight = a->weights ? *a->weights : a->weight;
     if (a->form == CQ_ROWLOSS_MSE) {
         all_inner_products(a->x, a->y, a->n * a->dim, s->threads, mse);
-        factor = is_norm(mse[2]) ? 2.0 * a->weight / mse[2] : 0.0;
+        factor = is_norm(mse[2]) ? 2.0 * weight / mse[2] : 0.0;
     }
 #pragma omp parallel for num_threads(s->threads)
     for (int64_t i = 0; i < a->n; i++) {
@@ -258,7 +288,7 @@ int CQ_OP(rowloss_backward)(cq_stream *s, const cq_rowloss_backward_args *a) {
         if (a->form == CQ_ROWLOSS_COSINE) {
             inner_products(x, y, a->dim, &xy, &xx, &yy);
             bool known = is_norm(xx) && is_norm(yy);
-            double unit = known ? a->weight / ((double)a->n * sqrt(xx)) : 0.0;
+            double unit = known ? weight / ((double)a->n * sqrt(xx)) : 0.0;
             of_x = known ? unit * xy / xx / sqrt(yy) : 0.0;
             of_y = known ? unit / sqrt(yy) : 0.0;
         }
@@ -267,3 +297,6 @@ int CQ_OP(rowloss_backward)(cq_stream *s, const cq_rowloss_backward_args *a) {
     }
     return CQ_OK;
 }
+
+/* a few numbers in double, the same in all backends */
+int CQ_OP(balance)(cq_stream *s, const cq_balance_args *a) { return cq_ref_balance(s, a); }

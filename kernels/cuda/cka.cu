@@ -1,21 +1,24 @@
-/// cka.cu - losses on hidden states: Gram matrices, CKA and Gram-Frobenius between two of them, and
-/// the row-wise rivals cosine and relative MSE. Formulas are kernels/ref/geometry.inc.h's.
+/// cka.cu - losses on hidden states: Gram matrices, CKA and Gram-Frobenius between two of them.
+/// Formulas are kernels/ref/geometry.inc.h's.
 ///
 /// Products are matmul's: in FP32, or with each operand as two BF16 parts on tensor cores where the
 /// stream computes in BF16. (Rounded to BF16 once, two Grams that differ by a thousandth could not
 /// be told apart.) The sums here are double. A sum over a whole matrix is
 /// made of parts, one for each block, and the parts are added in an order that only their number
-/// decides, by whoever needs the total. n is small and there is a call for every layer, so kernels
-/// are few: gram 4 with the product (2 when biased), cka 2, cka_backward 3, rowloss 2,
-/// rowloss_backward 1 or 2; parts add one to gram and two to cka_backward.
+/// decides, by whoever needs the total. n is small, so one call does several layers, the second
+/// index of a grid, and kernels are few: gram 4 with the product (2 when biased), cka 2,
+/// cka_backward 3; parts add one to gram and two to cka_backward. A layer's bits are those it has
+/// alone: the number of parts and the algorithm of a product (cq_cuda_matmul_batch) do not depend
+/// on how many there are.
 ///
 /// Qwen3-4B, n 512 of 2560: x is 5.2 MB, a Gram 1 MB. gram: 1.3 GFLOP, 22 us at 60 TF/s in FP32; in
-/// parts 4.0 GFLOP, 5 us at 790 TF/s, and 26 MB in the second-level cache;
-/// centring moves 16 MB, U-centring 3 MB, all in the second-level cache. cka reads 4 MB,
-/// cka_backward 3 MB and 1.3 GFLOP. All but the products are bound by their launches, 2 to 3 us
-/// each.
-#include "kernels/cuda/cq_cuda.h"
+/// parts 4.0 GFLOP, 5 us at 790 TF/s, and 26 MB; centring moves 16 MB, U-centring 3 MB. cka reads 4
+/// MB, cka_backward 3 MB and 1.3 GFLOP. Alone, a layer is in the second-level cache and bound by
+/// its launches, 2 to 3 us each. Eight of them: gram 360 MB, 85 us at 4.3 TB/s, beside 41 us of
+/// products in parts (whose 16 tiles of 128 x 128 a layer fill the 132 processors); cka 34 MB, 8
+/// us; cka_backward 50 MB and its products.
 #include "kernels/cuda/cq_mma.h"
+#include "kernels/cuda/pack.cuh"
 
 namespace {
 
@@ -26,20 +29,8 @@ enum {
     MOST_PARTS = 128
 };
 
-/// W consecutive floats.
-template <int W> struct __align__(4 * W) pack { float v[W]; };
-template <int W> __device__ __forceinline__ pack<W> load(const float *x, int64_t i) {
-    return reinterpret_cast<const pack<W> *>(x)[i];
-}
-template <int W> __device__ __forceinline__ void store(float *x, int64_t i, const pack<W> &p) {
-    reinterpret_cast<pack<W> *>(x)[i] = p;
-}
-
-__device__ __forceinline__ bool is_norm(double squared) {
-    return squared > 0.0 && isfinite(squared);
-}
-
-/// to = x - column means. A block takes COLUMN_LANES * W columns; `groups` packs are a row.
+/// to = x - column means. A block takes COLUMN_LANES * W columns; `groups` packs are a row. Here
+/// and below the second index of the grid is the layer.
 template <int W>
 __global__ void __launch_bounds__(COLUMN_LANES *ROW_LANES)
     centre(const float *__restrict__ x, float *__restrict__ to, int64_t n, int64_t groups) {
@@ -48,6 +39,8 @@ __global__ void __launch_bounds__(COLUMN_LANES *ROW_LANES)
     int64_t group = (int64_t)blockIdx.x * COLUMN_LANES + lane;
     bool there = group < groups;
     double mean[W] = {};
+    x += blockIdx.y * n * groups * W;
+    to += blockIdx.y * n * groups * W;
     if (there)
         for (int64_t i = row; i < n; i += ROW_LANES) {
             pack<W> p = load<W>(x, i * groups + group);
@@ -85,18 +78,21 @@ __global__ void __launch_bounds__(THREADS)
     int lane = (int)(threadIdx.x % CQ_WARP);
     int64_t i = (int64_t)blockIdx.x * (THREADS / CQ_WARP) + (int64_t)(threadIdx.x / CQ_WARP);
     double total = 0.0;
+    g += blockIdx.y * n * n;
     if (i < n)
         for (int64_t j = lane; j < n; j += CQ_WARP)
             total += j == i ? 0.0 : (double)g[i * n + j];
     total = cq_warp_sum(total);
     if (i < n && lane == 0)
-        sum[i] = total;
+        sum[blockIdx.y * n + i] = total;
 }
 /// g_ij - (r_i + r_j) / (n-2) + t / ((n-1)(n-2)), diagonal 0, in place. A warp for each row.
 __global__ void __launch_bounds__(THREADS)
     u_centre(float *__restrict__ g, const double *__restrict__ r, int64_t n) {
     CQ_SHARED(double, room, [32]);
     double total = 0.0, by = 1.0 / (double)(n - 2);
+    g += blockIdx.y * n * n;
+    r += blockIdx.y * n;
     for (int64_t j = (int64_t)threadIdx.x; j < n; j += THREADS)
         total += r[j];
     total = cq_block_sum(total, room);
@@ -108,7 +104,7 @@ __global__ void __launch_bounds__(THREADS)
         g[i * n + j] = j == i ? 0.0f : (float)((double)g[i * n + j] + (shift - r[j] * by));
 }
 
-/// What lies in scratch between the two kernels of cka.
+/// What lies in scratch between the two kernels of cka, for each layer.
 struct cka_parts {
     double product[MOST_PARTS][3]; ///< <K, L>, <K, K>, <L, L>
     double loss[MOST_PARTS];
@@ -131,6 +127,9 @@ __global__ void __launch_bounds__(THREADS)
                    cka_parts *to) {
     CQ_SHARED(double, room, [32]);
     double kl = 0.0, kk = 0.0, ll = 0.0;
+    k += blockIdx.y * groups * W;
+    l += blockIdx.y * groups * W;
+    to += blockIdx.y;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < groups;
          i += (int64_t)gridDim.x * THREADS) {
         pack<W> a = load<W>(k, i), b = load<W>(l, i);
@@ -164,6 +163,10 @@ __global__ void __launch_bounds__(THREADS)
     CQ_SHARED(double, share, [3]);
     CQ_SHARED(int, is_last, [1]);
     int warp = (int)(threadIdx.x / CQ_WARP), count = (int)gridDim.x;
+    k += blockIdx.y * groups * W;
+    l += blockIdx.y * groups * W;
+    parts += blockIdx.y;
+    out += 4 * blockIdx.y;
     if (warp < 3) {
         double total = sum_of_parts(&parts->product[0][warp], 3, count);
         if (threadIdx.x % CQ_WARP == 0)
@@ -226,10 +229,13 @@ __device__ __forceinline__ pulls pulls_of(const double *stats, double weight, bo
 template <int W>
 __global__ void __launch_bounds__(THREADS)
     pull_matrix(float *__restrict__ k, const float *__restrict__ l, int64_t groups,
-                const double *__restrict__ stats, double weight, bool is_cka) {
+                const double *__restrict__ stats, double weight, const double *__restrict__ weights,
+                bool is_cka) {
     CQ_SHARED(pulls, both, [1]);
     if (threadIdx.x == 0)
-        *both = pulls_of(stats, weight, is_cka);
+        *both = pulls_of(stats + 4 * blockIdx.y, weights ? weights[blockIdx.y] : weight, is_cka);
+    k += blockIdx.y * groups * W;
+    l += blockIdx.y * groups * W;
     __syncthreads();
     pulls f = *both;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < groups;
@@ -245,151 +251,20 @@ __global__ void __launch_bounds__(THREADS)
 /// Zeroes dx where the loss is defined as 0: the product would be 0 times what may be a NaN.
 __global__ void __launch_bounds__(THREADS)
     clear_if_unknown(float *dx, int64_t count, const double *__restrict__ stats, double weight,
-                     bool is_cka) {
+                     const double *__restrict__ weights, bool is_cka) {
     CQ_SHARED(int, unknown, [1]);
     if (threadIdx.x == 0)
-        *unknown = pulls_of(stats, weight, is_cka).of_l == 0.0;
+        *unknown =
+            pulls_of(stats + 4 * blockIdx.y, weights ? weights[blockIdx.y] : weight, is_cka).of_l ==
+            0.0;
     __syncthreads();
     if (!*unknown)
         return;
+    dx += blockIdx.y * count;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count;
          i += (int64_t)gridDim.x * THREADS)
         dx[i] = 0.0f;
 }
-
-/// <x, y>, <x, x> and <y, y> of a row to every thread of its block; `groups` packs are a row.
-struct products {
-    double xy, xx, yy;
-};
-template <int W>
-__device__ __forceinline__ products row_products(const float *x, const float *y, int64_t groups,
-                                                 double *room) {
-    products p = {0.0, 0.0, 0.0};
-    for (int64_t i = (int64_t)threadIdx.x; i < groups; i += THREADS) {
-        pack<W> a = load<W>(x, i), b = load<W>(y, i);
-#pragma unroll
-        for (int e = 0; e < W; e++) {
-            double u = (double)a.v[e], v = (double)b.v[e];
-            p.xy += u * v;
-            p.xx += u * u;
-            p.yy += v * v;
-        }
-    }
-    p.xy = cq_block_sum(p.xy, room);
-    p.xx = cq_block_sum(p.xx, room);
-    p.yy = cq_block_sum(p.yy, room);
-    return p;
-}
-
-/// part[2 i], part[2 i + 1]: of row i |x/|x| - y/|y||^2 / 2 and nothing (cosine), or |x - y|^2 and
-/// |y|^2 (mse). A block for each row.
-template <int W>
-__global__ void __launch_bounds__(THREADS)
-    row_distances(const float *__restrict__ x, const float *__restrict__ y, int64_t groups,
-                  bool cosine, double *part) {
-    CQ_SHARED(double, room, [32]);
-    int64_t row = (int64_t)blockIdx.x;
-    double of_x = 1.0, of_y = 1.0, sum = 0.0, squares = 0.0;
-    bool known = true;
-    x += row * groups * W;
-    y += row * groups * W;
-    if (cosine) {
-        products p = row_products<W>(x, y, groups, room);
-        known = is_norm(p.xx) && is_norm(p.yy);
-        of_x = known ? 1.0 / sqrt(p.xx) : 0.0;
-        of_y = known ? 1.0 / sqrt(p.yy) : 0.0;
-    }
-    for (int64_t i = (int64_t)threadIdx.x; known && i < groups; i += THREADS) {
-        pack<W> a = load<W>(x, i), b = load<W>(y, i);
-#pragma unroll
-        for (int e = 0; e < W; e++) {
-            double u = (double)a.v[e], v = (double)b.v[e];
-            double d = __dsub_rn(__dmul_rn(u, of_x), __dmul_rn(v, of_y));
-            sum += d * d;
-            squares += v * v;
-        }
-    }
-    sum = cq_block_sum(sum, room);
-    squares = cq_block_sum(squares, room);
-    if (threadIdx.x != 0)
-        return;
-    part[2 * row] = cosine ? sum / 2.0 : sum;
-    part[2 * row + 1] = squares;
-}
-
-/// The mean of the rows, or the ratio of two sums over them.
-__global__ void __launch_bounds__(THREADS)
-    sum_distances(const double *__restrict__ part, int64_t n, bool cosine, double *out) {
-    CQ_SHARED(double, room, [32]);
-    double sum = 0.0, squares = 0.0;
-    for (int64_t i = (int64_t)threadIdx.x; i < n; i += THREADS) {
-        sum += part[2 * i];
-        squares += part[2 * i + 1];
-    }
-    sum = cq_block_sum(sum, room);
-    squares = cq_block_sum(squares, room);
-    if (threadIdx.x != 0)
-        return;
-    if (cosine)
-        *out = n > 0 ? sum / (double)n : 0.0;
-    else
-        *out = is_norm(squares) ? sum / squares : 0.0;
-}
-
-/// part[i] = |y_i|^2
-template <int W>
-__global__ void __launch_bounds__(THREADS)
-    row_squares(const float *__restrict__ y, int64_t groups, double *part) {
-    CQ_SHARED(double, room, [32]);
-    double sum = 0.0;
-    y += (int64_t)blockIdx.x * groups * W;
-    for (int64_t i = (int64_t)threadIdx.x; i < groups; i += THREADS) {
-        pack<W> p = load<W>(y, i);
-#pragma unroll
-        for (int e = 0; e < W; e++)
-            sum += (double)p.v[e] * (double)p.v[e];
-    }
-    sum = cq_block_sum(sum, room);
-    if (threadIdx.x == 0)
-        part[blockIdx.x] = sum;
-}
-
-/// One row of dx = of_x x - of_y y; `part` holds |y_i|^2 of all rows (mse) or is NULL (cosine).
-template <int W>
-__global__ void __launch_bounds__(THREADS)
-    row_gradients(const float *__restrict__ x, const float *__restrict__ y, float *__restrict__ dx,
-                  int64_t n, int64_t groups, double weight, const double *__restrict__ part) {
-    CQ_SHARED(double, room, [32]);
-    int64_t at = (int64_t)blockIdx.x * groups * W;
-    double of_x = 0.0, of_y = 0.0;
-    if (part) {
-        double squares = 0.0;
-        for (int64_t i = (int64_t)threadIdx.x; i < n; i += THREADS)
-            squares += part[i];
-        squares = cq_block_sum(squares, room);
-        of_x = of_y = is_norm(squares) ? 2.0 * weight / squares : 0.0;
-    } else {
-        products p = row_products<W>(x + at, y + at, groups, room);
-        if (is_norm(p.xx) && is_norm(p.yy)) {
-            double unit = weight / ((double)n * sqrt(p.xx)), yn = sqrt(p.yy);
-            of_x = unit * p.xy / p.xx / yn;
-            of_y = unit / yn;
-        }
-    }
-    for (int64_t i = (int64_t)threadIdx.x; i < groups; i += THREADS) {
-        pack<W> a = load<W>(x + at, i), b = load<W>(y + at, i);
-#pragma unroll
-        for (int e = 0; e < W; e++) {
-            double u = (double)a.v[e], v = (double)b.v[e];
-            /* mse: the difference first, which near agreement is exact */
-            double d = part ? of_x * (u - v) : of_x * u - of_y * v;
-            a.v[e] = of_y == 0.0 ? 0.0f : (float)d;
-        }
-        store<W>(dx + at, i, a);
-    }
-}
-
-bool aligned(const void *p) { return (uintptr_t)p % 16 == 0; }
 
 /// Blocks for a sum over `groups` packs.
 unsigned parts_for(int64_t groups) {
@@ -397,13 +272,13 @@ unsigned parts_for(int64_t groups) {
     return blocks < MOST_PARTS ? blocks : static_cast<unsigned>(MOST_PARTS);
 }
 
-/// Copies of a matrix in BF16: bit i of `low` says whether copy i is what the others leave over, so
-/// that a value is high + low but for 2^-17 of itself. Rows are `row` apart, copies `copy`; x is
-/// dense, a thread takes four values.
+/// Copies of matrices in BF16: bit i of `low` says whether copy i is what the others leave over, so
+/// that a value is high + low but for 2^-17 of itself. Rows are `row` apart, copies `copy`, layers
+/// of `of_layer` rows `layer`; x is dense, a thread takes four values.
 struct parts_of {
     const float *x;
     __nv_bfloat16 *to;
-    int64_t rows, cols, row, copy;
+    int64_t rows, cols, row, copy, of_layer, layer;
     int copies;
     unsigned low;
 };
@@ -418,7 +293,8 @@ __global__ void __launch_bounds__(THREADS) split(parts_of p) {
         rest[e] = x.v[e] - __bfloat162float(__float2bfloat16_rn(x.v[e]));
     uint2 high = {cq_bf16_pair(x.v[0], x.v[1]), cq_bf16_pair(x.v[2], x.v[3])};
     uint2 low = {cq_bf16_pair(rest[0], rest[1]), cq_bf16_pair(rest[2], rest[3])};
-    __nv_bfloat16 *to = p.to + i / wide * p.row + i % wide * 4;
+    int64_t row = i / wide;
+    __nv_bfloat16 *to = p.to + row / p.of_layer * p.layer + row % p.of_layer * p.row + i % wide * 4;
     for (int c = 0; c < p.copies; c++)
         *reinterpret_cast<uint2 *>(to + c * p.copy) = p.low >> c & 1 ? low : high;
 }
@@ -438,46 +314,40 @@ bool in_parts(const cq_stream *s, int64_t n, int64_t dim, const void *x) {
 
 /// gram = x x'. A row of the parts is [high, low, high, high]: from its first value on it is the
 /// left operand of high low' + low high' + high high', from its second part on the right one.
-int gram_in_parts(cq_stream *s, cq_matmul_args m) {
-    int64_t n = m.m, dim = m.k;
-    __nv_bfloat16 *room = room_for(s, 4 * n * dim);
+int gram_in_parts(cq_stream *s, cq_matmul_args m, cq_cuda_batch batch) {
+    int64_t n = m.m, dim = m.k, rows = batch.count * n;
+    __nv_bfloat16 *room = room_for(s, 4 * rows * dim);
     if (!room)
         return CQ_ENOMEM;
-    launch_split(s, {static_cast<const float *>(m.a), room, n, dim, 4 * dim, dim, 4, 2u});
+    launch_split(s,
+                 {static_cast<const float *>(m.a), room, rows, dim, 4 * dim, dim, rows, 0, 4, 2u});
     m.k = 3 * dim;
     m.a = room;
     m.b = room + dim;
     m.lda = m.ldb = 4 * dim;
-    return cq_cuda_matmul_bf16(s, &m);
+    batch.a = batch.b = 4 * n * dim;
+    return cq_cuda_matmul_batch(s, &m, &batch, true);
 }
 
 /// dx = pull x = high low + low high + high high, with the parts of x one below the other.
-int pull_in_parts(cq_stream *s, cq_matmul_args m) {
-    int64_t n = m.m, dim = m.n;
-    __nv_bfloat16 *room = room_for(s, 3 * n * n + 3 * n * dim), *of_x = room + 3 * n * n;
+int pull_in_parts(cq_stream *s, cq_matmul_args m, cq_cuda_batch batch) {
+    int64_t n = m.m, dim = m.n, rows = batch.count * n;
+    __nv_bfloat16 *room = room_for(s, 3 * rows * (n + dim)), *of_x = room + 3 * rows * n;
     if (!room)
         return CQ_ENOMEM;
-    launch_split(s, {static_cast<const float *>(m.a), room, n, n, 3 * n, n, 3, 2u});
-    launch_split(s, {static_cast<const float *>(m.b), of_x, n, dim, dim, n * dim, 3, 1u});
+    launch_split(s, {static_cast<const float *>(m.a), room, rows, n, 3 * n, n, rows, 0, 3, 2u});
+    launch_split(
+        s, {static_cast<const float *>(m.b), of_x, rows, dim, dim, n * dim, n, 3 * n * dim, 3, 1u});
     m.k = 3 * n;
     m.a = room;
     m.lda = 3 * n;
     m.b = of_x;
-    return cq_cuda_matmul_bf16(s, &m);
+    batch.a = 3 * n * n;
+    batch.b = 3 * n * dim;
+    return cq_cuda_matmul_batch(s, &m, &batch, true);
 }
 
-/// matmul with FP32 operands, whatever the stream computes in.
-int product(cq_stream *s, const cq_matmul_args *a) {
-    cq_stream f32 = *s;
-    f32.compute = CQ_COMPUTE_F32;
-    return cq_cuda_matmul(&f32, a);
-}
-
-int check_rows(const char *op, int64_t n) {
-    if (n > INT32_MAX)
-        return cq_fail(CQ_ESHAPE, "cuda: %s: %lld rows", op, (long long)n);
-    return CQ_OK;
-}
+int64_t layers(int64_t batch) { return batch > 1 ? batch : 1; }
 
 } // namespace
 
@@ -490,12 +360,13 @@ extern "C" int cq_cuda_gram(cq_stream *s, const cq_gram_args *a) {
     const auto *x = static_cast<const float *>(a->x);
     auto *rows = static_cast<float *>(a->scratch), *gram = static_cast<float *>(a->gram);
     bool wide = dim % 4 == 0 && aligned(x) && aligned(rows);
-    int64_t groups = wide ? dim / 4 : dim;
+    int64_t groups = wide ? dim / 4 : dim, batch = layers(a->batch);
+    dim3 columns(cq_blocks(groups, COLUMN_LANES), (unsigned)batch);
     unsigned threads = COLUMN_LANES * ROW_LANES;
     if (wide)
-        CQ_LAUNCH(centre<4>, cq_blocks(groups, COLUMN_LANES), threads, 0, s, x, rows, n, groups);
+        CQ_LAUNCH(centre<4>, columns, threads, 0, s, x, rows, n, groups);
     else
-        CQ_LAUNCH(centre<1>, cq_blocks(groups, COLUMN_LANES), threads, 0, s, x, rows, n, groups);
+        CQ_LAUNCH(centre<1>, columns, threads, 0, s, x, rows, n, groups);
     cq_matmul_args m = {};
     m.dtype = CQ_F32;
     m.tb = true;
@@ -506,13 +377,15 @@ extern "C" int cq_cuda_gram(cq_stream *s, const cq_gram_args *a) {
     m.c = gram;
     m.ldc = n;
     m.alpha = 1.0;
-    CQ_TRY(in_parts(s, n, dim, rows) ? gram_in_parts(s, m) : product(s, &m));
+    cq_cuda_batch apart = {batch, n * dim, n * dim, n * n};
+    CQ_TRY(in_parts(s, n, dim, rows) ? gram_in_parts(s, m, apart)
+                                     : cq_cuda_matmul_batch(s, &m, &apart, false));
     if (a->unbiased) {
-        auto *sums =
-            static_cast<double *>(cq_cuda_scratch(s, n * static_cast<int64_t>(sizeof(double))));
+        auto *sums = static_cast<double *>(
+            cq_cuda_scratch(s, batch * n * static_cast<int64_t>(sizeof(double))));
         if (!sums)
             return CQ_ENOMEM;
-        unsigned grid = cq_blocks(n, THREADS / CQ_WARP);
+        dim3 grid(cq_blocks(n, THREADS / CQ_WARP), (unsigned)batch);
         CQ_LAUNCH(row_sums, grid, THREADS, 0, s, gram, sums, n);
         CQ_LAUNCH(u_centre, grid, THREADS, 0, s, gram, sums, n);
     }
@@ -523,9 +396,10 @@ extern "C" int cq_cuda_cka(cq_stream *s, const cq_cka_args *a) {
     CQ_CUDA_F32("cka", a);
     const auto *k = static_cast<const float *>(a->k), *l = static_cast<const float *>(a->l);
     bool wide = a->n % 2 == 0 && aligned(k) && aligned(l), is_cka = a->loss == CQ_GRAM_CKA;
-    int64_t count = a->n * a->n, groups = wide ? count / 4 : count;
-    unsigned grid = parts_for(groups);
-    auto *parts = static_cast<cka_parts *>(cq_cuda_scratch(s, sizeof(cka_parts)));
+    int64_t count = a->n * a->n, groups = wide ? count / 4 : count, batch = layers(a->batch);
+    dim3 grid(parts_for(groups), (unsigned)batch);
+    auto *parts = static_cast<cka_parts *>(
+        cq_cuda_scratch(s, batch * static_cast<int64_t>(sizeof(cka_parts))));
     if (!parts)
         return CQ_ENOMEM;
     if (wide) {
@@ -546,13 +420,15 @@ extern "C" int cq_cuda_cka_backward(cq_stream *s, const cq_cka_backward_args *a)
     auto *k = static_cast<float *>(a->k), *dx = static_cast<float *>(a->dx);
     const auto *l = static_cast<const float *>(a->l);
     bool wide = n % 2 == 0 && aligned(k) && aligned(l), is_cka = a->loss == CQ_GRAM_CKA;
-    int64_t groups = wide ? count / 4 : count;
-    unsigned grid = cq_blocks(groups, THREADS);
-    grid = grid < 1024 ? grid : 1024;
+    int64_t groups = wide ? count / 4 : count, batch = layers(a->batch);
+    unsigned blocks = cq_blocks(groups, THREADS);
+    dim3 grid(blocks < 1024 ? blocks : 1024, (unsigned)batch);
     if (wide)
-        CQ_LAUNCH(pull_matrix<4>, grid, THREADS, 0, s, k, l, groups, a->stats, a->weight, is_cka);
+        CQ_LAUNCH(pull_matrix<4>, grid, THREADS, 0, s, k, l, groups, a->stats, a->weight,
+                  a->weights, is_cka);
     else
-        CQ_LAUNCH(pull_matrix<1>, grid, THREADS, 0, s, k, l, groups, a->stats, a->weight, is_cka);
+        CQ_LAUNCH(pull_matrix<1>, grid, THREADS, 0, s, k, l, groups, a->stats, a->weight,
+                  a->weights, is_cka);
     cq_matmul_args m = {};
     m.dtype = CQ_F32;
     m.m = m.k = n;
@@ -564,56 +440,11 @@ extern "C" int cq_cuda_cka_backward(cq_stream *s, const cq_cka_backward_args *a)
     m.c = dx;
     m.ldc = dim;
     m.alpha = 1.0;
-    CQ_TRY(in_parts(s, n, dim, a->x) && aligned(k) ? pull_in_parts(s, m) : product(s, &m));
-    grid = cq_blocks(n * dim, 4 * THREADS);
-    CQ_LAUNCH(clear_if_unknown, grid < 132 ? grid : 132, THREADS, 0, s, dx, n * dim, a->stats,
-              a->weight, is_cka);
+    cq_cuda_batch apart = {batch, n * n, n * dim, n * dim};
+    CQ_TRY(in_parts(s, n, dim, a->x) && aligned(k) ? pull_in_parts(s, m, apart)
+                                                   : cq_cuda_matmul_batch(s, &m, &apart, false));
+    blocks = cq_blocks(n * dim, 4 * THREADS);
+    CQ_LAUNCH(clear_if_unknown, dim3(blocks < 132 ? blocks : 132, (unsigned)batch), THREADS, 0, s,
+              dx, n * dim, a->stats, a->weight, a->weights, is_cka);
     CQ_CUDA_END("cka_backward");
-}
-
-extern "C" int cq_cuda_rowloss(cq_stream *s, const cq_rowloss_args *a) {
-    CQ_CUDA_F32("rowloss", a);
-    CQ_TRY(check_rows("rowloss", a->n));
-    const auto *x = static_cast<const float *>(a->x), *y = static_cast<const float *>(a->y);
-    bool wide = a->dim % 4 == 0 && aligned(x) && aligned(y), cosine = a->form == CQ_ROWLOSS_COSINE;
-    int64_t groups = wide ? a->dim / 4 : a->dim;
-    auto *part = static_cast<double *>(
-        cq_cuda_scratch(s, (2 * a->n + 1) * static_cast<int64_t>(sizeof(double))));
-    if (!part)
-        return CQ_ENOMEM;
-    unsigned grid = static_cast<unsigned>(a->n);
-    if (grid > 0 && wide)
-        CQ_LAUNCH(row_distances<4>, grid, THREADS, 0, s, x, y, groups, cosine, part);
-    else if (grid > 0)
-        CQ_LAUNCH(row_distances<1>, grid, THREADS, 0, s, x, y, groups, cosine, part);
-    CQ_LAUNCH(sum_distances, 1, THREADS, 0, s, part, a->n, cosine, a->out);
-    CQ_CUDA_END("rowloss");
-}
-
-extern "C" int cq_cuda_rowloss_backward(cq_stream *s, const cq_rowloss_backward_args *a) {
-    CQ_CUDA_F32("rowloss_backward", a);
-    CQ_TRY(check_rows("rowloss_backward", a->n));
-    if (a->n < 1)
-        return CQ_OK;
-    const auto *x = static_cast<const float *>(a->x), *y = static_cast<const float *>(a->y);
-    auto *dx = static_cast<float *>(a->dx);
-    bool wide = a->dim % 4 == 0 && aligned(x) && aligned(y) && aligned(dx);
-    int64_t groups = wide ? a->dim / 4 : a->dim;
-    unsigned grid = static_cast<unsigned>(a->n);
-    double *part = nullptr;
-    if (a->form == CQ_ROWLOSS_MSE) {
-        part =
-            static_cast<double *>(cq_cuda_scratch(s, a->n * static_cast<int64_t>(sizeof(double))));
-        if (!part)
-            return CQ_ENOMEM;
-        if (wide)
-            CQ_LAUNCH(row_squares<4>, grid, THREADS, 0, s, y, groups, part);
-        else
-            CQ_LAUNCH(row_squares<1>, grid, THREADS, 0, s, y, groups, part);
-    }
-    if (wide)
-        CQ_LAUNCH(row_gradients<4>, grid, THREADS, 0, s, x, y, dx, a->n, groups, a->weight, part);
-    else
-        CQ_LAUNCH(row_gradients<1>, grid, THREADS, 0, s, x, y, dx, a->n, groups, a->weight, part);
-    CQ_CUDA_END("rowloss_backward");
 }

@@ -19,6 +19,7 @@ extern "C" {
 #include "core/base/error.h"
 #include "kernels/kernels.h"
 }
+#include "kernels/cuda/batch.h"
 #include "kernels/nvfp4.h"
 
 enum { CQ_WARP = 32 };
@@ -40,6 +41,10 @@ extern "C" int cq_cuda_shared_bytes(const void *kernel, int64_t bytes, const cha
 /// A matrix product whose a and b are BF16 already, accumulated in FP32 (matmul.cu). Rows on 16
 /// bytes are fastest.
 extern "C" int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a);
+/// Products of one shape, a and b in F32, or in BF16 already (`bf16`), whatever the stream computes
+/// in. Each has the bits that it has alone.
+extern "C" int cq_cuda_matmul_batch(cq_stream *s, const cq_matmul_args *a, const cq_cuda_batch *b,
+                                    bool bf16);
 /// CQ_OK, or the pending error of a launch, named.
 extern "C" int cq_cuda_status(const char *op);
 #define CQ_CUDA_END(op) return cq_cuda_status(op)

@@ -36,6 +36,7 @@ enum {
     WORKSPACE = 32 << 20,
     CANDIDATES = 8,
     REPEATS = 5,
+    TOGETHER = 8,          ///< products of a batch in one launch, and what its algorithm is for
     FIRST_SIZE = 256,      ///< of the table; a power of two
     MOST_ENTRIES = 1 << 16 ///< then it starts anew
 };
@@ -46,7 +47,7 @@ struct lt_key {
     int32_t form;  ///< FORM_* bits
     int32_t align; ///< log2 of the alignment of a, b and c in bytes, up to 8, four bits each
 };
-enum { FORM_TA = 1, FORM_TB = 2, FORM_BF16 = 4, FORM_BETA = 8, FORM_C_BF16 = 16 };
+enum { FORM_TA = 1, FORM_TB = 2, FORM_BF16 = 4, FORM_BETA = 8, FORM_C_BF16 = 16, FORM_BATCH = 32 };
 static_assert(sizeof(lt_key) == 56, "no padding");
 
 struct lt_entry {
@@ -109,9 +110,26 @@ int describe(lt_call *call, const cq_matmul_args *a, bool bf16) {
     return CQ_OK;
 }
 
-int32_t alignment_log2(const void *p) {
+/// Makes a described product one of `count`, their matrices as far apart as `b` says.
+int repeat(lt_call *call, const cq_matmul_args *a, const cq_cuda_batch *b, int64_t count) {
+    int32_t n = (int32_t)count;
+    cublasLtMatrixLayout_t layout[] = {&call->first, &call->second, &call->c};
+    int64_t apart[] = {b->b, b->a, b->c};
+    for (int i = 0; i < 3; i++) {
+        LT_TRY(a, "describing a batch",
+               cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &n,
+                                                sizeof n));
+        LT_TRY(a, "describing a batch",
+               cublasLtMatrixLayoutSetAttribute(layout[i],
+                                                CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                                &apart[i], sizeof apart[i]));
+    }
+    return CQ_OK;
+}
+
+int32_t alignment_log2(uintptr_t p) {
     int32_t n = 0;
-    while (n < 8 && ((uintptr_t)p >> n & 1) == 0)
+    while (n < 8 && (p >> n & 1) == 0)
         n++;
     return n;
 }
@@ -120,7 +138,19 @@ lt_key key_of(const cq_matmul_args *a, bool bf16) {
     lt_key key = {a->m, a->n, a->k, a->lda, a->ldb, a->ldc, 0, 0};
     key.form = (a->ta ? FORM_TA : 0) | (a->tb ? FORM_TB : 0) | (bf16 ? FORM_BF16 : 0) |
                (a->beta != 0.0 ? FORM_BETA : 0) | (a->c_bf16 ? FORM_C_BF16 : 0);
-    key.align = alignment_log2(a->a) | alignment_log2(a->b) << 4 | alignment_log2(a->c) << 8;
+    key.align = alignment_log2((uintptr_t)a->a) | alignment_log2((uintptr_t)a->b) << 4 |
+                alignment_log2((uintptr_t)a->c) << 8;
+    return key;
+}
+
+/// The same for a batch: no more alignment than every one of its matrices has, wherever it begins.
+lt_key key_of_batch(const cq_matmul_args *a, const cq_cuda_batch *b, bool bf16) {
+    lt_key key = key_of(a, bf16);
+    uintptr_t size = bf16 ? 2 : 4;
+    key.form |= FORM_BATCH;
+    key.align = alignment_log2((uintptr_t)a->a | (uintptr_t)b->a * size | 16) |
+                alignment_log2((uintptr_t)a->b | (uintptr_t)b->b * size | 16) << 4 |
+                alignment_log2((uintptr_t)a->c | (uintptr_t)b->c * sizeof(float) | 16) << 8;
     return key;
 }
 
@@ -384,10 +414,11 @@ void write_tuned(const lt_table *t) {
     free(text);
 }
 
+/// A batch is not timed: its first product need not have others behind it.
 int choose(cublasLtMatmulAlgo_t *out, cq_cuda_device *d, lt_call *call, const cq_matmul_args *a,
-           bool bf16) {
+           lt_key key) {
     lt_table *t = (lt_table *)d->algos;
-    lt_key key = key_of(a, bf16);
+    bool bf16 = key.form & FORM_BF16;
     lt_entry *e = entry_of(t, &key);
     if (!e)
         return cq_fail(CQ_ENOMEM, "cuda: matmul: no memory for one more algorithm");
@@ -397,7 +428,7 @@ int choose(cublasLtMatmulAlgo_t *out, cq_cuda_device *d, lt_call *call, const cq
         cublasLtMatmulAlgo_t algo[CANDIDATES];
         int n = 0;
         CQ_TRY(candidates(algo, &n, d, call, a, &key));
-        bool tuned = t->tune && fastest_first(algo, n, d, call, a);
+        bool tuned = t->tune && !(key.form & FORM_BATCH) && fastest_first(algo, n, d, call, a);
         put(t, e, &key, &algo[0], true, tuned);
         if (tuned)
             write_tuned(t);
@@ -410,7 +441,7 @@ int product(cq_cuda_device *d, const cq_matmul_args *a, bool bf16) {
     lt_call call;
     cublasLtMatmulAlgo_t algo;
     CQ_TRY(describe(&call, a, bf16));
-    CQ_TRY(choose(&algo, d, &call, a, bf16));
+    CQ_TRY(choose(&algo, d, &call, a, key_of(a, bf16)));
     LT_TRY(a, bf16 ? "in BF16" : "in FP32", multiply(d, &call, a, a->c, &algo));
     CQ_CUDA_END("matmul");
 }
@@ -575,4 +606,25 @@ extern "C" int cq_cuda_matmul(cq_stream *s, const cq_matmul_args *a) {
 
 extern "C" int cq_cuda_matmul_bf16(cq_stream *s, const cq_matmul_args *a) {
     return product((cq_cuda_device *)s->device, a, true);
+}
+
+/// The algorithm is that for TOGETHER of them, however many there are.
+extern "C" int cq_cuda_matmul_batch(cq_stream *s, const cq_matmul_args *a, const cq_cuda_batch *b,
+                                    bool bf16) {
+    cq_cuda_device *d = (cq_cuda_device *)s->device;
+    const int64_t size = bf16 ? 2 : 4;
+    lt_call call;
+    cublasLtMatmulAlgo_t algo;
+    CQ_TRY(describe(&call, a, bf16));
+    CQ_TRY(repeat(&call, a, b, TOGETHER));
+    CQ_TRY(choose(&algo, d, &call, a, key_of_batch(a, b, bf16)));
+    for (int64_t i = 0; i < b->count; i += TOGETHER) {
+        cq_matmul_args some = *a;
+        some.a = (const char *)a->a + i * b->a * size;
+        some.b = (const char *)a->b + i * b->b * size;
+        some.c = (float *)a->c + i * b->c;
+        CQ_TRY(repeat(&call, a, b, b->count - i < TOGETHER ? b->count - i : TOGETHER));
+        LT_TRY(a, bf16 ? "in BF16" : "in FP32", multiply(d, &call, &some, some.c, &algo));
+    }
+    CQ_CUDA_END("matmul");
 }

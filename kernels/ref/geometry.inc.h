@@ -37,7 +37,7 @@ static void CQ_FN(u_centre)(acc *g, acc *r, int64_t n) {
                 i == j ? 0 : g[i * n + j] - (r[i] + r[j]) / m + total / ((acc)(n - 1) * m);
 }
 
-static int CQ_FN(gram)(const cq_gram_args *a) {
+static int CQ_FN(one_gram)(const cq_gram_args *a) {
     int64_t n = a->n, least = a->unbiased ? 4 : 2;
     if (n < least)
         return cq_fail(CQ_ESHAPE, "gram: %lld rows, wanted at least %lld", (long long)n,
@@ -62,10 +62,21 @@ static int CQ_FN(gram)(const cq_gram_args *a) {
     return CQ_OK;
 }
 
+static int CQ_FN(gram)(const cq_gram_args *a) {
+    int64_t rows = a->n * a->dim;
+    for (int64_t i = 0; i == 0 || i < a->batch; i++) {
+        cq_gram_args one = *a;
+        one.x = (const real *)a->x + i * rows;
+        one.scratch = (real *)a->scratch + i * rows;
+        one.gram = (real *)a->gram + i * a->n * a->n;
+        CQ_TRY(CQ_FN(one_gram)(&one));
+    }
+    return CQ_OK;
+}
+
 static bool CQ_FN(is_norm)(acc squared) { return squared > 0 && isfinite(squared); }
 
-static int CQ_FN(cka)(const cq_cka_args *a) {
-    const real *k = a->k, *l = a->l;
+static void CQ_FN(one_cka)(const cq_cka_args *a, const real *k, const real *l, double *out) {
     acc kl = 0, kk = 0, ll = 0, loss = 0;
     for (int64_t i = 0; i < a->n * a->n; i++) {
         kl += (acc)k[i] * (acc)l[i];
@@ -81,16 +92,24 @@ static int CQ_FN(cka)(const cq_cka_args *a) {
         }
         loss /= cka ? 2 : ll;
     }
-    a->out[0] = (double)kl;
-    a->out[1] = (double)kk;
-    a->out[2] = (double)ll;
-    a->out[3] = (double)loss;
+    out[0] = (double)kl;
+    out[1] = (double)kk;
+    out[2] = (double)ll;
+    out[3] = (double)loss;
+}
+
+static int CQ_FN(cka)(const cq_cka_args *a) {
+    int64_t square = a->n * a->n;
+    for (int64_t i = 0; i == 0 || i < a->batch; i++) {
+        const real *k = a->k, *l = a->l;
+        CQ_FN(one_cka)(a, k + i * square, l + i * square, a->out + 4 * i);
+    }
     return CQ_OK;
 }
 
 /* k becomes the symmetric matrix M of dx = M x. Its rows sum to zero like those of K and L, so the
    rows of x need no centring. */
-static int CQ_FN(cka_backward)(const cq_cka_backward_args *a) {
+static void CQ_FN(one_cka_backward)(const cq_cka_backward_args *a) {
     int64_t n = a->n;
     real *k = a->k, *dx = a->dx;
     const real *l = a->l, *x = a->x;
@@ -106,7 +125,7 @@ static int CQ_FN(cka_backward)(const cq_cka_backward_args *a) {
     }
     memset(dx, 0, (size_t)(n * a->dim) * sizeof(*dx));
     if (of_l == 0)
-        return CQ_OK;
+        return;
     for (int64_t i = 0; i < n * n; i++)
         k[i] = (real)(of_k * (acc)k[i] + of_l * (acc)l[i]);
     for (int64_t i = 0; i < n; i++)
@@ -116,6 +135,20 @@ static int CQ_FN(cka_backward)(const cq_cka_backward_args *a) {
                 sum += (acc)k[i * n + j] * (acc)x[j * a->dim + c];
             dx[i * a->dim + c] = (real)sum;
         }
+}
+
+static int CQ_FN(cka_backward)(const cq_cka_backward_args *a) {
+    int64_t rows = a->n * a->dim, square = a->n * a->n;
+    for (int64_t i = 0; i == 0 || i < a->batch; i++) {
+        cq_cka_backward_args one = *a;
+        one.k = (real *)a->k + i * square;
+        one.l = (const real *)a->l + i * square;
+        one.x = (const real *)a->x + i * rows;
+        one.weight = a->weights ? a->weights[i] : a->weight;
+        one.stats = a->stats + 4 * i;
+        one.dx = (real *)a->dx + i * rows;
+        CQ_FN(one_cka_backward)(&one);
+    }
     return CQ_OK;
 }
 
@@ -159,11 +192,12 @@ static int CQ_FN(rowloss)(const cq_rowloss_args *a) {
 static int CQ_FN(rowloss_backward)(const cq_rowloss_backward_args *a) {
     const real *x = a->x, *y = a->y;
     real *dx = a->dx;
+    acc weight = (acc)(a->weights ? *a->weights : a->weight);
     memset(dx, 0, (size_t)(a->n * a->dim) * sizeof(*dx));
     if (a->form == CQ_ROWLOSS_MSE) {
         acc yy = CQ_FN(squared_norm)(y, a->n * a->dim);
         for (int64_t i = 0; CQ_FN(is_norm)(yy) && i < a->n * a->dim; i++)
-            dx[i] = (real)((acc)a->weight * 2 * ((acc)x[i] - (acc)y[i]) / yy);
+            dx[i] = (real)(weight * 2 * ((acc)x[i] - (acc)y[i]) / yy);
         return CQ_OK;
     }
     for (int64_t i = 0; i < a->n; i++, x += a->dim, y += a->dim, dx += a->dim) {
@@ -174,8 +208,7 @@ static int CQ_FN(rowloss_backward)(const cq_rowloss_backward_args *a) {
         for (int64_t c = 0; c < a->dim; c++)
             xy += (acc)x[c] / xn * ((acc)y[c] / yn);
         for (int64_t c = 0; c < a->dim; c++)
-            dx[c] = (real)((acc)a->weight / ((acc)a->n * xn) *
-                           (xy * ((acc)x[c] / xn) - (acc)y[c] / yn));
+            dx[c] = (real)(weight / ((acc)a->n * xn) * (xy * ((acc)x[c] / xn) - (acc)y[c] / yn));
     }
     return CQ_OK;
 }

@@ -4,6 +4,7 @@
 -- { kl = number, cka = number or { [block] = number } }. A number w means w * mean over the tapped blocks of (1 - cka);
 -- a table weighs each block's 1 - cka itself. The weights are constants: no gradient flows through them.
 local errors = require "ckaqad.errors"
+local promise = require "ckaqad.promise"
 local ranks = require "ckaqad.ranks"
 local balance = {}
 
@@ -19,15 +20,18 @@ function balance.gap(pass)
   return n > 0 and sum / n or 0
 end
 
---- Both terms get the same value: cka weight = min(kl / max(mean(1 - cka), 1e-8), max), per micro-batch.
+--- Both terms get the same value: cka weight = min(kl / max(mean(1 - cka), 1e-8), max), per micro-batch. On a device it is worked
+--- out there, and `cka` becomes a number when it is looked at.
 ---
 --- Example:
 ---     local balance = cq.balance.ratio { max = 100 }
 ---     print(balance({ step = 1, kl = 0.3, cka = { [0] = 0.9 } }).cka) --> 3
 function balance.ratio(options)
   local o = errors.fill("balance.ratio", options, { max = 100 })
+  local function weight(pass) return math.min(math.max(pass.kl, 0) / math.max(balance.gap(pass), 1e-8), o.max) end
   return function(pass)
-    return { kl = 1, cka = math.min(math.max(pass.kl, 0) / math.max(balance.gap(pass), 1e-8), o.max) }
+    if not rawget(pass, "slot") then return { kl = 1, cka = weight(pass) } end
+    return promise.make(pass, weight, o.max)
   end
 end
 

@@ -1,5 +1,6 @@
 -- optim.lua - AdamW over a student's trainable parameters; the fake-quantized weights are written in the same pass.
 local native = require "ckaqad.ffi"
+local distill = require "ckaqad.distill"
 local errors = require "ckaqad.errors"
 local ranks = require "ckaqad.ranks"
 local C, call = native.C, native.call
@@ -56,6 +57,8 @@ end
 --- Example:
 ---     print(("gradient norm %.3g"):format(adam:step(1e-4)))
 function Adam:step(lr)
+  call.cq_adamw_measure(self.c, self.student:stream())
+  distill.read(self.student, true) -- a loss that is not a number ends the run here, with the weights as they were
   call.cq_adamw_step(self.c, self.student:stream(), lr, self.count + 1, self.norm)
   self.count = self.count + 1
   call.cq_model_zero_grad(self.student.c)

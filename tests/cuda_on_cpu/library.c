@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cuda/batch.h"
 #include "kernels/ref/ref.h"
 #include "tests/cuda_on_cpu/plain.h"
 
@@ -181,6 +182,19 @@ int cq_cuda_matmul_nvfp4(cq_stream *s, const cq_matmul_nvfp4_args *a) {
 static float *rows_copy(const void *x, bool bf16, int64_t rows, int64_t cols) {
     return operand(x, bf16, rows, cols, cols);
 }
+int cq_cuda_matmul_batch(cq_stream *s, const cq_matmul_args *a, const cq_cuda_batch *b, bool bf16) {
+    cq_stream f32 = *s;
+    f32.compute = CQ_COMPUTE_F32;
+    for (int64_t i = 0; i < b->count; i++) {
+        cq_matmul_args one = *a;
+        one.a = (const char *)a->a + i * b->a * (bf16 ? 2 : 4);
+        one.b = (const char *)a->b + i * b->b * (bf16 ? 2 : 4);
+        one.c = (float *)a->c + i * b->c;
+        CQ_TRY(bf16 ? cq_cuda_matmul_bf16(s, &one) : cq_cuda_matmul(&f32, &one));
+    }
+    return CQ_OK;
+}
+
 static int grouped(cq_stream *s, const cq_matmul_grouped_args *a) {
     cq_matmul_grouped_args b = *a;
     if (s->compute != CQ_COMPUTE_BF16)

@@ -248,12 +248,16 @@ static int check_range(const void *p, int64_t bytes, const char *what) {
     return CQ_OK;
 }
 
+static int64_t waits = 0;
+extern "C" int64_t cq_emu_waits(void) { return waits; }
+
 static int copy(cq_stream *s, void *to, const void *from, int64_t bytes) {
     (void)s;
     if (bytes <= 0)
         return CQ_OK;
     CQ_TRY(check_range(to, bytes, "copying to"));
     CQ_TRY(check_range(from, bytes, "copying from"));
+    waits += !piece_at(reinterpret_cast<uintptr_t>(to));
     cq_emu_memory_unlock();
     memcpy(to, from, (size_t)bytes);
     cq_emu_memory_lock();
@@ -326,6 +330,7 @@ static void close_stream(cq_stream *s) {
 }
 static int wait_stream(cq_stream *s) {
     (void)s;
+    waits++;
     return cq_emu_status("an operation failed on the device");
 }
 /* A fetch happens as late as it may; until then NaN lies there. */

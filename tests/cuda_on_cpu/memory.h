@@ -15,6 +15,8 @@ bool cq_emu_memory_has(const void *p, int64_t *left);
 bool cq_emu_memory_explain(const void *p, char *text, size_t size);
 /// True while the host must keep away.
 bool cq_emu_memory_locked(void);
+/// How often the host has waited for the device: for its stream, or to copy from there.
+int64_t cq_emu_waits(void);
 /// CQ_OK, or the error that a kernel or the memory noted, which is forgotten then.
 int cq_emu_status(const char *op);
 /// Notes an error unless one is noted already.

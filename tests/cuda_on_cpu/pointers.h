@@ -62,9 +62,10 @@
 #define CQ_EMU_POINTERS_cross_entropy P(logits) P(labels) P(weights) P(sum) P(correct) P(valid)
 #define CQ_EMU_POINTERS_gram P(x) P(scratch) P(gram)
 #define CQ_EMU_POINTERS_cka P(k) P(l) P(out)
-#define CQ_EMU_POINTERS_cka_backward P(k) P(l) P(x) P(stats) P(dx)
+#define CQ_EMU_POINTERS_cka_backward P(k) P(l) P(x) P(weights) P(stats) P(dx)
 #define CQ_EMU_POINTERS_rowloss P(x) P(y) P(out)
-#define CQ_EMU_POINTERS_rowloss_backward P(x) P(y) P(dx)
+#define CQ_EMU_POINTERS_rowloss_backward P(x) P(y) P(weights) P(dx)
+#define CQ_EMU_POINTERS_balance P(sum) P(right) P(stats) P(order) P(weights) P(report)
 #define CQ_EMU_POINTERS_scatter_rows P(y) P(index) P(x)
 #define CQ_EMU_POINTERS_adamw                                                                      \
     P(w)                                                                                           \
