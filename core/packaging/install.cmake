@@ -7,7 +7,7 @@ install(TARGETS ckaqad_static ckaqad_shared
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 file(GLOB PUBLIC_HEADERS CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR} core/*.h core/*/*.h)
 list(FILTER PUBLIC_HEADERS EXCLUDE REGEX "_impl\\.h$")
-list(APPEND PUBLIC_HEADERS kernels/kernels.h kernels/kernels.def kernels/nvfp4.h)
+list(APPEND PUBLIC_HEADERS kernels/kernels.h kernels/losses.h kernels/stream.h kernels/kernels.def kernels/nvfp4.h)
 foreach(header ${PUBLIC_HEADERS})
   get_filename_component(folder ${header} DIRECTORY)
   install(FILES ${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/ckaqad/${folder})
