@@ -16,6 +16,7 @@ local opt = cq.options {
   lr = 1e-4,          -- learning rate
   rows = 128,         -- tokens sampled for CKA
   cka = "all",        -- blocks CKA looks at
+  freeze = "",        -- globs of parameters that are not trained, for example *.experts.*
   calibrate = 32,     -- documents the activation scales come from
   seed = 1,           -- order of the documents and sampled tokens
 }
@@ -25,7 +26,7 @@ local random_file = opt.data == "random" and cq.data.random(opt.model, 2 * opt.b
 opt.data = random_file or opt.data
 local run = cq.run(opt)
 local teacher = opt.weights == "random" and cq.model.create(opt.model) or cq.model.open(opt.model)
-local student = teacher:quantize { preset = "all" }
+local student = teacher:quantize { preset = "all", freeze = opt.freeze }
 local data = cq.data.open(opt.data, { model = teacher, seq = opt.seq, batch = opt.batch, micro = opt.micro, seed = opt.seed,
   fraction = 0 })
 local plain = { cq.loss.kl { tail = "full" } }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: builds, tests the kernels against ref, the golden models and the recipe on the device, looks for
 # memory errors and races, and measures. One line per part; no network; ends within 9 minutes. Without a GPU it exits with 77.
-#   bash tests/gpu.sh [OPTION...] [PART...]    parts: build kernels golden recipe repeat nccl bench step sanitizer
+#   bash tests/gpu.sh [OPTION...] [PART...]    parts: build kernels golden recipe repeat forms nccl bench step sanitizer,
+#                              and by name only nano: Nemotron 3 Nano whole, random weights, for a GPU of 141 GB
 #   --build=DIR   programs that were built before (with DIR/lib for libraries that this machine lacks); else builds into build/gpu
 #   --out=DIR     results: table.md, kernels_*.csv, step_*.json, logs [build/gpu-results]
 #   --no-gpu      only checks that a machine without a GPU gets one clear line
@@ -19,7 +20,7 @@ for a; do
     *) want="$want $a" ;;
   esac
 done
-want=" ${want:-build kernels golden recipe repeat nccl bench step sanitizer} "
+want=" ${want:-build kernels golden recipe repeat forms nccl bench step sanitizer} "
 [ -n "$dir" ] || { dir=build/gpu; built_here=1; }
 [ ! -d "$dir/lib" ] || export LD_LIBRARY_PATH="$PWD/$dir/lib:${LD_LIBRARY_PATH:-}"
 export PATH="$PATH:/usr/local/cuda/bin"
@@ -114,9 +115,34 @@ nccl_recipe() { # N: a run over NCCL and one through the host
 bench() { # COMPUTE
   "$dir/ckaqad_bench" --kernels=cuda --compute="$1" --seconds=0.1 --csv="$out/kernels_$1.csv" && echo "$(($(wc -l <"$out/kernels_$1.csv") - 2)) cases"
 }
-step() { # MODEL SEQ BATCH MICRO COMPUTE
-  "$dir/ckaqad" recipes/bench.lua --device=cuda --model="kernels/bench/$1" --weights=random --data=random --seq="$2" --batch="$3" --micro="$4" --rows=512 --compute="$5" --steps=6 --calibrate=2 &&
-    tail -n 3 "$out/step__$1__$5_.log" | tee "$out/step_$1_$5.txt" | grep -v '^{'
+step() { # NAME MODEL SEQ BATCH MICRO OPTION...
+  local name=$1 model=$2 seq=$3 batch=$4 micro=$5; shift 5
+  "$dir/ckaqad" recipes/bench.lua --device=cuda --model="$model" --weights=random --data=random --seq="$seq" --batch="$batch" --micro="$micro" \
+    --rows=512 --compute=bf16 --steps=6 --calibrate=2 "$@" >"$out/step_$name.log" 2>&1 || { tail -n 12 "$out/step_$name.log"; return 1; }
+  tail -n 3 "$out/step_$name.log" | tee "$out/step_$name.txt" | grep -v '^{'
+}
+nano() { # all 52 blocks at their true size, of which the slice is 8
+  mkdir -p "$out/nano"
+  sed 's/"hybrid_override_pattern": "[^"]*"/"hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"/; s/"num_hidden_layers": 8/"num_hidden_layers": 52/' \
+    kernels/bench/nano_slice/config.json >"$out/nano/config.json"
+  step nano "$out/nano" 8192 2 1 --activations=bf16 --copies=packed "--freeze=*.experts.*"
+}
+forms() { # weights and optimizer in every form and place: the same bits
+  local form n=0
+  for form in --copies=f32 --copies=bf16 --copies=packed "--copies=packed --offload=both"; do
+    # shellcheck disable=SC2086
+    "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --compute=bf16 $form --steps=5 --out="$out/form-$n" --fresh >"$out/form-$n.txt" 2>&1 || { tail -n 3 "$out/form-$n.txt"; return 1; }
+    cmp "$out/form-0/nvfp4/model.safetensors" "$out/form-$n/nvfp4/model.safetensors" || return 1
+    n=$((n + 1))
+  done
+  echo "$n forms of 5 steps, the same bits"
+}
+fp4() { # on FP4 tensor cores: KL near that of BF16 products; one line where there are none
+  local rc=0
+  "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --compute=nvfp4 --copies=packed --steps=20 --out="$out/fp4" --fresh >"$out/fp4.txt" 2>&1 || rc=$?
+  if [ $rc = 2 ]; then grep "^ckaqad: option --compute: nvfp4 wants a GPU" "$out/fp4.txt"; return; fi
+  [ $rc = 0 ] || { tail -n 3 "$out/fp4.txt"; return 1; }
+  grep "^PTQ:\|^after" "$out/fp4.txt" "$out/run-cuda-bf16.txt"; grep "^after" "$out/fp4.txt"
 }
 sanitizer() { # TOOL MODEL: both passes, losses and quantizer of a golden model, in FP32 and (racecheck is too slow) in BF16
   local both="f32 bf16"
@@ -142,6 +168,8 @@ part recipe "recipe: cpu and cuda, f32" 90 recipe f32
 part recipe "recipe: cpu and cuda, bf16" 90 recipe bf16
 part repeat "repeat: two runs" 60 repeat f32
 part repeat "repeat: two runs, bf16 activations" 60 repeat bf16
+part forms "forms: copies and offload" 60 forms
+part forms "forms: FP4 tensor cores" 60 fp4
 if [ -x "$dir/device_ranks" ]; then
   part nccl "nccl: one rank" 60 nccl
   gpus=$(nvidia-smi -L | wc -l)
@@ -153,8 +181,11 @@ if [ -x "$dir/device_ranks" ]; then
 fi
 part bench "bench: bf16" 100 bench bf16
 part bench "bench: f32" 100 bench f32
-part step "step (qwen3_4b, bf16)" 150 step qwen3_4b 2048 4 1 bf16
-part step "step (nano_slice, bf16)" 120 step nano_slice 2048 4 1 bf16
+part step "step (qwen3_4b)" 120 step qwen3_4b kernels/bench/qwen3_4b 2048 4 1
+part step "step (qwen3_4b, narrow)" 120 step qwen3_4b_narrow kernels/bench/qwen3_4b 2048 4 1 --activations=bf16 --copies=bf16
+part step "step (nano_slice)" 90 step nano_slice kernels/bench/nano_slice 2048 4 1
+part step "step (nano_slice, narrow)" 90 step nano_slice_narrow kernels/bench/nano_slice 2048 4 1 --activations=bf16 --copies=packed
+part nano "step (nano, whole, experts frozen)" 500 nano
 for tool in memcheck racecheck initcheck synccheck; do
   for model in nemotron_h_tiny qwen3_tiny; do part sanitizer "$tool: $model" 60 sanitizer $tool $model; done
 done
