@@ -16,7 +16,7 @@ struct cq_model {
     cq_compute compute;
     bool fp4; ///< products of packed weights with quantized inputs are those of codes
     cq_copies copies;
-    int offload;          ///< cq_offload
+    cq_offload offload;
     bool streamed;        ///< its blocks lie on the host and are fetched as a forward comes to them
     cq_tensor window[2];  ///< [bytes] where block b is during its forward: window b % 2
     int64_t in_window[2]; ///< block, or -1
