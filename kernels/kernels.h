@@ -371,6 +371,8 @@ typedef struct cq_unpack_args {
     int64_t n_groups;
     float top;
     void *y;
+    const int64_t
+        *offsets; ///< [n_groups + 1]: a group whose two are equal is left out; NULL: none is
 } cq_unpack_args;
 /// amax[g] = max(amax[g], largest |x| in group g's rows).
 typedef struct cq_amax_args {

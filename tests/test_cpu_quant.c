@@ -144,10 +144,23 @@ static void check_packed(cq_stream *s, int at, uint64_t seed, int kind, float to
                         .y = y};
 #define OPEN                                                                                       \
     WAYS_CALL(s, unpack, u, WAYS_AT(codes, N / 2), WAYS_AT(scales, N / 16),                        \
-              WAYS_AT(amax, sizeof(amax)), WAYS_AT(y, 4 * N))
+              WAYS_AT(amax, sizeof(amax)), WAYS_AT(y, 4 * N), WAYS_AT(offsets, 32))
     cr_assert_eq(OPEN, CQ_OK, "%s", cq_error());
     cr_expect_eq(differences(y, right, N), 0, "%s: kind %d, top %g: %lld differ", ways_name(at),
                  kind, (double)top, (long long)differences(y, right, N));
+    int64_t offsets[] = {0, 3, 3, 4};
+    for (int64_t i = 0; i < N; i++)
+        y[i] = i / (ROWS * COLS) == 1 ? 5.0f : 0.0f;
+    float *whole = right + ROWS * COLS, *kept = floats(ROWS * COLS);
+    memcpy(kept, whole, ROWS * COLS * sizeof *kept);
+    memcpy(right + ROWS * COLS, y + ROWS * COLS, ROWS * COLS * sizeof *y);
+    u.dtype = CQ_F32, u.offsets = offsets;
+    cr_assert_eq(OPEN, CQ_OK, "%s", cq_error());
+    cr_expect_eq(differences(y, right, N), 0, "%s: the group without rows is left alone",
+                 ways_name(at));
+    memcpy(whole, kept, ROWS * COLS * sizeof *kept);
+    free(kept);
+    u.offsets = NULL;
 #ifdef WAYS_CUDA
     u.dtype = CQ_BF16;
     cr_assert_eq(OPEN, CQ_OK, "%s", cq_error());

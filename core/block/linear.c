@@ -13,16 +13,39 @@ typedef struct operand {
     const void *wide, *half;
 } operand;
 
-/* Opens a packed stack into the scratch that all stacks share: in BF16 where products read that. */
-static int open_packed(const cq_layer *l, const cq_linear *w, cq_stream *s, operand *out) {
+/* Whether all parts of a stack have the tensor scale of the first; others come from elsewhere. */
+static bool one_scale(const cq_linear *w) {
+    for (int64_t i = 1; i < w->n_parts; i++)
+        if (w->part[i]->amax != w->part[0]->amax)
+            return false;
+    return true;
+}
+
+/* Rows of a packed stack, in `groups` parts of as many rows each, opened to where they belong. */
+static int open_rows(const cq_layer *l, const cq_linear *w, cq_stream *s, int64_t part, int64_t row,
+                     int64_t rows, int64_t groups, const int64_t *offsets) {
+    const cq_param *p = w->part[part];
+    char *y = (char *)l->env->opened.data + row * w->k * (w->half ? 2 : 4);
+    return CQ_RUN(s, unpack, .dtype = w->half ? CQ_BF16 : CQ_F32, .rows = rows, .cols = w->k,
+                  .codes = (const uint8_t *)w->codes.data + row * w->k / 2,
+                  .scales = (const uint8_t *)w->scales.data + row * w->k / 16,
+                  .amax = (const float *)w->amax_w.data + part, .n_groups = groups,
+                  .top = p->block_amax.data ? p->top : 448.0f, .y = y, .offsets = offsets);
+}
+
+/* Opens a packed stack into the scratch that all stacks share: in BF16 where products read that; of
+ * experts those that have rows. */
+static int open_packed(const cq_layer *l, const cq_linear *w, cq_stream *s, const int64_t *offsets,
+                       operand *out) {
     void *y = l->env->opened.data;
-    const cq_param *p = w->part[w->groups > 1 ? w->first : 0];
-    int64_t groups = w->groups > 1 ? w->held : 1, first = w->groups > 1 ? w->first : 0;
+    int64_t row = 0;
     *out = w->half ? (operand){.half = y} : (operand){.wide = y};
-    return CQ_RUN(s, unpack, .dtype = w->half ? CQ_BF16 : CQ_F32, .rows = w->held * w->n,
-                  .cols = w->k, .codes = w->codes.data, .scales = w->scales.data,
-                  .amax = (const float *)w->amax_w.data + first, .n_groups = groups,
-                  .top = p->block_amax.data ? p->top : 448.0f, .y = y);
+    if (w->groups > 1 || one_scale(w))
+        return open_rows(l, w, s, w->groups > 1 ? w->first : 0, 0, w->held * w->n,
+                         w->groups > 1 ? w->held : 1, offsets);
+    for (int64_t i = 0; i < w->n_parts; row += w->part[i++]->shape.dim[0])
+        CQ_TRY(open_rows(l, w, s, i, row, w->part[i]->shape.dim[0], 1, NULL));
+    return CQ_OK;
 }
 
 /* The unquantized weights, which a calibration multiplies with. */
@@ -42,11 +65,12 @@ static int masters(const cq_layer *l, const cq_linear *w, cq_stream *s, operand 
                           .x = w->value.data, .low = w->low.data, .y = l->env->opened.data);
 }
 
-static int weights(const cq_layer *l, const cq_linear *w, cq_stream *s, operand *out) {
+static int weights(const cq_layer *l, const cq_linear *w, cq_stream *s, const int64_t *offsets,
+                   operand *out) {
     if (l->env->calibrating && w->quantized)
         return masters(l, w, s, out);
     if (w->codes.data)
-        return open_packed(l, w, s, out);
+        return open_packed(l, w, s, offsets, out);
     *out = (operand){cq_linear_only_16(w) ? NULL : w->fq.data, w->fq16.data};
     return CQ_OK;
 }
@@ -77,7 +101,8 @@ static bool narrow(const cq_layer *l) { return l->env->act == CQ_BF16; }
 static bool codes_alone(const cq_layer *l, const cq_linear *w, const cq_stream *s, const void *y,
                         int64_t ldy) {
     bool aligned = w->k % 32 == 0 && w->n % 8 == 0 && ldy % 8 == 0 && ((uintptr_t)y & 15) == 0;
-    return s->fp4 && w->codes.data && w->groups == 1 && cq_linear_acts(l, w) && aligned;
+    return s->fp4 && w->codes.data && w->groups == 1 && cq_linear_acts(l, w) && aligned &&
+           one_scale(w);
 }
 
 /* y = x W', or y += x W', of codes: those of x are made again, its blocks are what quantization
@@ -102,7 +127,7 @@ static int forward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, int64
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, NULL));
     if (codes_alone(l, w, s, y, ldy))
         return multiply_codes(l, w, s, x, rows, y, ldy, add);
-    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(weights(l, w, s, NULL, &b));
     return CQ_RUN(s, matmul, .dtype = l->env->dtype, .tb = true, .m = rows, .n = w->n, .k = w->k,
                   .a = x, .lda = w->k, .b = b.wide, .ldb = w->k, .c = y, .ldc = ldy, .alpha = 1,
                   .beta = add, .b16 = b.half, .a_bf16 = narrow(l), .c_bf16 = narrow(l) && !add);
@@ -130,7 +155,7 @@ static int weight_gradient(cq_layer *l, cq_linear *w, cq_stream *s, const void *
 int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dy,
                        int64_t lddy, int64_t rows, void *dx, double beta) {
     operand b;
-    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(weights(l, w, s, NULL, &b));
     CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dy,
                   .lda = lddy, .b = b.wide, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
                   .beta = beta, .b16 = b.half, .a_bf16 = narrow(l)));
@@ -140,7 +165,7 @@ int cq_linear_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, c
 int cq_linear_add_backward(cq_layer *l, cq_linear *w, cq_stream *s, const void *x, const void *dh,
                            int64_t rows, void *dx) {
     operand b;
-    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(weights(l, w, s, NULL, &b));
     CQ_TRY(CQ_RUN(s, matmul, .dtype = l->env->dtype, .m = rows, .n = w->k, .k = w->n, .a = dh,
                   .lda = w->n, .b = b.wide, .ldb = w->k, .c = dx, .ldc = w->k, .alpha = 1,
                   .b16 = b.half, .c_bf16 = narrow(l)));
@@ -151,7 +176,7 @@ int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *o
                        int64_t rows, const void *x, void *y) {
     operand b;
     CQ_TRY(cq_linear_observe(l, w, s, x, rows, offsets));
-    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(weights(l, w, s, offsets, &b));
     return CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_FORWARD,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = (void *)x,
                   .w = (void *)b.wide, .y = y, .w16 = b.half, .x_bf16 = narrow(l),
@@ -161,7 +186,7 @@ int cq_experts_forward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *o
 int cq_experts_backward(cq_layer *l, cq_linear *w, cq_stream *s, const int64_t *offsets,
                         const void *x, const void *dy, void *dx) {
     operand b;
-    CQ_TRY(weights(l, w, s, &b));
+    CQ_TRY(weights(l, w, s, offsets, &b));
     CQ_TRY(CQ_RUN(s, matmul_grouped, .dtype = l->env->dtype, .mode = CQ_GROUPED_INPUT,
                   .groups = w->groups, .n = w->n, .k = w->k, .offsets = offsets, .x = dx,
                   .w = (void *)b.wide, .y = (void *)dy, .w16 = b.half, .x_bf16 = narrow(l),

@@ -241,6 +241,7 @@ cq_purpose cq_model_moments_purpose(const cq_model *m, const cq_plan *p) {
     bool host = (m->offload & CQ_OFFLOAD_OPTIMIZER) && cq_plan_on_device(p);
     return host ? CQ_FOR_HOST_OPTIMIZER : CQ_FOR_MOMENTS;
 }
+void cq_model_set_copies(cq_model *m, cq_copies copies) { m->copies = copies; }
 void cq_model_set_fp4(cq_model *m, bool on) { m->fp4 = on; }
 void cq_model_set_compute(cq_model *m, cq_compute compute) { m->compute = compute; }
 void cq_model_set_activations(cq_model *m, cq_dtype act) { m->env.act = act; }
@@ -325,12 +326,14 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     cq_purpose master = apart && cq_model_moments_purpose(m, p) == CQ_FOR_HOST_OPTIMIZER
                             ? CQ_FOR_HOST_OPTIMIZER
                             : weights;
-    if (!stack_shared(m, w))
+    bool codes_only = w->quantized && m->nvfp4 && m->copies == CQ_COPIES_PACKED;
+    w->value = (cq_tensor){0};
+    if (!stack_shared(m, w) && !codes_only)
         CQ_TRY(cq_plan_add(p, &w->value, master, name, narrow || only_16 ? CQ_BF16 : t, shape));
     if (narrow && m->master == CQ_MASTER_SPLIT)
         CQ_TRY(cq_plan_add(p, &w->low, master, name, CQ_U8, CQ_SHAPE2(w->held * w->n, 2 * w->k)));
     w->half = wants_16(m, p) && w->k % 8 == 0 && w->n % 8 == 0;
-    if (w->quantized && !m->nvfp4)
+    if (w->quantized && (!m->nvfp4 || codes_only))
         CQ_TRY(cq_model_plan_copy(m, p, w));
     for (int64_t i = 0; i < w->n_parts && w->quantized && m->scales != CQ_SCALE_MAX; i++)
         if (part_here(w, i))
@@ -339,7 +342,7 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
     bool copy_too = w->quantized && (w->codes.shape.rank || cq_linear_only_16(w));
     if (wants_16(m, p) && !only_16 && !copy_too && (!stack_shared(m, w) || w->quantized))
         CQ_TRY(cq_plan_add(p, &w->fq16, weights, name, CQ_BF16, shape));
-    if (w->quantized && !m->nvfp4)
+    if (w->quantized && (!m->nvfp4 || codes_only))
         CQ_TRY(cq_plan_add(p, &w->amax_w, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(w->n_parts)));
     if (w->quantized)
         CQ_TRY(cq_plan_add(p, &w->amax, CQ_FOR_FAKEQUANT, name, CQ_F32, CQ_SHAPE1(w->groups)));

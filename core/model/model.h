@@ -54,6 +54,10 @@ CQ_API bool cq_model_is_nvfp4(const cq_model *m);
 CQ_API int cq_model_plan_params(cq_model *m, cq_plan *p, bool trained);
 /// Precision of matrix products; before plan_work. Default CQ_COMPUTE_F32.
 CQ_API void cq_model_set_compute(cq_model *m, cq_compute compute);
+/// How a model of an exported NVFP4 folder keeps its weights: opened when they are loaded
+/// (default), or packed, as a student's copies may be; before plan_params. A student's options say
+/// it of it.
+CQ_API void cq_model_set_copies(cq_model *m, cq_copies copies);
 /// Products of quantized linears' forwards on FP4 tensor cores, where copies are packed and
 /// products BF16 otherwise, on a device that has them (cq_stream_has_fp4); before plan_work.
 CQ_API void cq_model_set_fp4(cq_model *m, bool on);

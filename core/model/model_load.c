@@ -73,6 +73,27 @@ static int load_nvfp4(cq_model *m, cq_param *p, cq_tensor to, const cq_entry *e)
     return status;
 }
 
+/* Codes and scales as they are in the file. */
+static int load_codes(cq_model *m, cq_param *p, const cq_entry *e) {
+    char name[160];
+    float scale_2;
+    cq_module_name(name, p->name, ".weight_scale");
+    const cq_entry *s = cq_model_entry(m, name);
+    cq_module_name(name, p->name, ".weight_scale_2");
+    memcpy(&scale_2, cq_model_entry(m, name)->tensor.data, sizeof scale_2);
+    if (!(scale_2 >= 0) || !isfinite(scale_2))
+        return cq_fail(CQ_EDATA, "%s: %s is %g, wanted a finite number", m->dir, name,
+                       (double)scale_2);
+    p->amax = amax_of_scale(scale_2);
+    CQ_TRY(load_input_scale(m, p));
+    int status = cq_copy(p->codes.data, e->tensor.data, cq_tensor_bytes(p->codes));
+    if (!status)
+        status = cq_copy(p->scales.data, s->tensor.data, cq_tensor_bytes(p->scales));
+    cq_safetensors_drop(m->files, e);
+    cq_safetensors_drop(m->files, s);
+    return status;
+}
+
 /* Host memory that a value is made in: its own, or a piece that goes to the device afterwards. */
 static int stage(cq_tensor *to, void **owned, const cq_param *p) {
     int64_t bytes = cq_tensor_bytes(p->value);
@@ -150,6 +171,8 @@ static int load_param(cq_model *m, cq_param *p) {
         p->disk = from->disk;
         return load_copy(p, from);
     }
+    if (m->nvfp4 && p->codes.data)
+        return load_codes(m, p, cq_model_entry(m, p->name));
     if (!p->value.data) /* another rank's expert; its input is quantized here */
         return m->nvfp4 && p->quantized ? load_input_scale(m, p) : CQ_OK;
     const cq_entry *e = cq_model_entry(source, p->name);

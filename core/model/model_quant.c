@@ -171,8 +171,8 @@ int cq_model_send_amax(cq_model *m) {
         if (m->linear[i]->quantized)
             CQ_TRY(cq_copy(m->linear[i]->amax.data, m->linear[i]->amax_x,
                            cq_tensor_bytes(m->linear[i]->amax)));
-    for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++)
-        if (m->param[i]->quantized)
+    for (int64_t i = 0; i < m->n_params; i++)
+        if (m->param[i]->quantized && m->param[i]->amax_at.data)
             CQ_TRY(cq_copy(m->param[i]->amax_at.data, &m->param[i]->amax, sizeof(float)));
     return CQ_OK;
 }

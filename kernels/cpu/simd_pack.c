@@ -44,7 +44,10 @@ int CQ_OP(unpack)(cq_stream *s, const cq_unpack_args *a) {
     int64_t blocks = a->cols / FQ_BLOCK, per_group = a->rows / a->n_groups;
 #pragma omp parallel for schedule(static) num_threads(cq_team(s, a->rows * a->cols, 0.8))
     for (int64_t row = 0; row < a->rows; row++) {
-        float ws2 = cq_nvfp4_tensor_scale(a->amax[row / per_group], a->top);
+        int64_t g = row / per_group;
+        if (a->offsets && a->offsets[g] == a->offsets[g + 1])
+            continue;
+        float ws2 = cq_nvfp4_tensor_scale(a->amax[g], a->top);
         for (int64_t b = row * blocks; b < (row + 1) * blocks; b++) {
             static const float code[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                            -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};

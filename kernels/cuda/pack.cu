@@ -56,9 +56,12 @@ __device__ __forceinline__ float decoded(uint32_t code, float den) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     unpack(int64_t eights, cq_divider per_group, const uint8_t *codes, const uint8_t *scales,
-           const float *amax, float top, T *y, bool aligned) {
+           const float *amax, const int64_t *offsets, float top, T *y, bool aligned) {
     int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (at >= eights)
+        return;
+    int64_t g = cq_divide(at, per_group);
+    if (offsets && offsets[g] == offsets[g + 1])
         return;
     uint32_t word = 0;
     if (aligned)
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(THREADS)
     else
         for (int i = 0; i < 4; i++)
             word |= (uint32_t)codes[4 * at + i] << (8 * i);
-    float ws2 = cq_nvfp4_tensor_scale(amax[cq_divide(at, per_group)], top);
+    float ws2 = cq_nvfp4_tensor_scale(amax[g], top);
     float den = cq_e4m3_decode(scales[at / 2]) * ws2, v[EACH];
     for (int i = 0; i < EACH; i++)
         v[i] = decoded(word >> (4 * i), den);
@@ -79,8 +82,8 @@ template <typename T> void launch_unpack(cq_stream *s, const cq_unpack_args *a) 
     bool aligned = (((uintptr_t)a->y | (uintptr_t)a->codes) & 15) == 0;
     if (eights > 0)
         CQ_LAUNCH((unpack<T>), cq_blocks(eights, THREADS), THREADS, 0, s, eights,
-                  cq_divider_make(eights / a->n_groups), a->codes, a->scales, a->amax, a->top,
-                  (T *)a->y, aligned);
+                  cq_divider_make(eights / a->n_groups), a->codes, a->scales, a->amax, a->offsets,
+                  a->top, (T *)a->y, aligned);
 }
 
 } // namespace

@@ -44,6 +44,8 @@ static int CQ_FN(unpack)(const cq_unpack_args *a) {
     int64_t per_group = a->rows / a->n_groups * (a->cols / 16);
     for (int64_t b = 0; b < a->rows * a->cols / 16; b++) {
         float block[16];
+        if (a->offsets && a->offsets[b / per_group] == a->offsets[b / per_group + 1])
+            continue;
         cq_nvfp4_block_decode(block, a->codes + 8 * b, a->scales[b],
                               cq_nvfp4_tensor_scale(a->amax[b / per_group], a->top));
         for (int64_t i = 0; i < 16; i++)

@@ -15,6 +15,8 @@ local Model = errors.class("model", {})
 local kind_names = { M = "mamba", E = "moe", ["*"] = "attention", ["-"] = "mlp", Q = "attention + mlp" }
 local kind_order = { "M", "E", "*", "-", "Q" }
 
+local copies = { f32 = "CQ_COPIES_F32", bf16 = "CQ_COPIES_BF16", packed = "CQ_COPIES_PACKED" }
+
 local function wrap(c, extra)
   local config = C.cq_model_config(c)
   local m = {
@@ -25,6 +27,7 @@ local function wrap(c, extra)
   m.family = config.family == C.CQ_NEMOTRON_H and "nemotron_h" or "qwen3"
   for key, value in pairs(extra or {}) do m[key] = value end
   C.cq_model_set_compute(c, m.device.stream.compute)
+  if m.nvfp4 then C.cq_model_set_copies(c, C[copies[m.device.copies == "packed" and "packed" or "f32"]]) end
   C.cq_model_set_fp4(c, m.device.compute == "nvfp4")
   C.cq_model_set_activations(c, m.device.activations == "bf16" and C.CQ_BF16 or C.CQ_F32)
   if ranks.moe == "ranks" and not m.device.imagined then call.cq_model_share_experts(c, native.comm) end
@@ -83,14 +86,14 @@ function Model:init(seed)
   call.cq_model_round_weights(self.c, self:stream(), false)
 end
 
-local copies = { f32 = "CQ_COPIES_F32", bf16 = "CQ_COPIES_BF16", packed = "CQ_COPIES_PACKED" }
 local scale_methods = { max = "CQ_SCALE_MAX", mse = "CQ_SCALE_MSE", four_over_six = "CQ_SCALE_FOUR_OVER_SIX" }
 
 --- The 4-bit student of a teacher.
 --- Options: `preset` (nemotron_nano, qwen3, all, experts, mlp, none), `scales` (max, mse, four_over_six), `exclude`, `include` and
 --- `freeze` (comma-separated globs of module or parameter names), `weights_only` (W4A16), `copies`: how the fake-quantized weights
 --- are kept (as --copies says): "f32" (4 bytes a value; 6 where a GPU's products are BF16), "bf16" (2, there only) or "packed" (0.56: NVFP4
---- codes and scales, opened before each product). The bits of training are the same.
+--- codes and scales, opened before each product). The bits of training are the same. An exported folder that is opened stays
+--- packed with --copies=packed, else its weights are opened once.
 ---
 --- Example:
 ---     local w4a16 = teacher:quantize { preset = "experts", scales = "mse", freeze = "*.gate.weight", weights_only = true }

@@ -38,7 +38,7 @@
 #define CQ_EMU_POINTERS_matmul_nvfp4                                                               \
     P(a_codes) P(a_scales) P(b_codes) P(b_scales) P(a_amax) P(b_amax) P(c)
 #define CQ_EMU_POINTERS_pack P(x) P(fq.amax) P(fq.saturated) P(block_amax) P(codes) P(scales)
-#define CQ_EMU_POINTERS_unpack P(codes) P(scales) P(amax) P(y)
+#define CQ_EMU_POINTERS_unpack P(codes) P(scales) P(amax) P(y) P(offsets)
 #define CQ_EMU_POINTERS_amax P(x) P(offsets) P(amax)
 #define CQ_EMU_POINTERS_route_forward P(logits) P(bias) P(sel) P(weight)
 #define CQ_EMU_POINTERS_route_backward P(logits) P(sel) P(dweight) P(dlogits)

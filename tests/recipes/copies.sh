@@ -29,6 +29,11 @@ done
 same cpu-f32 cpu-packed; same split-f32 split-packed; same narrow-f32 narrow-packed
 # 476 k quantized values in 9 bits each for their codes, scales and, searched, block maxima; 4.5 without those
 awk -v kib="$(planned split-packed)" 'BEGIN { exit !(kib > 261 && kib < 300) }' || fail "packed copies take $(planned split-packed) KiB"
+# an exported folder whose weights stay packed writes the same text
+for form in f32 packed; do
+  build/ckaqad recipes/generate.lua --model="$work/cpu-packed/nvfp4" --prompt="Tom has 3 apples" --tokens=8 --threads=1 --json --quiet --copies=$form >"$work/text-$form"
+done
+cmp "$work/text-f32" "$work/text-packed" || fail "an NVFP4 folder that stays packed writes something else"
 what=cpu
 if command -v mpirun >/dev/null; then
   more=(--copies=packed --moe=ranks); go ranks mpirun --oversubscribe -n 2 build/ckaqad
