@@ -65,10 +65,7 @@ CHECKED(matmul_grouped, {
     if (a->mode == CQ_GROUPED_WEIGHT)
         DENSE(w, a->groups * a->n, a->k);
 }) /* the number of rows is known to the device only */
-CHECKED(matmul_nvfp4, {
-    if (!a->c_bf16)
-        OUT(c, a->m, a->n, a->ldc);
-})
+CHECKED(matmul_nvfp4, OF(a->c_bf16 ? CQ_BF16 : a->dtype, c, a->m, a->n, a->ldc))
 CHECKED(rmsnorm_forward, ACTS(y, a->rows, a->dim); ACTS(yq, a->rows, a->dim))
 CHECKED(rmsnorm_backward, DENSE(dx, a->rows, a->dim); DENSE(dw, 1, a->dim))
 CHECKED(gatednorm_forward, ACTS(out, a->rows, a->dim); ACTS(outq, a->rows, a->dim))
@@ -101,7 +98,7 @@ CHECKED(relu2_backward, ACTS(dx, a->rows, a->dim))
 CHECKED(fake_quant, ACTS(y, a->rows, a->cols))
 CHECKED(pack, )
 CHECKED(unpack, {
-    if (a->dtype != CQ_BF16)
+    if (!a->offsets) /* else what is left out holds anything */
         DENSE(y, a->rows, a->cols);
 })
 CHECKED(amax, {

@@ -52,7 +52,7 @@ static void *memory_of(cq_comm *c, const cq_stream *s, int64_t bytes) {
     if (!s->table->memory)
         return malloc((size_t)bytes);
     TRY(s->table->memory->take(&p, bytes, false));
-    TRY(cq_region_add(p, bytes, s));
+    TRY(cq_region_add(p, bytes, s, false));
     return p;
 }
 

@@ -105,8 +105,10 @@ static bool codes_alone(const cq_layer *l, const cq_linear *w, const cq_stream *
            one_scale(w);
 }
 
-/* y = x W', or y += x W', of codes: those of x are made again, its blocks are what quantization
- * left. */
+/* y = x W', or y += x W', of codes. Those of x are made again of the quantized x, which gives them
+ * back but where a block's scale is subnormal, its values below 2^-15 of the largest that x may
+ * have: such a block may change by a quarter of its maximum (the backward reads the quantized x
+ * itself). */
 static int multiply_codes(const cq_layer *l, const cq_linear *w, cq_stream *s, const void *x,
                           int64_t rows, void *y, int64_t ldy, bool add) {
     uint8_t *codes = l->env->x_codes.data, *scales = codes + rows * w->k / 2;

@@ -83,6 +83,8 @@ static cq_linear here(const cq_linear *w) {
         v.amax = cq_tensor_rows(w->amax, w->first, w->held);
     if (v.amax_w.data)
         v.amax_w = cq_tensor_rows(w->amax_w, w->first, w->held);
+    v.part = w->part + w->first;
+    v.n_parts = w->held;
     v.first = 0;
     return v;
 }

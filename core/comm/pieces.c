@@ -77,7 +77,7 @@ static char *of(const traffic *t, char *rooms, int rank, const part *p) {
 /* The kernels of devices know no F64. */
 static bool from_device(const traffic *t, const cq_piece *p) {
     return t->c->by_device && (t->kind == CQ_COMM_GATHER || p->mine.dtype == CQ_F32) &&
-           cq_on_device(p->mine.data);
+           cq_on_device(p->mine.data) && !cq_on_host_of_device(p->mine.data);
 }
 
 /* An owner's next parts, as many as fit its room. */

@@ -271,12 +271,23 @@ int cq_model_alone(cq_model *m) {
     return CQ_OK;
 }
 
-/* A stack whose parts are all frozen lives in the teacher's memory. */
+/* Blocks of a streamed teacher lie on the host: a student multiplies with its own memory there. */
+static bool shares_block(const cq_model *m, int32_t block) {
+    return shares(m) && !(m->teacher->streamed && block >= 0);
+}
+
+/* A stack whose parts are all frozen lives in the teacher's memory; of a streamed one that is
+ * enough where copies are what is multiplied with. */
 static bool stack_shared(const cq_model *m, const cq_linear *w) {
     bool trainable = false;
     for (int64_t i = 0; i < w->n_parts; i++)
         trainable = trainable || w->part[i]->trainable;
-    return shares(m) && !trainable;
+    return !trainable && (w->quantized ? shares(m) : shares_block(m, w->part[0]->block));
+}
+
+/* The same of a parameter that is in no stack. */
+static bool param_shared(const cq_model *m, const cq_param *q) {
+    return !q->trainable && shares_block(m, q->block);
 }
 
 static bool stack_trained(const cq_model *m, const cq_linear *w) {
@@ -327,7 +338,8 @@ static int plan_linear(cq_model *m, cq_plan *p, cq_linear *w, cq_purpose weights
                             ? CQ_FOR_HOST_OPTIMIZER
                             : weights;
     bool codes_only = w->quantized && m->nvfp4 && m->copies == CQ_COPIES_PACKED;
-    w->value = (cq_tensor){0};
+    w->value = w->fq = w->fq16 = w->low = w->grad = (cq_tensor){0}; /* of an earlier plan */
+    w->codes = w->scales = w->amax_w = (cq_tensor){0};
     if (!stack_shared(m, w) && !codes_only)
         CQ_TRY(cq_plan_add(p, &w->value, master, name, narrow || only_16 ? CQ_BF16 : t, shape));
     if (narrow && m->master == CQ_MASTER_SPLIT)
@@ -353,10 +365,11 @@ bool cq_param_stacked(const cq_model *m, const cq_param *p) { return p->linear &
 
 static int plan_param(cq_model *m, cq_plan *p, cq_param *q, cq_purpose weights) {
     bool half = q == m->head && head_only_16(m, p);
+    q->fq16 = q->grad = (cq_tensor){0}; /* of an earlier plan */
     cq_dtype t = half ? CQ_BF16 : q->buffer ? CQ_F32 : m->env.dtype;
-    if (q->trainable || !shares(m))
+    if (!param_shared(m, q))
         CQ_TRY(cq_plan_add(p, &q->value, weights, q->name, t, q->shape));
-    if (q == m->head && !half && wants_16(m, p) && (q->trainable || !shares(m)))
+    if (q == m->head && !half && wants_16(m, p) && !param_shared(m, q))
         CQ_TRY(cq_plan_add(p, &q->fq16, weights, q->name, CQ_BF16, q->shape));
     return m->trained && q->trainable
                ? cq_plan_add(p, &q->grad, CQ_FOR_GRADIENT, q->name, m->env.dtype, q->shape)
@@ -441,7 +454,7 @@ int cq_model_bind(cq_model *m) {
         cq_param *p = m->param[i];
         if (cq_param_stacked(m, p))
             continue;
-        if (shares(m) && !p->trainable) {
+        if (param_shared(m, p)) {
             const cq_param *shared = cq_model_find(m->teacher, p->name);
             p->value = shared->value;
             p->fq16 = shared->fq16;

@@ -11,7 +11,6 @@ int cq_model_plan_copy(cq_model *m, cq_plan *p, cq_linear *w) {
     const char *name = w->part[0]->name;
     int64_t rows = w->held * w->n;
     cq_purpose purpose = CQ_FOR_FAKEQUANT;
-    w->fq = w->codes = w->scales = (cq_tensor){0};
     if (m->copies != CQ_COPIES_F32 && m->env.dtype != CQ_F32)
         return cq_fail(CQ_EUSAGE, "plan: copies of weights in %s, wanted F32 in a model of %s",
                        m->copies == CQ_COPIES_BF16 ? "BF16" : "NVFP4", cq_dtype_name(m->env.dtype));

@@ -95,8 +95,14 @@ int cq_model_serve_forward(cq_model *m, cq_stream *s) {
     cq_model_bind_stream(m, s);
     for (int64_t i = 0; i < m->n_layers && m->env.experts; i++) {
         CQ_TRY(cq_stop_check());
-        if (m->layer[i].kind == 'E')
-            CQ_TRY(cq_moe_ranks_serve(&m->layer[i], s));
+        if (m->layer[i].kind != 'E')
+            continue;
+        int64_t block = m->layer[i].block;
+        int status = m->streamed ? cq_model_block_in(m, s, block) : CQ_OK;
+        if (!status)
+            status = cq_moe_ranks_serve(&m->layer[i], s);
+        int after = m->streamed ? cq_model_block_out(m, s, block) : CQ_OK;
+        CQ_TRY(status ? status : after);
     }
     return CQ_OK;
 }

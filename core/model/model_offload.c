@@ -80,6 +80,10 @@ static int ask(cq_model *m, cq_stream *s, int64_t block) {
     if (m->in_window[slot] == block)
         return CQ_OK;
     m->in_window[slot] = -1;
+    if (at.end - at.first > cq_tensor_bytes(m->window[slot]))
+        return cq_fail(CQ_EUSAGE, "model: block %ld takes %ld bytes, its window has %ld",
+                       (long)block, (long)(at.end - at.first),
+                       (long)cq_tensor_bytes(m->window[slot]));
     CQ_TRY(s->table->memory->fetch(s, slot, m->window[slot].data, at.first, at.end - at.first));
     m->in_window[slot] = block;
     return CQ_OK;

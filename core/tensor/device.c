@@ -15,6 +15,7 @@ typedef struct region {
     const char *base;
     int64_t bytes;
     cq_stream stream;
+    bool pinned;
 } region;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -61,13 +62,13 @@ bool cq_stream_has_fp4(const cq_stream *s) {
 
 int cq_stream_wait(cq_stream *s) { return s->table->memory ? s->table->memory->wait(s) : CQ_OK; }
 
-int cq_region_add(void *base, int64_t bytes, const cq_stream *s) {
+int cq_region_add(void *base, int64_t bytes, const cq_stream *s, bool pinned) {
     int status = CQ_OK;
     pthread_mutex_lock(&lock);
     if (n_regions == MOST_REGIONS)
         status = cq_fail(CQ_ENOMEM, "device memory: %d regions, wanted fewer", MOST_REGIONS);
     else
-        regions[n_regions++] = (region){base, bytes, *s};
+        regions[n_regions++] = (region){base, bytes, *s, pinned};
     pthread_mutex_unlock(&lock);
     return status;
 }
@@ -82,23 +83,36 @@ void cq_region_remove(const void *base) {
     pthread_mutex_unlock(&lock);
 }
 
-/* The stream of the region that holds p; false when p is the host's. */
-static bool find(cq_stream *out, const void *p) {
+/* The region that holds p; false when p is the host's. */
+static bool find_region(region *out, const void *p) {
     const char *at = p;
     bool found = false;
     pthread_mutex_lock(&lock);
     for (int i = 0; i < n_regions && !found; i++)
         if (at >= regions[i].base && at < regions[i].base + regions[i].bytes) {
-            *out = regions[i].stream;
+            *out = regions[i];
             found = true;
         }
     pthread_mutex_unlock(&lock);
     return found;
 }
 
+static bool find(cq_stream *out, const void *p) {
+    region r;
+    bool found = find_region(&r, p);
+    if (found)
+        *out = r.stream;
+    return found;
+}
+
 bool cq_on_device(const void *p) {
-    cq_stream s;
-    return find(&s, p);
+    region r;
+    return find_region(&r, p);
+}
+
+bool cq_on_host_of_device(const void *p) {
+    region r;
+    return find_region(&r, p) && r.pinned;
 }
 
 int cq_copy(void *to, const void *from, int64_t bytes) {

@@ -23,9 +23,11 @@ CQ_API bool cq_stream_has_fp4(const cq_stream *s);
 CQ_API int cq_stream_wait(cq_stream *s);
 
 /// Notes a region of the stream's device; CQ_ENOMEM when there are too many.
-int cq_region_add(void *base, int64_t bytes, const cq_stream *s);
+int cq_region_add(void *base, int64_t bytes, const cq_stream *s, bool pinned);
 void cq_region_remove(const void *base);
 CQ_API bool cq_on_device(const void *p);
+/// Whether it is pinned memory of the host that the plan counts as a device's (CQ_FOR_HOST).
+CQ_API bool cq_on_host_of_device(const void *p);
 /// memcpy and memset(0) between any two memories; ordered after the operations asked before. Host
 /// memory may be changed when they return.
 CQ_API int cq_copy(void *to, const void *from, int64_t bytes);

@@ -100,7 +100,9 @@ static int map_region(cq_plan *plan, int purpose) {
     if (cq_plan_on_device(plan)) {
         CQ_TRY(plan->stream.table->memory->take(&base, bytes, is_shared(purpose)));
         r->base = base; /* results are read after a wait, all else in the stream's order */
-        return purpose == CQ_FOR_RESULTS ? CQ_OK : cq_region_add(base, bytes, &plan->stream);
+        return purpose == CQ_FOR_RESULTS
+                   ? CQ_OK
+                   : cq_region_add(base, bytes, &plan->stream, on_host(purpose));
     }
     base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED)
@@ -186,7 +188,8 @@ static void largest_text(char *text, size_t size, const cq_plan *plan) {
     for (int k = 0; k < 3; k++) {
         int best = -1;
         for (int i = 0; i < CQ_N_PURPOSES; i++)
-            if (!told[i] && plan->regions[i].peak > (best < 0 ? 0 : plan->regions[best].peak))
+            if (!told[i] && !on_host(i) &&
+                plan->regions[i].peak > (best < 0 ? 0 : plan->regions[best].peak))
                 best = i;
         if (best < 0 || at >= size)
             return;

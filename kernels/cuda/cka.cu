@@ -18,7 +18,7 @@
 /// products in parts (whose 16 tiles of 128 x 128 a layer fill the 132 processors); cka 34 MB, 8
 /// us; cka_backward 50 MB and its products.
 #include "kernels/cuda/cq_mma.h"
-#include "kernels/cuda/pack.cuh"
+#include "kernels/cuda/wide.cuh"
 
 namespace {
 

@@ -124,6 +124,11 @@ int take(void **out, int64_t bytes, bool shared) {
     if (e != cudaSuccess) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError(); /* an allocation that failed leaves the device usable */
+        if (shared)
+            return cq_fail(
+                CQ_ENOMEM,
+                "cuda: %.1f MiB of pinned host memory wanted (%s): less --offload needs less",
+                static_cast<double>(bytes) / 1048576, cudaGetErrorString(e));
         cudaMemGetInfo(&free_bytes, &total);
         return cq_fail(CQ_ENOMEM,
                        "cuda: %.1f MiB wanted, %.1f of %.1f MiB are free: a smaller --micro or "
@@ -252,7 +257,7 @@ int describe(char *text, int64_t size) {
 
 bool has_fp4(const cq_stream *s) {
     const device *d = static_cast<const device *>(s->device);
-    return d->capability_major == 10 || d->capability_major == 12;
+    return d->capability_major == 10; /* what this build has code for */
 }
 
 bool waits_always() {

@@ -1,4 +1,4 @@
-/// matmul_nvfp4.cu - products of NVFP4 matrices on FP4 tensor cores (compute capability 10 and 12)
+/// matmul_nvfp4.cu - products of NVFP4 matrices on FP4 tensor cores (compute capability 10.0)
 /// through cuBLASLt.
 ///
 /// cuBLASLt counts columns first: asked for C' = B A', B is its first operand, transposed, A its
@@ -12,6 +12,7 @@
 #include "kernels/cuda/tiled.cuh"
 #include <cublasLt.h>
 #include <stdlib.h>
+#include <string.h>
 
 namespace {
 
@@ -49,21 +50,46 @@ bool describe(call *x, const cq_matmul_nvfp4_args *a, const void *a_tiled, const
                CUBLAS_STATUS_SUCCESS;
 }
 
+/// The largest power of two, up to 256, that p is a multiple of.
+uint32_t alignment(const void *p) {
+    uint32_t n = 1;
+    while (n < 256 && ((uintptr_t)p & n) == 0)
+        n *= 2;
+    return n;
+}
+
+/// What an algorithm is told of where the matrices lie; first is B, second A.
+struct alignments {
+    uint32_t first, second, c;
+};
+
 /// The first algorithm that adds up in a fixed order; false when there is none.
-bool find(cublasLtMatmulAlgo_t *out, const cq_cuda_device *d, call *x) {
+bool find(cublasLtMatmulAlgo_t *out, const cq_cuda_device *d, call *x, const alignments &at) {
     enum { CANDIDATES = 8 };
     cublasLtMatmulPreferenceOpaque_t wish;
     cublasLtMatmulHeuristicResult_t found[CANDIDATES];
     uint64_t workspace = d->workspace_bytes;
     uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int n = 0;
-    if (cublasLtMatmulPreferenceInit(&wish) != CUBLAS_STATUS_SUCCESS ||
-        cublasLtMatmulPreferenceSetAttribute(&wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                             &workspace,
-                                             sizeof workspace) != CUBLAS_STATUS_SUCCESS ||
-        cublasLtMatmulPreferenceSetAttribute(&wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                                             &scheme, sizeof scheme) != CUBLAS_STATUS_SUCCESS ||
-        cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->lt, &x->product, &x->first, &x->second,
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t attribute;
+        const void *value;
+        size_t bytes;
+    } wishes[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &scheme, sizeof scheme},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &at.first, sizeof at.first},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &at.second, sizeof at.second},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &at.c, sizeof at.c},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &at.c, sizeof at.c},
+    };
+    if (cublasLtMatmulPreferenceInit(&wish) != CUBLAS_STATUS_SUCCESS)
+        return false;
+    for (const auto &w : wishes)
+        if (cublasLtMatmulPreferenceSetAttribute(&wish, w.attribute, w.value, w.bytes) !=
+            CUBLAS_STATUS_SUCCESS)
+            return false;
+    if (cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)d->lt, &x->product, &x->first, &x->second,
                                        &x->c, &x->c, &wish, CANDIDATES, found,
                                        &n) != CUBLAS_STATUS_SUCCESS)
         return false;
@@ -81,6 +107,7 @@ struct shapes {
     enum { MOST = 256 };
     struct {
         int64_t m, n, k, ldc;
+        alignments at;
         bool c_bf16, beta, there;
         cublasLtMatmulAlgo_t algo;
     } shape[MOST];
@@ -92,6 +119,7 @@ bool choose(cublasLtMatmulAlgo_t *out, cq_cuda_device *d, call *x, const cq_matm
         d->nvfp4_shapes = calloc(1, sizeof(shapes));
     shapes *seen = (shapes *)d->nvfp4_shapes;
     bool beta = a->beta != 0.0;
+    alignments at = {alignment(a->b_codes), alignment(a->a_codes), alignment(a->c)};
     for (int i = 0; seen && i < seen->n; i++) {
         auto &e = seen->shape[i];
         if (e.m == a->m && e.n == a->n && e.k == a->k && e.ldc == a->ldc && e.c_bf16 == a->c_bf16 &&
@@ -100,16 +128,17 @@ bool choose(cublasLtMatmulAlgo_t *out, cq_cuda_device *d, call *x, const cq_matm
             return e.there;
         }
     }
-    bool there = find(out, d, x);
+    bool there = find(out, d, x, at);
     if (seen && seen->n < shapes::MOST)
-        seen->shape[seen->n++] = {a->m, a->n, a->k, a->ldc, a->c_bf16, beta, there, *out};
+        seen->shape[seen->n++] = {a->m, a->n, a->k, a->ldc, at, a->c_bf16, beta, there, *out};
     return there;
 }
 
 /// Both matrices opened to BF16.
 int opened(cq_stream *s, const cq_matmul_nvfp4_args *a) {
     int64_t a_bytes = up256(2 * a->m * a->k), b_bytes = 2 * a->n * a->k;
-    char *room = (char *)cq_cuda_scratch(s, a_bytes + b_bytes);
+    bool planned = s->bf16_scratch && s->bf16_scratch_bytes >= a_bytes + b_bytes;
+    char *room = (char *)(planned ? s->bf16_scratch : cq_cuda_scratch(s, a_bytes + b_bytes));
     if (!room)
         return CQ_ENOMEM;
     cq_unpack_args x = {};
@@ -140,7 +169,7 @@ extern "C" int cq_cuda_matmul_nvfp4(cq_stream *s, const cq_matmul_nvfp4_args *a)
                        (long long)a->k);
     if (a->m == 0 || a->n == 0)
         return CQ_OK;
-    if (d->capability_major < 10)
+    if (d->capability_major != 10)
         return opened(s, a);
     char *room = (char *)cq_cuda_scratch(s, a_bytes + b_bytes + 256);
     if (!room)

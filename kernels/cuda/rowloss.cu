@@ -3,7 +3,7 @@
 ///
 /// Qwen3-4B, n 512 of 2560: x is 5.2 MB; rowloss reads 10 MB in 2 launches, rowloss_backward moves
 /// 16 MB in 1 (cosine) or 2. All lies in the second-level cache.
-#include "kernels/cuda/pack.cuh"
+#include "kernels/cuda/wide.cuh"
 
 namespace {
 

@@ -44,7 +44,10 @@ local offloads = { none = "CQ_OFFLOAD_NONE", teacher = "CQ_OFFLOAD_TEACHER", opt
 ---
 --- Example:
 ---     teacher:set_offload "teacher"
-function Model:set_offload(what) C.cq_model_set_offload(self.c, C[offloads[what]]) end
+function Model:set_offload(what)
+  if not offloads[what] then errors.choose("set_offload", what, { "none", "teacher", "optimizer", "both" }) end
+  C.cq_model_set_offload(self.c, C[offloads[what]])
+end
 
 local dtypes = { f32 = "CQ_F32", f64 = "CQ_F64" }
 

@@ -217,7 +217,8 @@ local function declared(r, o, options, search)
   r.bytes = planned(variant(o, options, globs, changes), r.combo.recompute)
   if search.cached then r.bytes.teacher, r.bytes.total = sum.teacher, r.bytes.total - r.bytes.teacher + sum.teacher end
   r.short = math.max(0, r.bytes.total - search.limit)
-  r.fits = r.short == 0
+  r.short_host = search.host > 0 and math.max(0, r.bytes.host - search.host) or 0
+  r.fits = r.short == 0 and r.short_host == 0
 end
 
 local trained_names = { none = "all parameters", experts = "all but routed experts" }
@@ -367,7 +368,7 @@ function gpus.show(say, opt, options)
         rows[#rows + 1] = row(n, r, search)
       end
       if found[1].fits then best[#best + 1] = found[1] end
-      if not nearest or found[1].short < nearest.short then nearest = found[1] end
+      if not nearest or found[1].short + found[1].short_host < nearest.short + nearest.short_host then nearest = found[1] end
     end
   end
   for _, line in ipairs(lines_of(rows)) do say(line) end

@@ -20,10 +20,10 @@ same() { # NAME NAME...
 planned() { sed -n 's/^  fake-quantized copies *\([0-9.]*\) KiB$/\1/p' "$work/$1.log"; }
 
 for form in f32 packed; do
-  more=(--copies=$form)
-  go cpu-$form build/ckaqad & one=$!
-  more=(--copies=$form --master=split --scales=max "--freeze=*.experts.*"); go split-$form build/ckaqad
-  more=(--copies=$form --master=bf16 --moments=8bit --scales=four_over_six); go narrow-$form build/ckaqad
+  more=("--copies=$form")
+  go "cpu-$form" build/ckaqad & one=$!
+  more=("--copies=$form" --master=split --scales=max "--freeze=*.experts.*"); go "split-$form" build/ckaqad
+  more=("--copies=$form" --master=bf16 --moments=8bit --scales=four_over_six); go "narrow-$form" build/ckaqad
   wait $one
 done
 same cpu-f32 cpu-packed; same split-f32 split-packed; same narrow-f32 narrow-packed
@@ -36,8 +36,8 @@ done
 cmp "$work/text-f32" "$work/text-packed" || fail "an NVFP4 folder that stays packed writes something else"
 what=cpu
 if command -v mpirun >/dev/null; then
-  more=(--copies=packed --moe=ranks); go ranks mpirun --oversubscribe -n 2 build/ckaqad
-  more=(--copies=f32 --moe=ranks); go ranks-f32 mpirun --oversubscribe -n 2 build/ckaqad
+  more=(--copies=packed --moe=ranks --scales=four_over_six); go ranks mpirun --oversubscribe -n 2 build/ckaqad
+  more=(--copies=f32 --moe=ranks --scales=four_over_six); go ranks-f32 mpirun --oversubscribe -n 2 build/ckaqad
   same ranks ranks-f32
   what="$what, 2 ranks"
 fi

@@ -1,4 +1,4 @@
-/// pack.cuh - several consecutive floats in one access, and the norms that the losses on hidden
+/// wide.cuh - several consecutive floats in one access, and the norms that the losses on hidden
 /// states divide by.
 #pragma once
 #include "kernels/cuda/cq_cuda.h"
