@@ -334,6 +334,61 @@ Test(cpu_dense, head_norm_and_rotation_of_values_in_bf16) {
     EVERY_ISA(158, w.act = CQ_BF16; run_headnorm(&w, 9, 2, 128, false, true, 30, true);)
     EVERY_ISA(159, w.act = CQ_BF16; run_headnorm(&w, 5, 2, 136, true, true, 30, true);)
 }
+/* dx written over dy, as a model does it. */
+static void check_headnorm_in_place(cq_dtype act, int64_t dim) {
+    enum { ROWS = 9, HEADS = 2, MOST = ROWS * HEADS * 40 };
+    int32_t positions[ROWS];
+    float wide[2][MOST], w[40];
+    char x[MOST * 4], dy[MOST * 4], dx[MOST * 4];
+    int64_t n = ROWS * HEADS * dim, bytes = n * cq_dtype_bytes(act);
+    for (int64_t i = 0; i < n; i++)
+        for (int k = 0; k < 2; k++)
+            wide[k][i] = (float)cq_random_normal(10, (uint64_t)k, (uint64_t)i);
+    for (int64_t i = 0; i < dim; i++)
+        w[i] = (float)cq_random_normal(10, 2, (uint64_t)i);
+    for (int r = 0; r < ROWS; r++)
+        positions[r] = r;
+    cq_convert(x, act, wide[0], CQ_F32, n);
+    cq_convert(dy, act, wide[1], CQ_F32, n);
+    for (int at = -1; ways_next(&at);) {
+        ways u = {.at = at};
+        cq_stream s = ways_stream(&u, CPU_WAY);
+        cq_headnorm_backward_args a = {.rows = ROWS,
+                                       .heads = HEADS,
+                                       .head_dim = dim,
+                                       .x = x,
+                                       .ldx = HEADS * dim,
+                                       .w = w,
+                                       .eps = 1e-6,
+                                       .positions = positions,
+                                       .theta = 1e4,
+                                       .dy = dy,
+                                       .lddy = HEADS * dim,
+                                       .dx = dx,
+                                       .lddx = HEADS * dim,
+                                       .act = act};
+        char same[MOST * 4];
+        memcpy(same, dy, (size_t)bytes);
+        for (int in_place = 0; in_place < 2; in_place++) {
+            if (in_place)
+                a.dy = a.dx = same;
+            cr_assert_eq(WAYS_CALL(&s, headnorm_backward, a, WAYS_AT(x, bytes), WAYS_AT(w, dim * 4),
+                                   WAYS_AT(positions, sizeof(positions)), WAYS_AT(dy, bytes),
+                                   WAYS_AT(dx, bytes)),
+                         CQ_OK, "%s", cq_error());
+        }
+        ways_stream_free(&s);
+        cr_expect(memcmp(dx, same, (size_t)bytes) == 0, "%s, act %d, head_dim %ld", ways_name(at),
+                  act, (long)dim);
+        cr_expect(memcmp(dy, same, (size_t)bytes) != 0);
+    }
+}
+Test(cpu_dense, head_norm_in_place_gives_the_same_bits) {
+    check_headnorm_in_place(CQ_F32, 40);
+    check_headnorm_in_place(CQ_F32, 10);
+    check_headnorm_in_place(CQ_BF16, 40);
+    check_headnorm_in_place(CQ_BF16, 10);
+}
 #endif
 
 Test(cpu_dense, rotations_by_a_million_tokens_keep_their_digits) {

@@ -357,14 +357,15 @@ typedef struct tensor_case {
 static void run_tensor_attention(const tensor_case *c, int at) {
     enum { T = 150, DOCS = 3 };
     int64_t starts[DOCS + 1] = {0, 1, 70, T}, dense = c->heads * c->dim, ldq = dense + c->more;
-    int64_t ldk = c->kv_heads * c->dim + c->more, size = cq_dtype_bytes(c->act);
+    int64_t ldk = c->kv_heads * c->dim + c->more, ldv = ldk + c->more;
+    int64_t size = cq_dtype_bytes(c->act);
     cq_stream s = {.table = cq_kernels_find(WAYS_TABLE), .compute = CQ_COMPUTE_BF16};
     const cq_memory *m = s.table->memory;
     cr_assert_eq(m->open(&s, 0), CQ_OK, "%s", cq_error());
     float *in[4], *want[5];
     void *got[5], *there[4];
-    int64_t n_in[4] = {T * ldq, T * ldk, T * ldk, T * dense};
-    int64_t n_out[5] = {T * dense, T * c->heads, T * ldq, T * ldk, T * ldk};
+    int64_t n_in[4] = {T * ldq, T * ldk, T * ldv, T * dense};
+    int64_t n_out[5] = {T * dense, T * c->heads, T * ldq, T * ldk, T * ldv};
     for (int k = 0; k < 4; k++) {
         in[k] = malloc((size_t)n_in[k] * sizeof(float));
         for (int64_t i = 0; i < n_in[k]; i++)
@@ -393,7 +394,7 @@ static void run_tensor_attention(const tensor_case *c, int at) {
                                        .v = x[2],
                                        .ldq = ldq,
                                        .ldk = ldk,
-                                       .ldv = ldk,
+                                       .ldv = ldv,
                                        .out = y[0],
                                        .lse = y[1],
                                        .act = c->act};
@@ -410,7 +411,7 @@ static void run_tensor_attention(const tensor_case *c, int at) {
                                         .v = x[2],
                                         .ldq = ldq,
                                         .ldk = ldk,
-                                        .ldv = ldk,
+                                        .ldv = ldv,
                                         .out = y[0],
                                         .lse = y[1],
                                         .dout = x[3],
@@ -419,7 +420,7 @@ static void run_tensor_attention(const tensor_case *c, int at) {
                                         .dv = y[4],
                                         .lddq = ldq,
                                         .lddk = ldk,
-                                        .lddv = ldk,
+                                        .lddv = ldv,
                                         .act = c->act};
         cr_assert_eq(t->attention_backward(&s, &b), CQ_OK, "%s", cq_error());
     }

@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(THREADS)
     for (int k = 0; k < MOST; k++)
         dw[k] = 0.0f;
     over_tile<MOST>(a, c, from, to, begins, [&](int64_t t, float sum, const float *seen) {
-        float s = 1.0f / (1.0f + expf(-sum));
-        float g = cq_value(dy[t * a.channels + c]) * (s * (1.0f + sum * (1.0f - s)));
+        float d = cq_value(dy[t * a.channels + c]), s = 1.0f / (1.0f + expf(-sum));
+        float g = d * (s * (1.0f + sum * (1.0f - s)));
         slope[t * a.channels + c] = g;
         db += g;
 #pragma unroll
