@@ -63,4 +63,4 @@ run:say("%.3g operations a step: %.1f %% of the %.3g operations/s that matrix pr
 if random_file then os.remove(random_file) end
 print(cq.json.encode(cq.json.object { "tokens_per_s", a, "tokens_per_s_cka", b, "peak_bytes", cq.peak_bytes(), "planned_bytes", plan.bytes,
   "device_bytes", plan.free and run:peak_bytes() or 0, "share_of_matrix_rate", share, "device", run.device.isa, "compute", opt.compute,
-  "threads", run.device.threads, "batch", opt.batch, "micro", data.micro, "seq", opt.seq }))
+  "activations", opt.activations, "threads", run.device.threads, "batch", opt.batch, "micro", data.micro, "seq", opt.seq }))
