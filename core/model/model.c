@@ -442,12 +442,9 @@ int cq_model_bind(cq_model *m) {
             p->scales = part_of(w, w->scales, k, row);
             if (w->amax_w.data)
                 p->amax_at = cq_tensor_rows(w->amax_w, k, 1);
-            if (w->low.data)
-                p->low = part_of(w, w->low, k, row);
-            if (w->fq16.data)
-                p->fq16 = part_of(w, w->fq16, k, row);
-            if (w->grad.data && p->trainable)
-                p->grad = part_of(w, w->grad, k, row);
+            p->low = part_of(w, w->low, k, row);
+            p->fq16 = part_of(w, w->fq16, k, row);
+            p->grad = p->trainable ? part_of(w, w->grad, k, row) : (cq_tensor){0};
         }
     }
     for (int64_t i = 0; i < m->n_params; i++) {

@@ -120,7 +120,8 @@ function run.run(opt, given)
   current = self
   if imagined then return self end
   self:say("device %s, %d threads, %s kernels (%s)%s", native.version, self.device.threads, self.device.kernels, self.device.isa,
-    (self.device.compute ~= "f32" and (", %s matrix products"):format(self.device.compute) or "") .. (self.device.activations == "bf16" and " and activations" or ""))
+    (self.device.compute ~= "f32" and (", %s matrix products"):format(self.device.compute) or "") ..
+    (self.device.activations == "bf16" and " and activations" or ""))
   if ranks.many then
     self:say("%d ranks, %s%s", ranks.size, native.string(native.C.cq_comm_backend(native.comm)),
       ranks.moe == "ranks" and ", experts dealt out" or "")
