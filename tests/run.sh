@@ -53,14 +53,15 @@ part clang "build with clang, warnings are errors" build build/clang -DCMAKE_C_C
 part sanitize "unit tests under address and undefined sanitizers" sanitized
 part cuda "race detector over the cuda kernels; no oneDNN, no MPI" race_detector
 part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
+recipe() { for name; do part recipes "recipes: $name" bash "tests/recipes/$name.sh"; done; }
+golden() { for name; do part golden "golden: $name" bash "tests/golden/$name.sh"; done; }
+beside="copies device_activations device_faults device_ranks waits" # on the emulated device: mostly one thread, so beside the others
+alone="ranks sweep"                                                 # they look at the clock
+# shellcheck disable=SC2086
+{ (passed=0; failed=0; skipped=0; golden device; recipe $beside; echo "$passed $failed $skipped" >"$logs/beside.counts") >"$logs/beside.txt" 2>&1 & }
 for script in tests/lint/*.sh; do part lint "lint: $(basename "$script" .sh)" bash "$script"; done
 part lua "Lua unit tests" busted --lua=/usr/bin/luajit tests/lua
-for script in tests/golden/*.sh; do part golden "golden: $(basename "$script" .sh)" bash "$script"; done
-recipe() { for name; do part recipes "recipes: $name" bash "tests/recipes/$name.sh"; done; }
-beside="copies device_activations device_faults waits" # mostly one thread, and no clock: beside others
-alone="device_ranks ranks resume sweep"               # they look at the clock
-# shellcheck disable=SC2086
-{ (passed=0; failed=0; skipped=0; recipe $beside; echo "$passed $failed $skipped" >"$logs/beside.counts") >"$logs/beside.txt" 2>&1 & }
+golden models
 for script in tests/recipes/*.sh; do
   name=$(basename "$script" .sh)
   case " $beside $alone " in *" $name "*) ;; *) recipe "$name" ;; esac

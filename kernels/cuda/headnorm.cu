@@ -311,6 +311,7 @@ static __global__ void __launch_bounds__(THREADS)
         for (int64_t i = lane; i < n; i += CQ_WARP)
             sum += w[i] * any_dn(a, dy, r, i) * (cq_value(x[i]) * by);
         m = cq_warp_sum(sum) / (float)n;
+        __syncwarp(); /* dx may be dy: what all lanes have read may change now */
     }
     for (int64_t i = lane; i < pairs; i += CQ_WARP) { /* both of a pair are read first */
         float low = any_dn(a, dy, r, i), high = half ? any_dn(a, dy, r, i + half) : 0.0f;
