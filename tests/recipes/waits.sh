@@ -26,6 +26,9 @@ waits() { # FILE TIMES
 }
 broken() { # PROGRAM OPTION...
   fault=1 both "$@" --fault=true
+  names_block "$1"
+}
+names_block() { # PROGRAM
   grep -q '^step 1: KL is .*nan; the first output that is not finite is block 1.s.*weights as before' "$work/later" || fail "$1: $(head -n 1 "$work/later")"
 }
 
@@ -39,15 +42,12 @@ go $cpu "$work/ratio" --rule=ratio
 go $cpu "$work/late" --rule=late
 same ratio late
 [ -x build/ckaqad_on_cpu ] || { echo "the bits of looking at once; no C++ compiler: waits were not counted"; exit 0; }
-device() { # WAITS OPTION...
-  local n=$1; shift
-  both build/ckaqad_on_cpu --device=cuda "$@"
-  waits later "$n"
-  waits at_once 5
-}
-device 1 --rule=ratio
-device 1 --rule=fixed:0.5
-device 5 --rule=look
-device 1 --layer=cosine --cka=last:3
-broken build/ckaqad_on_cpu --device=cuda
+device=build/ckaqad_on_cpu
+both $device --device=cuda --rule=ratio
+waits later 1
+waits at_once 5
+go $device "$work/look" --device=cuda --rule=look --later=true
+waits look 5
+go $device "$work/later" --device=cuda --fault=true --later=true
+names_block $device
 echo "the bits of looking at once; a step of four micro-batches waits once, five times where the rule looks"
