@@ -33,7 +33,7 @@ sanitized() {
 
 race_detector() { # the kernels on the CPU under ThreadSanitizer; beside them the program without oneDNN, MPI and vectors
   cmake -S . -B build/races -G Ninja -DCKAQAD_WERROR=ON -DCKAQAD_ONEDNN=OFF -DCKAQAD_MPI=OFF -DCKAQAD_CUDA=OFF -DCKAQAD_CUDA_RACES=ON -DCKAQAD_ISAS=generic &&
-    cmake --build build/races --target ckaqad test_emulator test_cuda_on_cpu_{dense,losses,cached,past,quant,sequence} &&
+    cmake --build build/races --target ckaqad test_emulator test_cuda_on_cpu_{dense,losses,experts,cached,past,quant,sequence} &&
     ctest --test-dir build/races --no-tests=error --output-on-failure --timeout 600 -j 2 -R 'test_cuda_on_cpu|test_emulator' &&
     build/races/ckaqad tests/golden/check.lua --model=tests/golden/qwen3_tiny --golden=tests/golden/qwen3_tiny.golden.safetensors
 }

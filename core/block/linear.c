@@ -30,7 +30,7 @@ static int open_rows(const cq_layer *l, const cq_linear *w, cq_stream *s, int64_
                   .codes = (const uint8_t *)w->codes.data + row * w->k / 2,
                   .scales = (const uint8_t *)w->scales.data + row * w->k / 16,
                   .amax = (const float *)w->amax_w.data + part, .n_groups = groups,
-                  .top = p->block_amax.data ? p->top : 448.0f, .y = y, .offsets = offsets);
+                  .top = cq_param_top(p), .y = y, .offsets = offsets);
 }
 
 /* Opens a packed stack into the scratch that all stacks share: in BF16 where products read that; of
@@ -41,8 +41,8 @@ static int open_packed(const cq_layer *l, const cq_linear *w, cq_stream *s, cons
     int64_t row = 0;
     *out = w->half ? (operand){.half = y} : (operand){.wide = y};
     if (w->groups > 1 || one_scale(w))
-        return open_rows(l, w, s, w->groups > 1 ? w->first : 0, 0, w->held * w->n,
-                         w->groups > 1 ? w->held : 1, offsets);
+        return open_rows(l, w, s, w->first, 0, w->held * w->n, w->groups > 1 ? w->held : 1,
+                         offsets);
     for (int64_t i = 0; i < w->n_parts; row += w->part[i++]->shape.dim[0])
         CQ_TRY(open_rows(l, w, s, i, row, w->part[i]->shape.dim[0], 1, NULL));
     return CQ_OK;
@@ -119,7 +119,7 @@ static int multiply_codes(const cq_layer *l, const cq_linear *w, cq_stream *s, c
     return CQ_RUN(s, matmul_nvfp4, .dtype = l->env->dtype, .m = rows, .n = w->n, .k = w->k,
                   .a_codes = codes, .a_scales = scales, .a_amax = w->amax.data,
                   .b_codes = w->codes.data, .b_scales = w->scales.data, .b_amax = w->amax_w.data,
-                  .b_top = p->block_amax.data ? p->top : 448.0f, .c = y, .ldc = ldy, .beta = add,
+                  .b_top = cq_param_top(p), .c = y, .ldc = ldy, .beta = add,
                   .c_bf16 = narrow(l) && !add);
 }
 

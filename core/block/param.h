@@ -28,10 +28,13 @@ typedef struct cq_param {
                        ///< quantized
     cq_tensor block_amax; ///< static scales [rows, cols / 16] F32, else no data
     cq_tensor aside;      ///< block_amax while the model goes without (cq_model_searched_scales)
-    float top;            ///< 448, or 256 for four-over-six
+    float top;            ///< 448, or 256 for four-over-six: of static scales (cq_param_top)
     int64_t fuse;    ///< parameters with the same non-zero number share scales (q/k/v, gate/up)
     double lr_scale; ///< learning-rate factor, 1 unless a pattern says otherwise
 } cq_param;
+
+/// The largest block scale of the form that the parameter has now: dynamic scales go up to 448.
+static inline float cq_param_top(const cq_param *p) { return p->block_amax.data ? p->top : 448.0f; }
 
 typedef enum cq_mode {
     CQ_MODE_INFER,     ///< forward only

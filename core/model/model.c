@@ -417,7 +417,7 @@ static cq_tensor part_of(const cq_linear *w, cq_tensor here, int64_t i, int64_t 
 }
 
 int cq_model_bind(cq_model *m) {
-    m->in_window[0] = m->in_window[1] = -1;
+    m->in_window[0].block = m->in_window[1].block = -1;
     for (int64_t i = 0; i < m->n_linears; i++) {
         cq_linear *w = m->linear[i];
         cq_shape shape = CQ_SHAPE2(w->held * w->n, w->k);

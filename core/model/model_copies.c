@@ -51,7 +51,7 @@ int cq_model_write_copy(cq_model *m, cq_stream *s, cq_param *p) {
     const void *x;
     int64_t rows = p->shape.dim[0], cols = p->shape.dim[1];
     cq_fq fq = {.amax = p->amax_at.data, .n_groups = 1, .saturated = m->env.saturated.data};
-    float top = p->block_amax.data ? p->top : 448.0f;
+    float top = cq_param_top(p);
     bool half = p->fq.dtype == CQ_BF16;
     void *y = half ? m->env.opened.data : p->fq.data;
     CQ_TRY(cq_model_master_now(m, s, p, &x));
@@ -71,7 +71,7 @@ static int decoded(float *y, const cq_param *p) {
     void *owned[2] = {NULL};
     float scale_2;
     int64_t rows = p->shape.dim[0], cols = p->shape.dim[1];
-    int status = cq_nvfp4_scale_2(&scale_2, p->amax, p->block_amax.data ? p->top : 448.0f);
+    int status = cq_nvfp4_scale_2(&scale_2, p->amax, cq_param_top(p));
     if (!status)
         status = cq_tensor_on_host(&codes, &owned[0], p->codes);
     if (!status)

@@ -17,12 +17,15 @@ struct cq_model {
     bool fp4; ///< products of packed weights with quantized inputs are those of codes
     cq_copies copies;
     cq_offload offload;
-    bool streamed;        ///< its blocks lie on the host and are fetched as a forward comes to them
-    cq_tensor window[2];  ///< [bytes] where block b is during its forward: window b % 2
-    int64_t in_window[2]; ///< block, or -1
-    ptrdiff_t moved;      ///< of the pointers of the block that runs
-    cq_master master;     ///< form of the master weights of trained quantized linears
-    bool widened;         ///< while calibrating: `fq` holds the F32 form of narrow master weights
+    bool streamed;       ///< its blocks lie on the host and are fetched as a forward comes to them
+    cq_tensor window[2]; ///< [bytes] where block b is during its forward: window b % 2
+    struct {
+        int64_t block;     ///< -1: none
+        char *first, *end; ///< its bytes on the host, from the first to behind the last
+    } in_window[2];
+    ptrdiff_t moved;  ///< of the pointers of the block that runs
+    cq_master master; ///< form of the master weights of trained quantized linears
+    bool widened;     ///< while calibrating: `fq` holds the F32 form of narrow master weights
     cq_layer_env env;
     cq_param **param;
     int64_t n_params, cap_params;

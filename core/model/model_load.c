@@ -52,14 +52,19 @@ static int load_input_scale(cq_model *m, cq_param *p) {
     return CQ_OK;
 }
 
-static int load_nvfp4(cq_model *m, cq_param *p, cq_tensor to, const cq_entry *e) {
+/* The block scales of a packed weight, and the one of its tensor. */
+static const cq_entry *scales_of(float *scale_2, const cq_model *m, const cq_param *p) {
     char name[160];
+    cq_module_name(name, p->name, ".weight_scale_2");
+    memcpy(scale_2, cq_model_entry(m, name)->tensor.data, sizeof *scale_2);
+    cq_module_name(name, p->name, ".weight_scale");
+    return cq_model_entry(m, name);
+}
+
+static int load_nvfp4(cq_model *m, cq_param *p, cq_tensor to, const cq_entry *e) {
     int64_t n = p->shape.dim[0], k = p->shape.dim[1];
     float scale_2, *y = to.data;
-    cq_module_name(name, p->name, ".weight_scale");
-    const cq_entry *s = cq_model_entry(m, name);
-    cq_module_name(name, p->name, ".weight_scale_2");
-    memcpy(&scale_2, cq_model_entry(m, name)->tensor.data, sizeof scale_2);
+    const cq_entry *s = scales_of(&scale_2, m, p);
     CQ_TRY(load_input_scale(m, p));
     if (m->env.dtype == CQ_F64 && !(y = malloc((size_t)(n * k) * sizeof *y)))
         return cq_fail(CQ_ENOMEM, "model: no memory to unpack %s", p->name);
@@ -73,17 +78,18 @@ static int load_nvfp4(cq_model *m, cq_param *p, cq_tensor to, const cq_entry *e)
     return status;
 }
 
-/* Codes and scales as they are in the file. */
+/* Codes and scales as they are in the file, which is refused for what would be no finite weight. */
 static int load_codes(cq_model *m, cq_param *p, const cq_entry *e) {
-    char name[160];
     float scale_2;
-    cq_module_name(name, p->name, ".weight_scale");
-    const cq_entry *s = cq_model_entry(m, name);
-    cq_module_name(name, p->name, ".weight_scale_2");
-    memcpy(&scale_2, cq_model_entry(m, name)->tensor.data, sizeof scale_2);
+    const cq_entry *s = scales_of(&scale_2, m, p);
+    const uint8_t *scale = s->tensor.data;
     if (!(scale_2 >= 0) || !isfinite(scale_2))
-        return cq_fail(CQ_EDATA, "%s: %s is %g, wanted a finite number", m->dir, name,
-                       (double)scale_2);
+        return cq_fail(CQ_EDATA, "%s: %s_2 is %g, wanted a finite number of 0 or more",
+                       cq_safetensors_path(m->files, s), s->name, (double)scale_2);
+    for (int64_t i = 0; i < cq_tensor_elems(s->tensor); i++)
+        if ((scale[i] & 0x7f) == 0x7f)
+            return cq_fail(CQ_ENUMERIC, "%s: %s holds NaN at element %ld, wanted finite scales",
+                           cq_safetensors_path(m->files, s), s->name, (long)i);
     p->amax = amax_of_scale(scale_2);
     CQ_TRY(load_input_scale(m, p));
     int status = cq_copy(p->codes.data, e->tensor.data, cq_tensor_bytes(p->codes));

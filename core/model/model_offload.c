@@ -34,24 +34,26 @@ static place place_of(const cq_model *m, int64_t block) {
     return at;
 }
 
-static void move(cq_tensor *t, const place *at, ptrdiff_t by) {
+static void move(cq_tensor *t, const char *first, const char *end, ptrdiff_t by) {
     char *data = t->data;
-    if (data && data >= at->first && data < at->end)
+    if (data && data >= first && data < end)
         t->data = data + by;
 }
 
-static void move_block(cq_model *m, int64_t block, const place *at, ptrdiff_t by) {
+/* Points what lies from `first` to `end` elsewhere. */
+static void move_block(cq_model *m, int64_t block, const char *first, const char *end,
+                       ptrdiff_t by) {
     for (int64_t i = 0; i < m->n_linears; i++) {
         cq_linear *w = m->linear[i];
         cq_tensor *all[] = {&w->value, &w->fq, &w->fq16};
         for (int k = 0; k < 3 && w->part[0]->block == block; k++)
-            move(all[k], at, by);
+            move(all[k], first, end, by);
     }
     for (int64_t i = 0; i < m->n_params; i++) {
         cq_param *p = m->param[i];
         cq_tensor *all[] = {&p->value, &p->fq, &p->fq16};
         for (int k = 0; k < 3 && p->block == block; k++)
-            move(all[k], at, by);
+            move(all[k], first, end, by);
     }
 }
 
@@ -76,16 +78,17 @@ int cq_model_plan_windows(cq_model *m, cq_plan *p) {
 
 static int ask(cq_model *m, cq_stream *s, int64_t block) {
     int slot = (int)(block % 2);
-    place at = place_of(m, block);
-    if (m->in_window[slot] == block)
+    if (m->in_window[slot].block == block)
         return CQ_OK;
-    m->in_window[slot] = -1;
+    place at = place_of(m, block);
+    m->in_window[slot].block = -1;
     if (at.end - at.first > cq_tensor_bytes(m->window[slot]))
         return cq_fail(CQ_EUSAGE, "model: block %ld takes %ld bytes, its window has %ld",
                        (long)block, (long)(at.end - at.first),
                        (long)cq_tensor_bytes(m->window[slot]));
     CQ_TRY(s->table->memory->fetch(s, slot, m->window[slot].data, at.first, at.end - at.first));
-    m->in_window[slot] = block;
+    m->in_window[slot].block = block;
+    m->in_window[slot].first = at.first, m->in_window[slot].end = at.end;
     return CQ_OK;
 }
 
@@ -95,16 +98,17 @@ int cq_model_block_in(cq_model *m, cq_stream *s, int64_t block) {
     if (block + 1 < m->config.n_blocks)
         CQ_TRY(ask(m, s, block + 1));
     CQ_TRY(s->table->memory->arrived(s, slot));
-    place at = place_of(m, block);
-    m->moved = (char *)m->window[slot].data - at.first;
-    move_block(m, block, &at, m->moved);
+    char *first = m->in_window[slot].first, *end = m->in_window[slot].end;
+    m->moved = (char *)m->window[slot].data - first;
+    move_block(m, block, first, end, m->moved);
     return CQ_OK;
 }
 
 int cq_model_block_out(cq_model *m, cq_stream *s, int64_t block) {
-    place at = place_of(m, block);
+    int slot = (int)(block % 2);
     if (m->moved)
-        move_block(m, block, &at, -m->moved);
+        move_block(m, block, m->in_window[slot].first + m->moved, m->in_window[slot].end + m->moved,
+                   -m->moved);
     m->moved = 0;
     return block + 1 == m->config.n_blocks ? ask(m, s, 0) : CQ_OK; /* the next forward's first */
 }

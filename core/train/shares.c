@@ -138,7 +138,7 @@ static int unpack(const cq_param *p, const uint8_t *codes) {
         return cq_copy(p->scales.data, codes + n / 2, cq_tensor_bytes(p->scales));
     }
     bool apart = cq_on_device(y) || p->fq.dtype != CQ_F32;
-    CQ_TRY(cq_nvfp4_scale_2(&scale_2, p->amax, p->block_amax.data ? p->top : 448.0f));
+    CQ_TRY(cq_nvfp4_scale_2(&scale_2, p->amax, cq_param_top(p)));
     if (apart && !(y = malloc((size_t)n * sizeof *y)))
         return cq_fail(CQ_ENOMEM, "ranks: no memory to decode %s", p->name);
     int status =

@@ -20,6 +20,7 @@
 /// b16, 0.30 GB, 0.07 ms.
 #include "kernels/cuda/cq_cuda.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/lt.cuh"
 #include "kernels/cuda/operands.cuh"
 extern "C" {
 #include "core/base/file.h"
@@ -127,19 +128,12 @@ int repeat(lt_call *call, const cq_matmul_args *a, const cq_cuda_batch *b, int64
     return CQ_OK;
 }
 
-int32_t alignment_log2(uintptr_t p) {
-    int32_t n = 0;
-    while (n < 8 && (p >> n & 1) == 0)
-        n++;
-    return n;
-}
-
 lt_key key_of(const cq_matmul_args *a, bool bf16) {
     lt_key key = {a->m, a->n, a->k, a->lda, a->ldb, a->ldc, 0, 0};
     key.form = (a->ta ? FORM_TA : 0) | (a->tb ? FORM_TB : 0) | (bf16 ? FORM_BF16 : 0) |
                (a->beta != 0.0 ? FORM_BETA : 0) | (a->c_bf16 ? FORM_C_BF16 : 0);
-    key.align = alignment_log2((uintptr_t)a->a) | alignment_log2((uintptr_t)a->b) << 4 |
-                alignment_log2((uintptr_t)a->c) << 8;
+    key.align = cq_lt_alignment_log2((uintptr_t)a->a) | cq_lt_alignment_log2((uintptr_t)a->b) << 4 |
+                cq_lt_alignment_log2((uintptr_t)a->c) << 8;
     return key;
 }
 
@@ -148,9 +142,9 @@ lt_key key_of_batch(const cq_matmul_args *a, const cq_cuda_batch *b, bool bf16) 
     lt_key key = key_of(a, bf16);
     uintptr_t size = bf16 ? 2 : 4;
     key.form |= FORM_BATCH;
-    key.align = alignment_log2((uintptr_t)a->a | (uintptr_t)b->a * size | 16) |
-                alignment_log2((uintptr_t)a->b | (uintptr_t)b->b * size | 16) << 4 |
-                alignment_log2((uintptr_t)a->c | (uintptr_t)b->c * sizeof(float) | 16) << 8;
+    key.align = cq_lt_alignment_log2((uintptr_t)a->a | (uintptr_t)b->a * size | 16) |
+                cq_lt_alignment_log2((uintptr_t)a->b | (uintptr_t)b->b * size | 16) << 4 |
+                cq_lt_alignment_log2((uintptr_t)a->c | (uintptr_t)b->c * sizeof(float) | 16) << 8;
     return key;
 }
 
@@ -204,12 +198,9 @@ bool acceptable(const cublasLtMatmulAlgo_t *algo, bool bf16) {
     const uint64_t rounding =
         CUBLASLT_NUMERICAL_IMPL_FLAGS_HMMA | CUBLASLT_NUMERICAL_IMPL_FLAGS_INPUT_TF32 |
         CUBLASLT_NUMERICAL_IMPL_FLAGS_INPUT_16BF | CUBLASLT_NUMERICAL_IMPL_FLAGS_INPUT_16F;
-    uint32_t scheme = 0;
     uint64_t flags = 0;
     size_t written = 0;
-    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
-                                             sizeof scheme, &written) != CUBLAS_STATUS_SUCCESS ||
-        (scheme & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) != 0)
+    if (!cq_lt_ordered(algo))
         return false;
     return bf16 ||
            (cublasLtMatmulAlgoCapGetAttribute(algo, CUBLASLT_ALGO_CAP_NUMERICAL_IMPL_FLAGS, &flags,

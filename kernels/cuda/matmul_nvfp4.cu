@@ -9,6 +9,7 @@
 /// Qwen3-4B, 8192 tokens, gate and up: 8192 x 19456 x 2560, 816 GFLOP: 0.1 ms at 9 PF/s, 1.03 ms in
 /// BF16 on an H200; codes and scales 40 MB, C 0.64 GB: 0.15 ms at 4.3 TB/s.
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/lt.cuh"
 #include "kernels/cuda/tiled.cuh"
 #include <cublasLt.h>
 #include <stdlib.h>
@@ -50,15 +51,9 @@ bool describe(call *x, const cq_matmul_nvfp4_args *a, const void *a_tiled, const
                CUBLAS_STATUS_SUCCESS;
 }
 
-/// The largest power of two, up to 256, that p is a multiple of.
-uint32_t alignment(const void *p) {
-    uint32_t n = 1;
-    while (n < 256 && ((uintptr_t)p & n) == 0)
-        n *= 2;
-    return n;
-}
+uint32_t alignment(const void *p) { return 1u << cq_lt_alignment_log2((uintptr_t)p); }
 
-/// What an algorithm is told of where the matrices lie; first is B, second A.
+/// What an algorithm is told of where the matrices lie, in bytes; first is B, second A.
 struct alignments {
     uint32_t first, second, c;
 };
@@ -95,7 +90,7 @@ bool find(cublasLtMatmulAlgo_t *out, const cq_cuda_device *d, call *x, const ali
         return false;
     for (int i = 0; i < n; i++)
         if (found[i].state == CUBLAS_STATUS_SUCCESS &&
-            found[i].workspaceSize <= d->workspace_bytes) {
+            found[i].workspaceSize <= d->workspace_bytes && cq_lt_ordered(&found[i].algo)) {
             *out = found[i].algo;
             return true;
         }
@@ -123,7 +118,7 @@ bool choose(cublasLtMatmulAlgo_t *out, cq_cuda_device *d, call *x, const cq_matm
     for (int i = 0; seen && i < seen->n; i++) {
         auto &e = seen->shape[i];
         if (e.m == a->m && e.n == a->n && e.k == a->k && e.ldc == a->ldc && e.c_bf16 == a->c_bf16 &&
-            e.beta == beta) {
+            e.beta == beta && memcmp(&e.at, &at, sizeof at) == 0) {
             *out = e.algo;
             return e.there;
         }

@@ -34,6 +34,22 @@ for form in f32 packed; do
   build/ckaqad recipes/generate.lua --model="$work/cpu-packed/nvfp4" --prompt="Tom has 3 apples" --tokens=8 --threads=1 --json --quiet --copies=$form >"$work/text-$form"
 done
 cmp "$work/text-f32" "$work/text-packed" || fail "an NVFP4 folder that stays packed writes something else"
+# and is refused in both forms when a block scale is no number
+cp -r "$work/cpu-packed/nvfp4" "$work/nan"
+luajit - "$work/nan/model.safetensors" <<'LUA'
+local f = assert(io.open(arg[1], "r+b"))
+local n = 0
+for i, byte in ipairs { f:read(8):byte(1, 8) } do n = n + byte * 256 ^ (i - 1) end
+local at = assert(f:read(n):match('"[^"]*%.weight_scale":{[^}]*"data_offsets":%[(%d+),'))
+f:seek("set", 8 + n + at)
+f:write("\127") -- NaN in E4M3
+f:close()
+LUA
+for form in f32 packed; do
+  rc=0; build/ckaqad recipes/generate.lua --model="$work/nan" --prompt=Tom --tokens=1 --quiet --copies=$form >/dev/null 2>"$work/err" || rc=$?
+  { [ $rc != 0 ] && [ "$(wc -l <"$work/err")" = 1 ] && grep -q "holds NaN at element 0, wanted finite" "$work/err"; } ||
+    fail "a scale that is NaN, $form: exit $rc: $(cat "$work/err")"
+done
 what=cpu
 if command -v mpirun >/dev/null; then
   more=(--copies=packed --moe=ranks --scales=four_over_six); go ranks mpirun --oversubscribe -n 2 build/ckaqad
