@@ -17,6 +17,7 @@
 #include "core/quant/rules.h"
 #include "core/quant/scales.h"
 #include "core/tensor/device.h"
+#include "core/tensor/graph.h"
 #include "core/tensor/plan.h"
 #include "core/tensor/rate.h"
 #include "core/tensor/safetensors.h"

@@ -4,6 +4,7 @@
 #include "core/base/dtype.h"
 
 typedef struct cq_kernels cq_kernels;
+typedef struct cq_graphs cq_graphs;
 
 /// CQ_COMPUTE_BF16 rounds the operands of matrix products to BF16 and accumulates in FP32; all else
 /// stays FP32.
@@ -24,6 +25,7 @@ typedef struct cq_stream {
                   ///< not change: a row's bits are the same in any batch (generation)
     void *queue;  ///< of a device: its CUDA stream
     void *device; ///< of a device: its scratch and handles; memory->open makes both
+    cq_graphs *graphs; ///< of a device: recorded passes (core/tensor/graph.h), or NULL
 } cq_stream;
 
 /// The memory of a backend whose buffers the host may not touch. Calls are ordered like operations
@@ -46,6 +48,16 @@ typedef struct cq_memory {
     /// and 1.
     int (*fetch)(cq_stream *s, int slot, void *to, const void *from, int64_t bytes);
     int (*arrived)(cq_stream *s, int slot);
+    /// What is asked between `record` and `recorded` is not done but kept: *graph, which `play`
+    /// does with the arguments of then, as often as it is wanted. Waiting, taking memory, a copy
+    /// from or to the host and a fetch cannot be kept: they fail, and so does `recorded`.
+    int (*record)(cq_stream *s);
+    int (*recorded)(cq_stream *s, void **graph);
+    int (*play)(cq_stream *s, void *graph);
+    void (*forget)(cq_stream *s, void *graph);
+    /// Changes whenever memory of a device, scratch too, is taken or given back: what was recorded
+    /// before may point there.
+    int64_t (*changes)(void);
     int (*available)(int64_t *bytes);
     /// "NVIDIA H200, compute capability 9.0" into text[size].
     int (*describe)(char *text, int64_t size);

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: builds, tests the kernels against ref, the golden models and the recipe on the device, looks for
 # memory errors and races, and measures. One line per part; no network; ends within 9 minutes. Without a GPU it exits with 77.
-#   bash tests/gpu.sh [OPTION...] [PART...]    parts: build kernels golden recipe repeat forms nccl bench step sanitizer,
+#   bash tests/gpu.sh [OPTION...] [PART...]    parts: build kernels golden recipe repeat forms graphs nccl bench step sanitizer,
 #                              and by name only nano: Nemotron 3 Nano whole, random weights, for a GPU of 141 GB
 #   --build=DIR   programs that were built before (with DIR/lib for libraries that this machine lacks); else builds into build/gpu
 #   --out=DIR     results: table.md, kernels_*.csv, step_*.json, logs [build/gpu-results]
@@ -20,7 +20,7 @@ for a; do
     *) want="$want $a" ;;
   esac
 done
-want=" ${want:-build kernels golden recipe repeat forms nccl bench step sanitizer} "
+want=" ${want:-build kernels golden recipe repeat forms graphs nccl bench step sanitizer} "
 [ -n "$dir" ] || { dir=build/gpu; built_here=1; }
 [ ! -d "$dir/lib" ] || export LD_LIBRARY_PATH="$PWD/$dir/lib:${LD_LIBRARY_PATH:-}"
 export PATH="$PATH:/usr/local/cuda/bin"
@@ -137,6 +137,19 @@ forms() { # weights and optimizer in every form and place: the same bits
   done
   echo "$n forms of 5 steps, the same bits"
 }
+graphs() { # recorded passes: the bits of passes that run, in training and in generation; tokens/s of generation
+  local on played model="--device=cuda --model=tests/golden/qwen3_gsm8k"
+  for on in true false; do
+    # shellcheck disable=SC2086
+    { "$dir/ckaqad" tests/recipes/waits.lua --device=cuda --compute=bf16 --model=tests/golden/nemotron_h_gsm8k --data=random --steps=6 --graphs=$on >"$out/train-$on.txt" &&
+      "$dir/ckaqad" recipes/generate.lua $model --prompt="Tom has 3 apples" --samples=8 --tokens=64 --json --graphs=$on >"$out/text-$on.txt" &&
+      "$dir/ckaqad" recipes/bench_generate.lua $model --compute=bf16 --again=1 --graphs=$on >"$out/speed-$on.txt"; } 2>&1 || return 1
+  done
+  cmp <(grep -v '^waits' "$out/train-true.txt") <(grep -v '^waits' "$out/train-false.txt") && cmp <(grep '^{' "$out/text-true.txt") <(grep '^{' "$out/text-false.txt") || return 1
+  played=$(sed -n 's/^waits, but not of \([0-9]*\) passes.*/\1/p' "$out/train-true.txt")
+  echo "the same bits, $played of 48 passes played;$(grep -h -o 'kept: [0-9]* tokens/s\|alone: [0-9]*' "$out/speed-true.txt" "$out/speed-false.txt" | tr '\n' ' ')"
+  [ "$played" -gt 30 ]
+}
 fp4() { # on FP4 tensor cores: KL near that of BF16 products; one line where there are none
   local rc=0
   "$dir/ckaqad" recipes/nemotron_nano.lua --device=cuda --compute=nvfp4 --copies=packed --steps=20 --out="$out/fp4" --fresh >"$out/fp4.txt" 2>&1 || rc=$?
@@ -169,6 +182,7 @@ part recipe "recipe: cpu and cuda, bf16" 90 recipe bf16
 part repeat "repeat: two runs" 60 repeat f32
 part repeat "repeat: two runs, bf16 activations" 60 repeat bf16
 part forms "forms: copies and offload" 60 forms
+part graphs "graphs: recorded and not" 60 graphs
 part forms "forms: FP4 tensor cores" 60 fp4
 if [ -x "$dir/device_ranks" ]; then
   part nccl "nccl: one rank" 60 nccl
@@ -184,6 +198,7 @@ part bench "bench: f32" 100 bench f32
 part step "step (qwen3_4b)" 120 step qwen3_4b kernels/bench/qwen3_4b 2048 4 1
 part step "step (qwen3_4b, narrow)" 120 step qwen3_4b_narrow kernels/bench/qwen3_4b 2048 4 1 --activations=bf16 --copies=bf16
 part step "step (nano_slice)" 90 step nano_slice kernels/bench/nano_slice 2048 4 1
+part step "step (nano_slice, no graphs)" 90 step nano_slice_no_graphs kernels/bench/nano_slice 2048 4 1 --graphs=false
 part step "step (nano_slice, narrow)" 90 step nano_slice_narrow kernels/bench/nano_slice 2048 4 1 --activations=bf16 --copies=packed
 part nano "step (nano, whole, experts frozen)" 500 nano
 for tool in memcheck racecheck initcheck synccheck; do

@@ -55,7 +55,7 @@ part cuda "race detector over the cuda kernels; no oneDNN, no MPI" race_detector
 part cuda "the cuda backend compiles for sm_90a and sm_100a" with_nvcc
 recipe() { for name; do part recipes "recipes: $name" bash "tests/recipes/$name.sh"; done; }
 golden() { for name; do part golden "golden: $name" bash "tests/golden/$name.sh"; done; }
-beside="copies device_activations device_faults device_ranks waits" # on the emulated device: mostly one thread, so beside the others
+beside="copies graphs device_activations device_faults device_ranks waits" # on the emulated device: mostly one thread, so beside the others
 alone="ranks sweep"                                                 # they look at the clock
 # shellcheck disable=SC2086
 { (passed=0; failed=0; skipped=0; golden device; recipe $beside; echo "$passed $failed $skipped" >"$logs/beside.counts") >"$logs/beside.txt" 2>&1 & }

@@ -12,6 +12,7 @@
 #include "core/model/model_impl.h"
 #include "core/model/sample.h"
 #include "core/tensor/device.h"
+#include "core/tensor/graph.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -319,12 +320,27 @@ static void compose(cq_generator *g) {
     admit_more(g);
 }
 
+static int forward_pass(cq_stream *s, void *argument) {
+    cq_generator *g = argument;
+    cq_model *m = g->model;
+    CQ_TRY(cq_model_embed(m, s));
+    for (int64_t l = 0; l < m->config.n_blocks; l++)
+        CQ_TRY(cq_model_block_forward(m, s, &g->batch, l));
+    CQ_TRY(cq_model_norm_forward(m, s, &g->batch));
+    if (!g->n_rows)
+        return CQ_OK;
+    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = m->env.dtype, .rows = g->n_rows, .dim = m->config.hidden,
+                  .x = m->xf.data, .index = g->rows.data, .y = g->last.data));
+    return cq_model_head_forward(m, s, &g->last, 0, g->n_rows, g->logits.data);
+}
+
+/* A pass. Those that write tokens of as many sequences ask for the same operations. */
 static int forward(cq_generator *g, cq_stream *s) {
     cq_model *m = g->model;
     cq_batch *b = &g->batch;
     CQ_TRY(cq_copy(g->past.slot.data, g->doc_slot, b->n_docs * (int64_t)sizeof *g->doc_slot));
     CQ_TRY(cq_copy(g->past.past.data, g->doc_past, b->n_docs * (int64_t)sizeof *g->doc_past));
-    CQ_TRY(cq_model_forward(m, s, b));
+    CQ_TRY(cq_model_take_batch(m, b));
     g->n_rows = 0;
     for (int64_t d = 0; d < b->n_docs; d++) {
         int64_t number = g->in_slot[g->doc_slot[d]];
@@ -338,12 +354,9 @@ static int forward(cq_generator *g, cq_stream *s) {
     }
     g->passes++;
     g->processed += b->tokens;
-    if (!g->n_rows)
-        return CQ_OK;
     CQ_TRY(cq_copy(g->rows.data, g->doc_last, g->n_rows * (int64_t)sizeof *g->doc_last));
-    CQ_TRY(CQ_RUN(s, gather_rows, .dtype = m->env.dtype, .rows = g->n_rows, .dim = m->config.hidden,
-                  .x = m->xf.data, .index = g->rows.data, .y = g->last.data));
-    return cq_model_head_forward(m, s, &g->last, 0, g->n_rows, g->logits.data);
+    cq_graph_key key = {g, {b->tokens, b->n_docs, g->n_rows}};
+    return cq_model_recordable(m) ? cq_graphs_run(s, &key, forward_pass, g) : forward_pass(s, g);
 }
 
 static void end(cq_generator *g, sequence *q, bool stopped) {

@@ -120,10 +120,15 @@ CQ_API int64_t cq_model_saturated(cq_model *m);
 /// The counter behind it, for whoever quantizes weights in another pass.
 CQ_API int64_t *cq_model_saturation(cq_model *m);
 
-/// The batch of the last embed_forward where the kernels run.
+/// Checks a batch and brings it to where the kernels run.
+CQ_API int cq_model_take_batch(cq_model *m, const cq_batch *b);
+/// The batch taken last, where the kernels run.
 CQ_API const cq_batch *cq_model_batch(const cq_model *m);
-/// h = embedding of the batch. The residual stream after block l is *cq_model_hidden(m, l) right
-/// after its forward (all l stay valid in the SAVE and RECOMPUTE modes).
+/// h = embedding of the batch taken last.
+CQ_API int cq_model_embed(cq_model *m, cq_stream *s);
+/// Both, and cq_model_forward takes the batch, too. The residual stream after block l is
+/// *cq_model_hidden(m, l) right after its forward (all l stay valid in the SAVE and RECOMPUTE
+/// modes).
 CQ_API int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 CQ_API int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block);
 CQ_API const cq_tensor *cq_model_hidden(const cq_model *m, int64_t block);
@@ -137,6 +142,8 @@ CQ_API int cq_model_head_forward(cq_model *m, cq_stream *s, const cq_tensor *xf,
 /// its experts' rows. Nothing to do where experts are not dealt out.
 CQ_API int cq_model_serve_forward(cq_model *m, cq_stream *s);
 CQ_API int cq_model_serve_backward(cq_model *m, cq_stream *s);
+/// Whether passes of this model, once the batch is taken, are such that graph.h can record them.
+CQ_API bool cq_model_recordable(const cq_model *m);
 /// Whole forward without logits.
 CQ_API int cq_model_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 

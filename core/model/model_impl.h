@@ -37,7 +37,7 @@ struct cq_model {
     cq_param *embed, *norm_f, *head;
     cq_tensor *h; ///< [n_layers + 1] inputs of the layers and the last output; one when inferring
     cq_tensor xf, rstd_f, dh, kernel_scratch, bf16_scratch;
-    cq_batch now; ///< the batch of the last embed_forward where the kernels run
+    cq_batch now;                             ///< the batch taken last, where the kernels run
     cq_tensor ids, labels, positions, starts; ///< its memory on a device
     int threads;
 };

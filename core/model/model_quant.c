@@ -6,6 +6,7 @@
 #include "core/base/error.h"
 #include "core/model/model_impl.h"
 #include "core/tensor/device.h"
+#include "core/tensor/graph.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -178,6 +179,7 @@ int cq_model_send_amax(cq_model *m) {
 }
 
 int cq_model_requantize(cq_model *m, cq_stream *s) {
+    cq_graphs_forget(s); /* some arguments follow from the maxima and from which scales are used */
     CQ_TRY(cq_model_send_amax(m));
     for (int64_t i = 0; i < m->n_params && !m->nvfp4; i++) {
         if (m->param[i]->quantized && m->param[i]->value.data) /* else its holder's */

@@ -167,15 +167,27 @@ int cq_model_send_batch(cq_model *m, const cq_batch *b) {
 
 const cq_batch *cq_model_batch(const cq_model *m) { return &m->now; }
 
-int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
+int cq_model_take_batch(cq_model *m, const cq_batch *b) {
     CQ_TRY(check_batch(m, b));
-    CQ_TRY(cq_model_send_batch(m, b));
+    return cq_model_send_batch(m, b);
+}
+
+bool cq_model_recordable(const cq_model *m) {
+    return !m->streamed && !m->env.experts && !m->env.calibrating;
+}
+
+int cq_model_embed(cq_model *m, cq_stream *s) {
     cq_model_bind_stream(m, s);
     if (m->env.calibrating)
         CQ_TRY(cq_model_widen(m, s));
-    return CQ_RUN(s, embed_forward, .dtype = m->env.dtype, .tokens = b->tokens,
+    return CQ_RUN(s, embed_forward, .dtype = m->env.dtype, .tokens = m->now.tokens,
                   .dim = m->config.hidden, .vocab = m->config.vocab, .ids = m->now.ids,
                   .table = m->embed->value.data, .h = m->h[0].data);
+}
+
+int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b) {
+    CQ_TRY(cq_model_take_batch(m, b));
+    return cq_model_embed(m, s);
 }
 
 /* Input and output buffer of a layer. */

@@ -4,6 +4,7 @@
 /// is shared by the threads of the process.
 #include "core/tensor/device.h"
 #include "core/base/error.h"
+#include "core/tensor/graph.h"
 #include "core/tensor/plan.h"
 #include <pthread.h>
 #include <stdlib.h>
@@ -38,6 +39,7 @@ int cq_device_count(int *n, const char *kernels) {
 }
 
 void cq_stream_close(cq_stream *s) {
+    cq_graphs_set(s, false);
     if (s->table && s->table->memory)
         s->table->memory->close(s);
     s->table = NULL;

@@ -5,6 +5,7 @@
 /// at weight 1; the backward scales them.
 #include "core/base/error.h"
 #include "core/tensor/device.h"
+#include "core/tensor/graph.h"
 #include "core/train/distill_impl.h"
 #include <math.h>
 #include <stdio.h>
@@ -175,7 +176,7 @@ static int in_step(const cq_distill *d, int status, const char *who) {
 static int forward(cq_distill *d, cq_stream *s, const cq_batch *b, bool teacher) {
     cq_model *m = teacher ? d->teacher : d->student;
     d->in_slab = 0;
-    CQ_TRY(cq_model_embed_forward(m, s, b));
+    CQ_TRY(cq_model_embed(m, s));
     for (int64_t l = 0; l < d->n_blocks; l++) {
         CQ_TRY(cq_model_block_forward(m, s, b, l));
         if (cq_layers_has(d, l))
@@ -304,6 +305,45 @@ static int read_teacher(cq_distill *d, const cq_batch *b) {
     return CQ_OK;
 }
 
+/* What the two passes of a micro-batch work with. */
+typedef struct work {
+    cq_distill *d;
+    const cq_batch *b;
+    double w_kl;
+} work;
+
+static int forward_pass(cq_stream *s, void *argument) {
+    const work *w = argument;
+    cq_distill *d = w->d;
+    if (d->teacher)
+        CQ_TRY(in_step(d, forward(d, s, w->b, true), "teacher"));
+    CQ_TRY(in_step(d, forward(d, s, w->b, false), "student"));
+    if (d->o.logit_loss == CQ_LOGIT_NONE)
+        return cq_zero(d->dxf.data, w->b->tokens * d->dim * cq_dtype_bytes(d->dtype));
+    for (int64_t at = 0; at < w->b->tokens; at += d->o.chunk)
+        CQ_TRY(head_chunk(d, s, w->b, at));
+    return CQ_OK;
+}
+
+enum { FORWARD, BACKWARD, TAPS_IN_KEY = 64 };
+
+/* Runs a pass, or plays what it asked for when its numbers were the same. */
+static int run(cq_distill *d, cq_stream *s, int which, cq_pass pass, work *w) {
+    cq_graph_key key = {d, {which, w->b->tokens, w->b->n_docs, d->n_rows}};
+    bool records = !d->of_rank && !d->o.cached_k && d->n_taps <= TAPS_IN_KEY &&
+                   cq_model_recordable(d->student) &&
+                   (!d->teacher || cq_model_recordable(d->teacher));
+    if (which == FORWARD)
+        key.n[4] = d->valid_total;
+    else {
+        memcpy(&key.n[4], &w->w_kl, sizeof w->w_kl);
+        for (int64_t i = 0; i < d->n_taps && records; i++)
+            if (d->weight[i] != 0)
+                key.n[5] = (int64_t)((uint64_t)key.n[5] | (uint64_t)1 << i);
+    }
+    return records ? cq_graphs_run(s, &key, pass, w) : pass(s, w);
+}
+
 int cq_distill_start(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t step, int64_t micro,
                      int64_t valid_total, int64_t slot) {
     if (b->valid < 1 || valid_total < b->valid)
@@ -330,12 +370,9 @@ int cq_distill_start(cq_distill *d, cq_stream *s, const cq_batch *b, int64_t ste
     if (d->o.cached_k)
         CQ_TRY(read_teacher(d, b));
     if (d->teacher)
-        CQ_TRY(in_step(d, forward(d, s, b, true), "teacher"));
-    CQ_TRY(in_step(d, forward(d, s, b, false), "student"));
-    if (d->o.logit_loss == CQ_LOGIT_NONE)
-        CQ_TRY(cq_zero(d->dxf.data, b->tokens * d->dim * cq_dtype_bytes(d->dtype)));
-    for (int64_t at = 0; at < b->tokens && d->o.logit_loss != CQ_LOGIT_NONE; at += d->o.chunk)
-        CQ_TRY(head_chunk(d, s, b, at));
+        CQ_TRY(in_step(d, cq_model_take_batch(d->teacher, b), "teacher"));
+    CQ_TRY(in_step(d, cq_model_take_batch(d->student, b), "student"));
+    CQ_TRY(run(d, s, FORWARD, forward_pass, &(work){d, b, 1}));
     d->kept[slot].valid = b->valid;
     d->kept[slot].rows = d->n_gram;
     return cq_layers_report(d, s, false, 0);
@@ -379,12 +416,14 @@ static int scale_head(cq_distill *d, cq_stream *s, double w) {
                            .y = grad->data);
 }
 
-/* With the layer losses weighed. */
-static int backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl) {
+static int backward_pass(cq_stream *s, void *argument) {
+    const work *w = argument;
+    cq_distill *d = w->d;
+    const cq_batch *b = w->b;
     void *dx;
-    CQ_TRY(scale_head(d, s, w_kl));
-    if (w_kl != 1)
-        CQ_TRY(CQ_RUN(s, axpy, .dtype = d->dtype, .n = b->tokens * d->dim, .alpha = w_kl,
+    CQ_TRY(scale_head(d, s, w->w_kl));
+    if (w->w_kl != 1)
+        CQ_TRY(CQ_RUN(s, axpy, .dtype = d->dtype, .n = b->tokens * d->dim, .alpha = w->w_kl,
                       .x = d->dxf.data, .y = d->dxf.data));
     CQ_TRY(cq_model_norm_backward(d->student, s, b, d->dxf.data));
     for (int64_t l = d->n_blocks - 1; l >= 0; l--) {
@@ -395,6 +434,11 @@ static int backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl)
         CQ_TRY(in_step(d, cq_model_block_backward(d->student, s, b, l), "student"));
     }
     return cq_model_embed_backward(d->student, s, b);
+}
+
+/* With the layer losses weighed. */
+static int backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl) {
+    return run(d, s, BACKWARD, backward_pass, &(work){d, b, w_kl});
 }
 
 int cq_distill_backward(cq_distill *d, cq_stream *s, const cq_batch *b, double w_kl,

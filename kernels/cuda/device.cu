@@ -6,6 +6,7 @@
 /// CKAQAD_CUDA_SYNC=1 in the environment every operation is waited for and named.
 #include "kernels/cuda/cq_cuda.h"
 #include "kernels/cuda/device.h"
+#include <atomic>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,10 @@ struct device : cq_cuda_device {
     int64_t ring_at;
     cudaStream_t fetches; ///< made when the first fetch is asked for, as the events are
     cudaEvent_t asked, done[2];
+    bool recording;
 };
+
+std::atomic<int64_t> memory_changes{0};
 
 device *of(cq_stream *s) { return static_cast<device *>(s->device); }
 
@@ -118,8 +122,14 @@ int open_stream(cq_stream *s, int index) {
     return status;
 }
 
+/* What cannot be part of a graph. */
+int while_recording(const char *what) {
+    return cq_fail(CQ_EUSAGE, "cuda: %s while operations are recorded", what);
+}
+
 int take(void **out, int64_t bytes, bool shared) {
     size_t n = static_cast<size_t>(bytes > 0 ? bytes : 1);
+    memory_changes++;
     cudaError_t e = shared ? cudaHostAlloc(out, n, cudaHostAllocMapped) : cudaMalloc(out, n);
     if (e != cudaSuccess) {
         size_t free_bytes = 0, total = 0;
@@ -147,6 +157,7 @@ int take(void **out, int64_t bytes, bool shared) {
 
 void give(void *memory, int64_t bytes, bool shared) {
     (void)bytes;
+    memory_changes++;
     if (shared)
         cudaFreeHost(memory);
     else
@@ -182,6 +193,8 @@ int copy(cq_stream *s, void *to, const void *from, int64_t bytes) {
     bool up = is_host(from), down = is_host(to);
     if (bytes <= 0)
         return CQ_OK;
+    if (d->recording && (up || down))
+        return while_recording("a copy of the host's memory");
     if (up && !down && bytes <= LARGEST_STAGED) {
         char *place = NULL;
         CQ_TRY(stage(d, &place, bytes));
@@ -201,6 +214,8 @@ int zero(cq_stream *s, void *to, int64_t bytes) {
 }
 
 int wait(cq_stream *s) {
+    if (of(s)->recording)
+        return while_recording("waiting");
     cudaError_t e = cudaStreamSynchronize(of(s)->queue);
     return e == cudaSuccess ? CQ_OK
                             : failed("an operation failed on the device (CKAQAD_CUDA_SYNC=1 names "
@@ -218,6 +233,8 @@ int open_fetches(device *d) {
 
 int fetch(cq_stream *s, int slot, void *to, const void *from, int64_t bytes) {
     device *d = of(s);
+    if (d->recording)
+        return while_recording("a fetch");
     if (!d->fetches)
         CQ_TRY(open_fetches(d));
     cudaError_t e = cudaEventRecord(d->asked, d->queue);
@@ -234,6 +251,51 @@ int arrived(cq_stream *s, int slot) {
     cudaError_t e = cudaStreamWaitEvent(of(s)->queue, of(s)->done[slot], 0);
     return e == cudaSuccess ? CQ_OK : failed("waiting for what was fetched", e);
 }
+
+bool waits_always() {
+    static int on = -1;
+    if (on < 0) {
+        const char *value = getenv("CKAQAD_CUDA_SYNC");
+        on = value && *value && strcmp(value, "0") != 0;
+    }
+    return on == 1;
+}
+
+int record(cq_stream *s) {
+    device *d = of(s);
+    if (waits_always())
+        return while_recording("waiting for each of them (CKAQAD_CUDA_SYNC)");
+    cudaError_t e = cudaStreamBeginCapture(d->queue, cudaStreamCaptureModeThreadLocal);
+    d->recording = e == cudaSuccess;
+    return e == cudaSuccess ? CQ_OK : failed("recording", e);
+}
+
+int recorded(cq_stream *s, void **graph) {
+    device *d = of(s);
+    cudaGraph_t list = NULL;
+    cudaGraphExec_t ready = NULL;
+    d->recording = false;
+    cudaError_t e = cudaStreamEndCapture(d->queue, &list);
+    if (e == cudaSuccess)
+        e = cudaGraphInstantiate(&ready, list, 0);
+    if (list)
+        cudaGraphDestroy(list);
+    cudaGetLastError(); /* a recording that failed leaves the device usable */
+    *graph = e == cudaSuccess ? ready : NULL;
+    return e == cudaSuccess ? CQ_OK : failed("recording", e);
+}
+
+int play(cq_stream *s, void *graph) {
+    cudaError_t e = cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), of(s)->queue);
+    return e == cudaSuccess ? CQ_OK : failed("playing recorded operations", e);
+}
+
+void forget(cq_stream *s, void *graph) {
+    cudaStreamSynchronize(of(s)->queue); /* it may be running */
+    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+}
+
+int64_t changes() { return memory_changes; }
 
 int available(int64_t *bytes) {
     size_t free_bytes = 0, total = 0;
@@ -260,30 +322,25 @@ bool has_fp4(const cq_stream *s) {
     return d->capability_major == 10; /* what this build has code for */
 }
 
-bool waits_always() {
-    static int on = -1;
-    if (on < 0) {
-        const char *value = getenv("CKAQAD_CUDA_SYNC");
-        on = value && *value && strcmp(value, "0") != 0;
-    }
-    return on == 1;
-}
-
 } // namespace
 
 extern "C" {
 extern const cq_memory cq_cuda_memory;
-const cq_memory cq_cuda_memory = {open_stream, close_stream, take,   give,    copy,
-                                  zero,        wait,         fetch,  arrived, available,
-                                  describe,    count,        has_fp4};
+const cq_memory cq_cuda_memory = {
+    open_stream, close_stream, take, give,   copy,    zero,      wait,     fetch, arrived,
+    record,      recorded,     play, forget, changes, available, describe, count, has_fp4};
 }
 
 extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes) {
     device *d = of(s);
     if (bytes > d->scratch_bytes) {
+        if (d->recording) {
+            while_recording("more scratch");
+            return NULL;
+        }
         void *bigger = NULL;
         int64_t wanted = (bytes + (1 << 20) - 1) / (1 << 20) * (1 << 20);
-        cudaFree(d->scratch); /* waits for who uses it */
+        give(d->scratch, d->scratch_bytes, false); /* waits for who uses it */
         d->scratch = NULL;
         d->scratch_bytes = 0;
         if (take(&bigger, wanted, false) != CQ_OK)

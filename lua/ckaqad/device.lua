@@ -45,15 +45,16 @@ end
 --- Chooses the device ("cpu", "cuda", "cuda:N", "auto"), kernels ("cpu", "ref"; on the processor), threads (0: all cores, which the
 --- ranks of a machine share) and compute ("f32", "bf16", "nvfp4") for models opened from now on, `activations` ("f32"; "bf16": inside of
 --- blocks, on a GPU with BF16 products), `copies` for students (see `teacher:quantize`), `offload` ("none", "teacher", "optimizer", "both":
---- what a GPU keeps in pinned host memory); `check` looks at every result for NaN and Inf. A run does this from its options. Under mpirun
---- "cuda" and "auto" are a GPU for each rank: that of its number on its machine.
+--- what a GPU keeps in pinned host memory), `graphs` (on a GPU, passes whose shapes come again are recorded and played); `check` looks at
+--- every result for NaN and Inf. A run does this from its options. Under mpirun "cuda" and "auto" are a GPU for each rank: that of its
+--- number on its machine.
 ---
 --- Example:
 ---     local device = cq.device { threads = 1 }
 ---     print(device.kernels, device.threads) --> cpu	1
 function device.device(given)
   local o = errors.fill("device", given, { device = "cpu", kernels = "cpu", threads = 0, compute = "f32", copies = "f32", offload = "none",
-    activations = "f32", check = false })
+    activations = "f32", graphs = true, check = false })
   if C.cq_kernels_find(o.kernels) == nil or o.kernels == "cuda" then
     errors.choose("option --kernels", o.kernels, { "cpu", "ref" })
   end
@@ -72,8 +73,10 @@ function device.device(given)
     errors.usage("option --activations: bf16 needs a GPU and --compute=bf16, got %s and --compute=%s",
       stream.table.memory == nil and "the processor" or "a GPU", o.compute)
   end
+  local profiled = os.getenv "CKAQAD_PROFILE" == "ops"
   if o.check then stream.table = C.cq_kernels_checked(stream.table) end
-  if os.getenv "CKAQAD_PROFILE" == "ops" then stream.table = C.cq_kernels_profiled(stream.table) end
+  if profiled then stream.table = C.cq_kernels_profiled(stream.table) end
+  call.cq_graphs_set(stream, o.graphs and not o.check and not profiled) -- both look at each operation
   stream.threads = C.cq_threads_set(o.threads > 0 and o.threads or ranks.threads())
   if o.compute == "nvfp4" then
     if not C.cq_stream_has_fp4(stream) then

@@ -16,6 +16,7 @@ local common = {
   { "offload", "none", "on a GPU, what stays in pinned host memory: teacher (its blocks, fetched in turn), optimizer, both, or none" },
   { "copies", "f32", "fake-quantized weights: f32, bf16 (half; for bf16 products on a GPU), packed (NVFP4, opened before each product)" },
   { "activations", "f32", "inside of blocks: f32, or bf16 (2 bytes each; needs a GPU and --compute=bf16)" },
+  { "graphs", true, "on a GPU, record passes whose shapes come again, and play them (CUDA graphs; the same bits)" },
   { "check", false, "look at every operation's result for NaN and Inf and name the first (slow)" },
   { "memory", 0, "bytes the plan may use, for example 4GiB (0: what the system has)" },
   { "template", "auto", "chat template: nano3, qwen3-thinking, or auto (by its hash)" },
@@ -56,7 +57,7 @@ for _, item in ipairs(special) do is_special[item[1]] = true end
 options.passing = {
   fresh = true, resume = true, every = true, memory = true, save = true, keep = true, keep_every = true, max_time = true, stop_at = true,
   eval_every = true, tensorboard = true, threads = true, check = true, out = true, dry_run = true, validate_only = true,
-  patience = true, ordered = true, gram = true, moe = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
+  graphs = true, patience = true, ordered = true, gram = true, moe = true, gpus = true, gpu_memory = true, host_memory = true, rates = true,
 }
 
 local units = {

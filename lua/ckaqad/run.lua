@@ -89,7 +89,7 @@ function run.run(opt, given)
   ranks.moe = errors.choose("option --moe", opt.moe, { "local", "ranks" })
   self.device = device.device { device = imagined and "cpu" or opt.device, threads = opt.threads, kernels = opt.kernels,
     compute = opt.compute, copies = opt.copies, offload = imagined and "none" or opt.offload,
-    activations = imagined and "f32" or opt.activations, check = opt.check }
+    activations = imagined and "f32" or opt.activations, graphs = opt.graphs, check = opt.check }
   if imagined then require "ckaqad.plan_gpus".imagine(opt) end
   local elsewhere = (rawget(opt, "server") or "") ~= "" -- the model is a server's
   local has_model = not elsewhere and (rawget(opt, "model") or rawget(opt, "teacher"))

@@ -10,10 +10,13 @@
 extern "C" {
 #include "tests/cuda_on_cpu/memory.h"
 }
+#include <functional>
 #include <map>
 #include <stdarg.h>
+#include <string>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -162,8 +165,33 @@ static int64_t free_bytes() {
     return all > 0 ? all : 0;
 }
 
+/* Operations that are kept instead of done, and whether one of them could not be. */
+struct recording {
+    std::vector<std::function<int()>> list;
+    bool spoilt;
+};
+static recording *now = nullptr;
+static int64_t memory_changes = 0;
+
+extern "C" bool cq_emu_recording(void) { return now != nullptr; }
+extern "C" int cq_emu_keep(cq_stream *s, cq_emu_operation operation, const void *arguments,
+                           size_t bytes) {
+    std::string copy(static_cast<const char *>(arguments), bytes);
+    cq_stream as_now = *s;
+    now->list.push_back([=]() mutable { return operation(&as_now, copy.data()); });
+    return CQ_OK;
+}
+
+static int while_recording(const char *what) {
+    now->spoilt = true;
+    return cq_fail(CQ_EUSAGE, "cuda: %s while operations are recorded", what);
+}
+
 static int take(void **out, int64_t bytes, bool shared) {
     int64_t n = bytes > 0 ? bytes : 1;
+    memory_changes++;
+    if (now)
+        return while_recording("taking memory");
     if (!shared && n > free_bytes())
         return cq_fail(CQ_ENOMEM, "cuda: %lld bytes wanted, %lld are free", (long long)n,
                        (long long)free_bytes());
@@ -208,6 +236,7 @@ static int take(void **out, int64_t bytes, bool shared) {
 
 static void give(void *memory, int64_t bytes, bool shared) {
     uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+    memory_changes++;
     if (!memory)
         return;
     if (shared) {
@@ -252,9 +281,16 @@ static int64_t waits = 0;
 extern "C" int64_t cq_emu_waits(void) { return waits; }
 
 static int copy(cq_stream *s, void *to, const void *from, int64_t bytes) {
+    int64_t left;
     (void)s;
     if (bytes <= 0)
         return CQ_OK;
+    if (now && !(cq_emu_memory_has(to, &left) && cq_emu_memory_has(from, &left)))
+        return while_recording("a copy of the host's memory");
+    if (now) {
+        now->list.push_back([=] { return copy(nullptr, to, from, bytes); });
+        return CQ_OK;
+    }
     CQ_TRY(check_range(to, bytes, "copying to"));
     CQ_TRY(check_range(from, bytes, "copying from"));
     waits += !piece_at(reinterpret_cast<uintptr_t>(to));
@@ -267,6 +303,10 @@ static int zero(cq_stream *s, void *to, int64_t bytes) {
     (void)s;
     if (bytes <= 0)
         return CQ_OK;
+    if (now) {
+        now->list.push_back([=] { return zero(nullptr, to, bytes); });
+        return CQ_OK;
+    }
     CQ_TRY(check_range(to, bytes, "clearing"));
     cq_emu_memory_unlock();
     memset(to, 0, (size_t)bytes);
@@ -330,6 +370,8 @@ static void close_stream(cq_stream *s) {
 }
 static int wait_stream(cq_stream *s) {
     (void)s;
+    if (now)
+        return while_recording("waiting");
     waits++;
     return cq_emu_status("an operation failed on the device");
 }
@@ -343,6 +385,8 @@ static fetched waiting[2];
 static int fetch(cq_stream *s, int slot, void *to, const void *from, int64_t bytes) {
     (void)s;
     int64_t left;
+    if (now)
+        return while_recording("a fetch");
     CQ_TRY(check_range(to, bytes, "fetching to"));
     CQ_TRY(check_range(from, bytes, "fetching from"));
     if (!cq_emu_memory_has(from, &left))
@@ -358,6 +402,32 @@ static int arrived(cq_stream *s, int slot) {
     waiting[slot].bytes = 0;
     return copy(s, f.to, f.from, f.bytes);
 }
+static int record(cq_stream *s) {
+    (void)s;
+    now = new recording{{}, false};
+    return CQ_OK;
+}
+static int recorded(cq_stream *s, void **graph) {
+    (void)s;
+    bool whole = !now->spoilt;
+    *graph = whole ? now : nullptr;
+    if (!whole)
+        delete now;
+    now = nullptr;
+    return whole ? CQ_OK : cq_fail(CQ_EIO, "cuda: recording: an operation could not be kept");
+}
+static int play(cq_stream *s, void *graph) {
+    (void)s;
+    for (auto &operation : static_cast<recording *>(graph)->list)
+        CQ_TRY(operation());
+    return CQ_OK;
+}
+static void forget(cq_stream *s, void *graph) {
+    (void)s;
+    delete static_cast<recording *>(graph);
+}
+static int64_t changes() { return memory_changes; }
+
 static int available(int64_t *bytes) {
     *bytes = free_bytes();
     return CQ_OK;
@@ -374,9 +444,9 @@ static int describe(char *text, int64_t size) {
 }
 extern "C" {
 extern const cq_memory cq_emu_memory;
-const cq_memory cq_emu_memory = {open_stream, close_stream, take,   give,    copy,
-                                 zero,        wait_stream,  fetch,  arrived, available,
-                                 describe,    count,        has_fp4};
+const cq_memory cq_emu_memory = {open_stream, close_stream, take,      give,     copy,     zero,
+                                 wait_stream, fetch,        arrived,   record,   recorded, play,
+                                 forget,      changes,      available, describe, count,    has_fp4};
 }
 
 /* The content is NaN at each call: what an operation does not write it must not read. */

@@ -17,6 +17,11 @@ bool cq_emu_memory_explain(const void *p, char *text, size_t size);
 bool cq_emu_memory_locked(void);
 /// How often the host has waited for the device: for its stream, or to copy from there.
 int64_t cq_emu_waits(void);
+/// While operations are recorded (cq_memory.record) they are kept, with a copy of their arguments
+/// and of the stream, instead of done.
+bool cq_emu_recording(void);
+typedef int (*cq_emu_operation)(cq_stream *s, const void *arguments);
+int cq_emu_keep(cq_stream *s, cq_emu_operation operation, const void *arguments, size_t bytes);
 /// CQ_OK, or the error that a kernel or the memory noted, which is forgotten then.
 int cq_emu_status(const char *op);
 /// Notes an error unless one is noted already.

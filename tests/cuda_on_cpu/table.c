@@ -25,9 +25,12 @@ static int check_pointer(const cq_stream *s, const char *op, const char *field, 
 
 #define P(field) CQ_TRY(check_pointer(s, op, #field, a->field));
 #define CQ_KERNEL(name)                                                                            \
+    static int again_##name(cq_stream *s, const void *a);                                          \
     static int run_##name(cq_stream *s, const cq_##name##_args *a) {                               \
         static const char op[] = #name;                                                            \
         CQ_EMU_POINTERS_##name;                                                                    \
+        if (cq_emu_recording())                                                                    \
+            return cq_emu_keep(s, again_##name, a, sizeof *a);                                     \
         int plain =                                                                                \
             cq_emu_plain_##name && cq_emu_plain() ? cq_emu_plain_##name(s, a) : CQ_EMU_NOT_PLAIN;  \
         if (plain != CQ_EMU_NOT_PLAIN)                                                             \
@@ -36,7 +39,8 @@ static int check_pointer(const cq_stream *s, const char *op, const char *field, 
             return cq_fail(CQ_EUSAGE, "cuda: operation %s is not in this build", op);              \
         CQ_TRY(cq_cuda_##name(s, a));                                                              \
         return cq_emu_status(op);                                                                  \
-    }
+    }                                                                                              \
+    static int again_##name(cq_stream *s, const void *a) { return run_##name(s, a); }
 #include "kernels/kernels.def"
 #undef CQ_KERNEL
 

@@ -337,6 +337,36 @@ void run_scratch() {
         printf("%s\n", y[7] != y[7] ? "NaN in the results" : "numbers");
     }
 }
+/* An operation is recorded, then `mistake`: neither may be kept or have happened. */
+template <typename F> void run_recorded(F mistake) {
+    cq_stream st = open_stream(), *s = &st;
+    const cq_memory *m = s->table->memory;
+    buffer x(s, 10);
+    void *graph = s;
+    cq_axpy_args a = {};
+    a.n = 10, a.alpha = 1, a.beta = 1, a.x = x.at, a.y = x.at;
+    float value = 1;
+    m->copy(s, x.at, &value, sizeof value);
+    m->record(s);
+    s->table->axpy(s, &a);
+    mistake(s, x.at);
+    printf("%s\n", cq_error());
+    int status = m->recorded(s, &graph);
+    if (status == CQ_OK || graph || x.read()[0] != 1)
+        printf("it was kept, or done");
+    else
+        printf("%s\n", cq_error());
+}
+void run_recorded_copy() {
+    static float host[10];
+    run_recorded([](cq_stream *s, float *x) { s->table->memory->copy(s, x, host, 40); });
+}
+void run_recorded_wait() {
+    run_recorded([](cq_stream *s, float *) { s->table->memory->wait(s); });
+}
+void run_recorded_take() {
+    run_recorded([](cq_stream *s, float *) { cq_cuda_scratch(s, 1 << 20); });
+}
 void run_overflow() {
     float y;
     cq_stream st = {}, *s = &st;
@@ -378,6 +408,12 @@ const mistake mistakes[] = {
     {"a kernel's host pointer", "points to the host's memory", run_host_pointer},
     {"an operation's host pointer", "sumsq: out points to the host's memory", run_host_argument},
     {"scratch that nobody wrote", "NaN in the results", run_scratch},
+    {"a copy of the host's, recorded", "memory while operations are recorded\ncuda: recording",
+     run_recorded_copy},
+    {"a wait, recorded", "waiting while operations are recorded\ncuda: recording",
+     run_recorded_wait},
+    {"more scratch, recorded", "taking memory while operations are recorded\ncuda: recording",
+     run_recorded_take},
     {"a stack that overflows", "its stack of 256 KiB overflows", run_overflow},
 };
 

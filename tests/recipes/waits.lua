@@ -1,4 +1,5 @@
--- Two steps of four micro-batches; prints what they gave, and on the emulated device how often the host waited in a step.
+-- Steps of four micro-batches; prints what they gave, how many passes were played instead of run, and on the emulated device how often
+-- the host waited in a step.
 --   build/ckaqad tests/recipes/waits.lua --model=DIR --data=FILE --rule=ratio --later=true    (tests/recipes/waits.sh)
 local ffi = require "ffi"
 local cq = require "ckaqad"
@@ -8,20 +9,24 @@ local C, call = native.C, native.call
 
 local opt = cq.options {
   model = "",       -- checkpoint folder
-  data = "",        -- documents
+  data = "",        -- documents, or random: all of one length
   rule = "ratio",   -- a balance; look: a rule of one's own; late: ratio, then a look
   layer = "cka",    -- loss on hidden states
   cka = "all",      -- blocks
   later = true,     -- results stay where they are until somebody looks
+  steps = 2,        -- of four micro-batches
+  again = false,    -- calibrates once more after half of the steps
   fault = false,    -- a weight of the student is not a number
 }
 distill.deferred = opt.later
-cq.device { device = opt.device, kernels = opt.kernels, threads = 2, compute = "f32" }
+cq.device { device = opt.device, kernels = opt.kernels, threads = 2, compute = opt.compute, copies = opt.copies,
+  activations = opt.activations, graphs = opt.graphs }
 cq.balance.define("look", function(pass) return { kl = 1, cka = pass.kl / 2 } end)
 
 local teacher = cq.model.open(opt.model)
 local student = teacher:quantize { preset = "all" }
-local data = cq.data.open(opt.data, { model = teacher, seq = 32, batch = 4, micro = 1, seed = 3 })
+local documents = opt.data == "random" and cq.data.random(opt.model, 8, 32) or opt.data
+local data = cq.data.open(documents, { model = teacher, seq = 32, batch = 4, micro = 1, seed = 3 })
 local terms = { cq.loss.kl { top_k = 16 }, cq.loss.layer(opt.layer, { blocks = opt.cka, tokens = 16 }) }
 local adam = cq.optim.adamw(student)
 local balance = cq.balance.get(opt.rule == "late" and "ratio" or opt.rule, { max = 100 })
@@ -29,8 +34,9 @@ cq.plan { teacher = teacher, student = student, adam = adam, terms = terms, data
 student:calibrate(data:take(1))
 
 local function waits() return 0 end
-if student.device.on_device then
-  ffi.cdef "int64_t cq_emu_waits(void);"
+ffi.cdef "int64_t cq_emu_waits(void);"
+local counts = pcall(function() return ffi.C.cq_emu_waits end)
+if counts then
   function waits() return tonumber(ffi.C.cq_emu_waits()) end
 end
 
@@ -51,7 +57,8 @@ if opt.fault then
 end
 local before = weights()
 local ok, problem = pcall(function()
-  for step = 1, 2 do
+  for step = 1, opt.steps do
+    if opt.again and step == opt.steps / 2 + 1 then student:calibrate(data:take(1)) end
     local batch, begun = cq.batch(data, step), waits()
     for part in batch:split() do
       local pass = cq.distill(teacher, student, part, terms)
@@ -60,7 +67,7 @@ local ok, problem = pcall(function()
       pass:backward(w)
     end
     local norm = adam:step(1e-3)
-    if student.device.on_device then print(("waits %d in step %d"):format(waits() - begun, step)) end
+    if counts then print(("waits %d in step %d"):format(waits() - begun, step)) end
     print(("step %d: norm %.17g"):format(step, norm))
     for _, pass in ipairs(batch.passes) do
       print(("  kl %.17g, top1 %.17g, rows %d, weight %.17g %.17g"):format(pass.kl, pass.top1, pass.rows, pass.layer_weight,
@@ -73,3 +80,5 @@ local ok, problem = pcall(function()
 end)
 if not ok then print(problem, weights() == before and "weights as before" or "weights changed") end
 print("weights " .. weights())
+print(("waits, but not of %d passes that were played"):format(tonumber(C.cq_graphs_played(student:stream()))))
+if documents ~= opt.data then os.remove(documents) end

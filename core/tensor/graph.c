@@ -1,0 +1,93 @@
+/// graph.c - the passes of a stream that were seen, by key, the longest unused one leaves first.
+#include "core/tensor/graph.h"
+#include "core/base/error.h"
+#include "core/base/process.h"
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST = 32 };
+
+typedef struct entry {
+    cq_graph_key key;
+    int64_t used; ///< 0: empty
+    void *graph;  ///< NULL: not recorded
+    bool refused; ///< cannot be recorded
+} entry;
+
+struct cq_graphs {
+    entry seen[MOST];
+    int64_t clock, played, changes;
+};
+
+static void forget(cq_stream *s, entry *e) {
+    if (e->graph)
+        s->table->memory->forget(s, e->graph);
+    *e = (entry){.used = 0};
+}
+
+void cq_graphs_forget(cq_stream *s) {
+    for (int i = 0; i < MOST && s->graphs; i++)
+        forget(s, &s->graphs->seen[i]);
+}
+
+int cq_graphs_set(cq_stream *s, bool on) {
+    if (!on && s->graphs) {
+        cq_graphs_forget(s);
+        free(s->graphs);
+        s->graphs = NULL;
+    }
+    if (!on || s->graphs || !s->table->memory)
+        return CQ_OK;
+    s->graphs = calloc(1, sizeof *s->graphs);
+    return s->graphs ? CQ_OK : cq_fail(CQ_ENOMEM, "graphs: no memory");
+}
+
+int64_t cq_graphs_played(const cq_stream *s) { return s->graphs ? s->graphs->played : 0; }
+
+/* The entry of a key, an empty one where there was none. */
+static entry *find(cq_stream *s, const cq_graph_key *key) {
+    cq_graphs *g = s->graphs;
+    entry *oldest = &g->seen[0];
+    for (int i = 0; i < MOST; i++) {
+        entry *e = &g->seen[i];
+        if (e->used && memcmp(&e->key, key, sizeof *key) == 0)
+            return e;
+        if (e->used < oldest->used)
+            oldest = e;
+    }
+    forget(s, oldest);
+    oldest->key = *key;
+    return oldest;
+}
+
+/* Nothing has been done when it fails. */
+static int record(cq_stream *s, entry *e, cq_pass pass, void *argument) {
+    const cq_memory *m = s->table->memory;
+    CQ_TRY(m->record(s));
+    int status = pass(s, argument), ended = m->recorded(s, &e->graph);
+    if (status && e->graph) {
+        m->forget(s, e->graph);
+        e->graph = NULL;
+    }
+    return status ? status : ended;
+}
+
+int cq_graphs_run(cq_stream *s, const cq_graph_key *key, cq_pass pass, void *argument) {
+    cq_graphs *g = s->graphs;
+    if (!g)
+        return pass(s, argument);
+    int64_t changes = s->table->memory->changes();
+    if (changes != g->changes)
+        cq_graphs_forget(s);
+    g->changes = changes;
+    entry *e = find(s, key);
+    bool first = !e->used;
+    e->used = ++g->clock;
+    if (!first && !e->graph && !e->refused)
+        e->refused = record(s, e, pass, argument) != CQ_OK;
+    if (!e->graph)
+        return pass(s, argument);
+    CQ_TRY(cq_stop_check());
+    g->played++;
+    return s->table->memory->play(s, e->graph);
+}
