@@ -479,6 +479,12 @@ typedef struct cq_embed_backward_args {
 /// from the result; wq is made from the stored weight.
 typedef enum cq_master { CQ_MASTER_F32 = 0, CQ_MASTER_SPLIT = 1, CQ_MASTER_BF16 = 2 } cq_master;
 typedef enum cq_moments { CQ_MOMENTS_F32 = 0, CQ_MOMENTS_BF16 = 1, CQ_MOMENTS_8BIT = 2 } cq_moments;
+/// What changes from step to step, as F32 arithmetic takes it: where the kernels run, it spares a
+/// recorded pass (core/tensor/graph.h) new arguments.
+typedef struct cq_adamw_now {
+    float lr, grad_scale, c1, c2; ///< c: 1 - beta^step
+    uint64_t key, unused;         ///< 32 bytes, so that one load has the first four
+} cq_adamw_now;
 typedef struct cq_adamw_args {
     cq_dtype dtype;
     int64_t rows, cols;
@@ -496,6 +502,7 @@ typedef struct cq_adamw_args {
     float *m_scale, *v_scale; ///< of 8BIT: [(rows * cols + 255) / 256]
     uint64_t key;             ///< of the stochastic rounding, made from seed, parameter and step
     int64_t first;            ///< number of w[0] in its parameter, a multiple of 256
+    const cq_adamw_now *now;  ///< instead of lr, grad_scale, step and key, or NULL
 } cq_adamw_args;
 /// y = x in F32: BF16, or with `low` the split form (kernels/formats.h).
 typedef struct cq_widen_args {

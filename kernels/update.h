@@ -6,10 +6,22 @@
 #include "core/base/error.h"
 #include "kernels/formats.h"
 #include "kernels/kernels.h"
+#include <math.h>
+
+/// The numbers of a step: those given, or of the arguments.
+static inline cq_adamw_now cq_update_now(const cq_adamw_args *a) {
+    if (a->now)
+        return *a->now;
+    return (cq_adamw_now){.lr = (float)a->lr,
+                          .grad_scale = (float)a->grad_scale,
+                          .c1 = (float)(1.0 - pow(a->beta1, (double)a->step)),
+                          .c2 = (float)(1.0 - pow(a->beta2, (double)a->step)),
+                          .key = a->key};
+}
 
 /// CQ_OK, or CQ_EUSAGE for arguments that no backend takes.
 static inline int cq_update_check(const cq_adamw_args *a) {
-    if (a->step < 1)
+    if (!a->now && a->step < 1)
         return cq_fail(CQ_EUSAGE, "adamw: step %lld, wanted 1 or more", (long long)a->step);
     if (a->master == CQ_MASTER_F32 && a->moments == CQ_MOMENTS_F32)
         return CQ_OK;
@@ -78,8 +90,9 @@ static inline void cq_update_write(const cq_adamw_args *a, int64_t at, int64_t n
     uint16_t *restrict high = (uint16_t *)a->w + at, *restrict low = (uint16_t *)a->low + at;
     uint16_t *restrict m16 = (uint16_t *)a->m + at, *restrict v16 = (uint16_t *)a->v + at;
     uint32_t dither[CQ_MOMENT_BLOCK];
+    uint64_t key = a->now ? a->now->key : a->key;
     for (int64_t i = 0; i < n; i++)
-        dither[i] = cq_dither(a->key, a->first + at + i);
+        dither[i] = cq_dither(key, a->first + at + i);
     if (a->master == CQ_MASTER_F32)
         memcpy((float *)a->w + at, w, (size_t)n * sizeof(float));
     else if (a->master == CQ_MASTER_BF16)

@@ -483,6 +483,9 @@ static void run_updates(ways *w, int64_t rows, int64_t cols, int64_t step) {
                        .weight_decay = 0.1,
                        .grad_scale = 0.7,
                        .step = step};
+    cq_adamw_now now = {1e-2f, 0.7f, 0.5f, 0.25f, 0, 0};
+    WAYS_RAW(w, adamw, now, sizeof now);
+    a.now = step > 1 ? &now : NULL;
     WAYS_RUN(w, adamw, a);
     WAYS_IN(w, sumsq, x, 1, n, n, 1.0);
     WAYS_DOUBLE(w, sumsq, out, 1);

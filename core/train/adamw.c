@@ -3,10 +3,13 @@
 #include "core/base/error.h"
 #include "core/base/rng.h"
 #include "core/tensor/device.h"
+#include "core/tensor/graph.h"
 #include "core/train/optimizer.h"
 #include "core/train/shares.h"
+#include "kernels/update.h"
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* Streams of random numbers for the rounding of parameter 0, 1, ... ("adamw"). */
 #define ROUNDING 0x6164616d77000000ull
@@ -18,6 +21,8 @@ struct cq_adamw {
     cq_tensor (*moment)[2]; ///< [n] first and second, no data where not trained
     cq_tensor (*scale)[2];  ///< [n] of 8-bit moments
     cq_tensor sums;         ///< [n] results: squared gradient norms
+    cq_tensor now;          ///< [n] of a device: what changes from step to step
+    cq_adamw_now *fresh;    ///< [n] the same on the host
     cq_shares shares;
     bool ordered, measured;
 };
@@ -42,8 +47,9 @@ int cq_adamw_open(cq_adamw **out, cq_model *m, const cq_adamw_options *o) {
         a->n = cq_model_n_params(m);
         a->moment = calloc((size_t)a->n, sizeof *a->moment);
         a->scale = calloc((size_t)a->n, sizeof *a->scale);
+        a->fresh = calloc((size_t)a->n, sizeof *a->fresh);
     }
-    if (!a || !a->moment || !a->scale) {
+    if (!a || !a->moment || !a->scale || !a->fresh) {
         cq_adamw_close(a);
         return cq_fail(CQ_ENOMEM, "adamw: no memory");
     }
@@ -64,6 +70,7 @@ void cq_adamw_close(cq_adamw *a) {
     if (a) {
         free(a->moment);
         free(a->scale);
+        free(a->fresh);
         cq_shares_close(&a->shares);
     }
     free(a);
@@ -90,6 +97,9 @@ static int plan_moment(cq_adamw *a, cq_plan *p, int64_t i, int k) {
 
 int cq_adamw_plan(cq_adamw *a, cq_plan *p) {
     CQ_TRY(cq_plan_add(p, &a->sums, CQ_FOR_RESULTS, "gradient norms", CQ_F64, CQ_SHAPE1(a->n)));
+    if (cq_plan_on_device(p))
+        CQ_TRY(cq_plan_add(p, &a->now, CQ_FOR_GRADIENT, "numbers of the step", CQ_U8,
+                           CQ_SHAPE2(a->n, (int64_t)sizeof *a->fresh)));
     if (a->ordered)
         CQ_TRY(cq_shares_plan(&a->shares, p));
     for (int64_t i = 0; i < a->n; i++) {
@@ -123,15 +133,24 @@ static cq_tensor gradient_of(const cq_adamw *a, int64_t i) {
     return a->ordered && p->holder < 0 ? a->shares.sum[i] : p->grad;
 }
 
-int cq_adamw_measure(cq_adamw *a, cq_stream *s) {
+enum { MEASURE, UPDATE };
+
+static int measure_pass(cq_stream *s, void *of) {
+    const cq_adamw *a = of;
     double *sum = a->sums.data;
     for (int64_t i = 0; i < a->n; i++) {
         cq_tensor g = gradient_of(a, i);
-        sum[i] = 0;
         if (g.data)
             CQ_TRY(CQ_RUN(s, sumsq, .dtype = g.dtype, .n = cq_tensor_elems(g), .x = g.data,
                           .out = &sum[i]));
     }
+    return CQ_OK;
+}
+
+int cq_adamw_measure(cq_adamw *a, cq_stream *s) {
+    cq_graph_key key = {a, {MEASURE}};
+    memset(a->sums.data, 0, (size_t)cq_tensor_bytes(a->sums));
+    CQ_TRY(cq_graphs_run(s, &key, measure_pass, a));
     CQ_TRY(cq_stream_wait(s));
     a->measured = true;
     return CQ_OK;
@@ -156,30 +175,50 @@ static int gradient_norm(cq_adamw *a, cq_stream *s, double *norm) {
     return CQ_OK;
 }
 
-static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step, double scale) {
-    cq_param *p = cq_model_param(a->model, i);
+/* The arguments of parameter i, but for the numbers of the step. */
+static cq_adamw_args arguments(const cq_adamw *a, int64_t i) {
+    const cq_param *p = cq_model_param(a->model, i);
     int64_t rows = p->shape.rank > 1 ? p->shape.dim[0] : 1;
-    cq_adamw_args u = {.dtype = cq_model_dtype(a->model),
-                       .rows = rows,
-                       .cols = cq_tensor_elems(p->value) / rows,
-                       .w = p->value.data,
-                       .m = a->moment[i][0].data,
-                       .v = a->moment[i][1].data,
-                       .g = gradient_of(a, i).data,
-                       .lr = lr * p->lr_scale,
-                       .beta1 = a->o.beta1,
-                       .beta2 = a->o.beta2,
-                       .eps = a->o.eps,
-                       .weight_decay = p->shape.rank > 1 ? a->o.weight_decay : 0,
-                       .grad_scale = scale,
-                       .step = step,
-                       .moments = moments_of(a, p),
-                       .m_scale = a->scale[i][0].data,
-                       .v_scale = a->scale[i][1].data,
-                       .low = p->low.data,
-                       .key = cq_random_bits(a->o.seed, ROUNDING + (uint64_t)i, (uint64_t)step)};
-    if (p->value.dtype == CQ_BF16)
-        u.master = a->o.master;
+    return (cq_adamw_args){.dtype = cq_model_dtype(a->model),
+                           .rows = rows,
+                           .cols = cq_tensor_elems(p->value) / rows,
+                           .w = p->value.data,
+                           .m = a->moment[i][0].data,
+                           .v = a->moment[i][1].data,
+                           .g = gradient_of(a, i).data,
+                           .beta1 = a->o.beta1,
+                           .beta2 = a->o.beta2,
+                           .eps = a->o.eps,
+                           .weight_decay = p->shape.rank > 1 ? a->o.weight_decay : 0,
+                           .moments = moments_of(a, p),
+                           .master = p->value.dtype == CQ_BF16 ? a->o.master : CQ_MASTER_F32,
+                           .m_scale = a->scale[i][0].data,
+                           .v_scale = a->scale[i][1].data,
+                           .low = p->low.data};
+}
+
+/* A step's numbers. */
+typedef struct numbers {
+    cq_adamw *a;
+    double lr, scale;
+    int64_t step;
+} numbers;
+
+static void add_numbers(cq_adamw_args *u, const numbers *k, int64_t i) {
+    u->lr = k->lr * cq_model_param(k->a->model, i)->lr_scale;
+    u->grad_scale = k->scale;
+    u->step = k->step;
+    u->key = cq_random_bits(k->a->o.seed, ROUNDING + (uint64_t)i, (uint64_t)k->step);
+}
+
+static int update(const numbers *k, cq_stream *s, int64_t i) {
+    const cq_adamw *a = k->a;
+    cq_param *p = cq_model_param(a->model, i);
+    cq_adamw_args u = arguments(a, i);
+    if (a->now.data)
+        u.now = (const cq_adamw_now *)a->now.data + i;
+    else
+        add_numbers(&u, k, i);
     bool in_pass = p->fq.data && p->fq.dtype == cq_model_dtype(a->model);
     if (p->quantized && in_pass) {
         u.wq = p->fq.data;
@@ -192,17 +231,44 @@ static int update(cq_adamw *a, cq_stream *s, int64_t i, double lr, int64_t step,
     return p->quantized && !in_pass ? cq_model_write_copy(a->model, s, p) : CQ_OK;
 }
 
+static bool updates(const cq_adamw *a, int64_t i) {
+    return a->moment[i][0].data && gradient_of(a, i).data;
+}
+
+static int update_pass(cq_stream *s, void *of) {
+    const numbers *k = of;
+    cq_adamw *a = k->a;
+    for (int64_t i = 0; i < a->n; i++)
+        if (updates(a, i))
+            CQ_TRY(update(k, s, i));
+    CQ_TRY(cq_shares_spread(&a->shares, s));
+    if (a->ordered)
+        CQ_TRY(cq_shares_zero(&a->shares));
+    CQ_TRY(cq_model_round_weights(a->model, s, true));
+    return cq_model_zero_grad(a->model);
+}
+
+static int send_numbers(const numbers *k) {
+    cq_adamw *a = k->a;
+    if (!a->now.data)
+        return CQ_OK;
+    for (int64_t i = 0; i < a->n; i++)
+        if (updates(a, i)) {
+            cq_adamw_args u = arguments(a, i);
+            add_numbers(&u, k, i);
+            a->fresh[i] = cq_update_now(&u);
+        }
+    return cq_copy(a->now.data, a->fresh, cq_tensor_bytes(a->now));
+}
+
 int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm) {
     if (step < 1)
         return cq_fail(CQ_EUSAGE, "adamw: step is %ld, wanted at least 1", (long)step);
     cq_model_bind_stream(a->model, s);
     CQ_TRY(gradient_norm(a, s, norm));
     double scale = a->o.clip > 0 && *norm > a->o.clip ? a->o.clip / *norm : 1;
-    for (int64_t i = 0; i < a->n; i++)
-        if (a->moment[i][0].data && gradient_of(a, i).data)
-            CQ_TRY(update(a, s, i, lr, step, scale));
-    CQ_TRY(cq_shares_spread(&a->shares, s));
-    if (a->ordered)
-        CQ_TRY(cq_shares_zero(&a->shares));
-    return cq_model_round_weights(a->model, s, true);
+    numbers k = {a, lr, scale, step};
+    cq_graph_key key = {a, {UPDATE}};
+    CQ_TRY(send_numbers(&k));
+    return a->ordered ? update_pass(s, &k) : cq_graphs_run(s, &key, update_pass, &k);
 }

@@ -37,7 +37,7 @@ CQ_API void cq_adamw_fresh(cq_adamw *a);
 CQ_API int cq_adamw_measure(cq_adamw *a, cq_stream *s);
 /// One step at `lr`, step counted from 1; *norm is the global gradient norm before clipping.
 /// CQ_ENUMERIC names the parameter whose gradient is not finite, and nothing is changed then.
-/// Weight decay skips tensors of rank 1.
+/// Weight decay skips tensors of rank 1. The gradients are zero afterwards.
 CQ_API int cq_adamw_step(cq_adamw *a, cq_stream *s, double lr, int64_t step, double *norm);
 /// Moment 0 (first) or 1 (second) of parameter i; no data where it is not trained, or not here.
 CQ_API const cq_tensor *cq_adamw_moment(const cq_adamw *a, int64_t param, int which);

@@ -56,14 +56,15 @@ int CQ_OP(adamw)(cq_stream *s, const cq_adamw_args *a) {
     CQ_TRY(cq_update_check(a));
     if (a->wq)
         CQ_TRY(fq_check("adamw", &a->fq, a->cols));
-    rates k = {.scale = (float)a->grad_scale,
+    cq_adamw_now now = cq_update_now(a);
+    rates k = {.scale = now.grad_scale,
                .b1 = (float)a->beta1,
                .b2 = (float)a->beta2,
                .a1 = (float)(1.0 - a->beta1),
                .a2 = (float)(1.0 - a->beta2),
-               .lr = (float)a->lr,
-               .c1 = (float)(1.0 - pow(a->beta1, (double)a->step)),
-               .c2 = (float)(1.0 - pow(a->beta2, (double)a->step)),
+               .lr = now.lr,
+               .c1 = now.c1,
+               .c2 = now.c2,
                .eps = (float)a->eps,
                .decay = (float)a->weight_decay};
     /* without a quantized copy rows mean nothing, and a long vector may be cut anywhere */

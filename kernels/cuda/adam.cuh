@@ -5,6 +5,7 @@
 /// What is the same for all values of a call; operation arguments in F32.
 struct cq_adam_numbers {
     float b1, b2, rest1, rest2, c1, c2, lr, eps, decay, scale;
+    const cq_adamw_now *now; ///< has c1, c2, lr and scale, or NULL
 };
 static inline cq_adam_numbers cq_adam_numbers_of(const cq_adamw_args *a) {
     return {(float)a->beta1,
@@ -16,7 +17,16 @@ static inline cq_adam_numbers cq_adam_numbers_of(const cq_adamw_args *a) {
             (float)a->lr,
             (float)a->eps,
             (float)a->weight_decay,
-            (float)a->grad_scale};
+            (float)a->grad_scale,
+            a->now};
+}
+/// The numbers of this step.
+__device__ __forceinline__ cq_adam_numbers cq_adam_read(cq_adam_numbers n) {
+    if (n.now) {
+        float4 v = __ldg(reinterpret_cast<const float4 *>(n.now));
+        n.lr = v.x, n.scale = v.y, n.c1 = v.z, n.c2 = v.w;
+    }
+    return n;
 }
 
 /// The step uses the moments before they are stored, the decay the weight before it.

@@ -238,6 +238,8 @@ __global__ void __launch_bounds__(THREADS) adam_narrow(narrow_job j) {
         return;
     float w[STEPS][EACH], m[STEPS][EACH], v[STEPS][EACH];
     uint32_t dither[STEPS][EACH];
+    cq_adam_numbers numbers = cq_adam_read(j.numbers);
+    uint64_t key = numbers.now ? numbers.now->key : j.key;
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
         int64_t from = at + k * SPAN;
@@ -247,8 +249,8 @@ __global__ void __launch_bounds__(THREADS) adam_narrow(narrow_job j) {
         load_floats(g, j.g, from, j.n, j.aligned);
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            w[k][i] = cq_adam_value(j.numbers, w[k][i], m[k][i], v[k][i], g[i]);
-            dither[k][i] = cq_dither(j.key, j.first + from + i);
+            w[k][i] = cq_adam_value(numbers, w[k][i], m[k][i], v[k][i], g[i]);
+            dither[k][i] = cq_dither(key, j.first + from + i);
             if (from + i >= j.n)
                 w[k][i] = m[k][i] = v[k][i] = 0.0f;
         }

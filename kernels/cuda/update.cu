@@ -17,12 +17,13 @@ struct adam_source {
     bool aligned;
     __device__ __forceinline__ float4 operator()(int64_t quarter) const {
         int64_t at = 4 * quarter;
+        cq_adam_numbers k = cq_adam_read(n);
         float4 x = cq_load4(w + at, aligned), mm = cq_load4(m + at, aligned);
         float4 vv = cq_load4(v + at, aligned), gg = cq_load4(g + at, aligned);
-        x.x = cq_adam_value(n, x.x, mm.x, vv.x, gg.x);
-        x.y = cq_adam_value(n, x.y, mm.y, vv.y, gg.y);
-        x.z = cq_adam_value(n, x.z, mm.z, vv.z, gg.z);
-        x.w = cq_adam_value(n, x.w, mm.w, vv.w, gg.w);
+        x.x = cq_adam_value(k, x.x, mm.x, vv.x, gg.x);
+        x.y = cq_adam_value(k, x.y, mm.y, vv.y, gg.y);
+        x.z = cq_adam_value(k, x.z, mm.z, vv.z, gg.z);
+        x.w = cq_adam_value(k, x.w, mm.w, vv.w, gg.w);
         cq_store4(w + at, x, aligned);
         cq_store4(m + at, mm, aligned);
         cq_store4(v + at, vv, aligned);
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(THREADS)
     int64_t i = from + (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= to)
         return;
-    float mm = m[i], vv = v[i], x = cq_adam_value(n, w[i], mm, vv, g[i]);
+    float mm = m[i], vv = v[i], x = cq_adam_value(cq_adam_read(n), w[i], mm, vv, g[i]);
     w[i] = x;
     m[i] = mm;
     v[i] = vv;
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(THREADS)
 
 extern "C" int cq_cuda_adamw(cq_stream *s, const cq_adamw_args *a) {
     CQ_CUDA_F32("adamw", a);
-    if (a->step < 1)
+    if (!a->now && a->step < 1)
         return cq_fail(CQ_EUSAGE, "adamw: step %lld, wanted 1 or more", (long long)a->step);
     if (a->wq)
         CQ_TRY(cq_fake_columns(a->fq, a->cols));

@@ -10,11 +10,13 @@
 
 static void CQ_FN(adamw_values)(const cq_adamw_args *a, real *w, real *m, real *v, const real *g,
                                 int64_t n) {
-    acc b1 = (acc)a->beta1, b2 = (acc)a->beta2, lr = (acc)a->lr;
-    acc c1 = (acc)(1 - pow(a->beta1, (double)a->step));
-    acc c2 = (acc)(1 - pow(a->beta2, (double)a->step));
+    const cq_adamw_now *now = a->now;
+    acc b1 = (acc)a->beta1, b2 = (acc)a->beta2, lr = now ? (acc)now->lr : (acc)a->lr;
+    acc c1 = now ? (acc)now->c1 : (acc)(1 - pow(a->beta1, (double)a->step));
+    acc c2 = now ? (acc)now->c2 : (acc)(1 - pow(a->beta2, (double)a->step));
+    acc scale = now ? (acc)now->grad_scale : (acc)a->grad_scale;
     for (int64_t i = 0; i < n; i++) {
-        acc grad = (acc)g[i] * (acc)a->grad_scale;
+        acc grad = (acc)g[i] * scale;
         acc mi = b1 * (acc)m[i] + (1 - b1) * grad;
         acc vi = b2 * (acc)v[i] + (1 - b2) * grad * grad;
         acc step = mi / c1 / (sqrt(vi / c2) + (acc)a->eps) + (acc)a->weight_decay * (acc)w[i];

@@ -61,7 +61,6 @@ function Adam:step(lr)
   distill.read(self.student, true) -- a loss that is not a number ends the run here, with the weights as they were
   call.cq_adamw_step(self.c, self.student:stream(), lr, self.count + 1, self.norm)
   self.count = self.count + 1
-  call.cq_model_zero_grad(self.student.c)
   return self.norm[0]
 end
 
