@@ -72,8 +72,7 @@
     P(m)                                                                                           \
     P(v)                                                                                           \
     P(g)                                                                                           \
-    P(now) P(wq) P(fq.amax) P(fq.offsets) P(fq.saturated) P(block_amax) P(low) P(m_scale)          \
-        P(v_scale)
+    P(now) P(wq) P(fq.amax) P(fq.offsets) P(fq.saturated) P(block_amax) P(low) P(m_scale) P(v_scale)
 #define CQ_EMU_POINTERS_sumsq P(x) P(out)
 #define CQ_EMU_POINTERS_axpy P(x) P(y)
 #define CQ_EMU_POINTERS_round_bf16 P(x) P(y)
