@@ -75,7 +75,7 @@ CHECKED(headnorm_forward, ACT(y, a->rows, a->heads * a->head_dim, a->ldy))
 CHECKED(headnorm_backward, ACT(dx, a->rows, a->heads * a->head_dim, a->lddx);
         DENSE(dw, 1, a->head_dim))
 CHECKED(attention_forward, ACTS(out, a->tokens, a->heads * a->head_dim);
-        DENSE(lse, a->tokens, a->heads))
+        ACTS(outq, a->tokens, a->heads * a->head_dim); DENSE(lse, a->tokens, a->heads))
 CHECKED(attention_backward, ACT(dq, a->tokens, a->heads * a->head_dim, a->lddq);
         ACT(dk, a->tokens, a->kv_heads * a->head_dim, a->lddk);
         ACT(dv, a->tokens, a->kv_heads * a->head_dim, a->lddv))

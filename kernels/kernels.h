@@ -166,9 +166,11 @@ typedef struct cq_attention_forward_args {
     double scale;
     const void *q, *k, *v;
     int64_t ldq, ldk, ldv;
-    void *out;    ///< [tokens, heads * head_dim] dense
-    void *lse;    ///< may be NULL
-    cq_dtype act; ///< of q, k, v, out
+    void *out;  ///< [tokens, heads * head_dim] dense
+    void *lse;  ///< may be NULL
+    void *outq; ///< like out, which it is the fake quantization of as it is stored; may be NULL
+    cq_fq fq;
+    cq_dtype act; ///< of q, k, v, out, outq
 } cq_attention_forward_args;
 typedef struct cq_attention_backward_args {
     cq_dtype dtype;

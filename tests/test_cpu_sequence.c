@@ -113,6 +113,83 @@ Test(cpu_sequence, attention_of_values_in_bf16) {
 }
 #endif
 
+/* What attention quantizes is what fake_quant makes of what it stored, to the bit. */
+static void check_quantized(cq_compute compute, cq_dtype act, int64_t heads, int64_t dim,
+                            int64_t tokens) {
+    int64_t starts[] = {0, tokens / 3, tokens}, width = heads * dim, n = tokens * width;
+    int64_t size = cq_dtype_bytes(act), bytes = n * size, counted[2];
+    float amax = 0.5f, *x = malloc((size_t)n * sizeof *x);
+    char *qkv[3], *out = malloc((size_t)bytes),
+                  *made[2] = {malloc((size_t)bytes), malloc((size_t)bytes)};
+    for (int k = 0; k < 3; k++) {
+        qkv[k] = malloc((size_t)bytes);
+        for (int64_t i = 0; i < n; i++)
+            x[i] = (float)cq_random_normal(77, (uint64_t)k, (uint64_t)i);
+        cr_assert_eq(cq_convert(qkv[k], act, x, CQ_F32, n), CQ_OK);
+    }
+    for (int at = -1; ways_next(&at);) {
+        ways w = {
+            .at = at, .compute = compute, .scratch_bytes = cq_attention_scratch_bytes(0, dim)};
+        cq_stream s = ways_stream(&w, CPU_WAY);
+        memset(counted, 0, sizeof counted);
+        cq_attention_forward_args a = {.dtype = CQ_F32,
+                                       .tokens = tokens,
+                                       .n_docs = 2,
+                                       .starts = starts,
+                                       .heads = heads,
+                                       .kv_heads = heads,
+                                       .head_dim = dim,
+                                       .scale = 0.2,
+                                       .q = qkv[0],
+                                       .k = qkv[1],
+                                       .v = qkv[2],
+                                       .ldq = width,
+                                       .ldk = width,
+                                       .ldv = width,
+                                       .out = out,
+                                       .outq = made[0],
+                                       .fq = {&amax, NULL, 1, &counted[0]},
+                                       .act = act};
+        cr_assert_eq(WAYS_CALL(&s, attention_forward, a, WAYS_AT(starts, sizeof starts),
+                               WAYS_AT(q, bytes), WAYS_AT(k, bytes), WAYS_AT(v, bytes),
+                               WAYS_AT(out, bytes), WAYS_AT(outq, bytes), WAYS_AT(fq.amax, 4),
+                               WAYS_AT(fq.saturated, 8)),
+                     CQ_OK, "%s", cq_error());
+        cq_fake_quant_args f = {.dtype = CQ_F32,
+                                .rows = tokens,
+                                .cols = width,
+                                .x = out,
+                                .y = made[1],
+                                .fq = {&amax, NULL, 1, &counted[1]},
+                                .top = 448.0f,
+                                .act = act};
+        cr_assert_eq(WAYS_CALL(&s, fake_quant, f, WAYS_AT(x, bytes), WAYS_AT(y, bytes),
+                               WAYS_AT(fq.amax, 4), WAYS_AT(fq.saturated, 8)),
+                     CQ_OK, "%s", cq_error());
+        cr_expect(memcmp(made[0], made[1], (size_t)bytes) == 0,
+                  "%s, %lld heads of %lld, act %d: other values", ways_name(at), (long long)heads,
+                  (long long)dim, act);
+        cr_expect(counted[0] == counted[1] && counted[0] > 0,
+                  "%s: %lld saturated, wanted %lld, not 0", ways_name(at), (long long)counted[0],
+                  (long long)counted[1]);
+        ways_stream_free(&s);
+    }
+    for (int k = 0; k < 3; k++)
+        free(qkv[k]);
+    free(x), free(out), free(made[0]), free(made[1]);
+}
+Test(cpu_sequence, attention_quantizes_what_it_stores) {
+    check_quantized(CQ_COMPUTE_F32, CQ_F32, 3, 32, 67);
+    check_quantized(CQ_COMPUTE_F32, CQ_F32, 4, 20, 41); /* a block of two heads */
+#ifdef WAYS_CUDA
+    check_quantized(CQ_COMPUTE_F32, CQ_F32, 1, 128, 35);
+    check_quantized(CQ_COMPUTE_F32, CQ_BF16, 2, 48, 37);
+    check_quantized(CQ_COMPUTE_BF16, CQ_F32, 1, 64, 130);
+    check_quantized(CQ_COMPUTE_BF16, CQ_BF16, 2, 64, 37);
+    check_quantized(CQ_COMPUTE_BF16, CQ_BF16, 1, 128, 45);
+#endif
+}
+
 Test(cpu_sequence, attention_does_not_see_later_tokens_or_other_documents) {
     heads_case c = {2, 1, 16, 1.0, PACK(70, 50)};
     ways w = {.seed = 8, .scratch_bytes = cq_attention_scratch_bytes(0, 16)};

@@ -61,32 +61,38 @@ static cq_headnorm_forward_args headnorm_args(const cq_layer *l, const cq_batch 
                                       .act = l->env->act};
 }
 
-/* mid = softmax(q k') v, over what the slots hold as well where documents go on from a past. */
+/* mid = softmax(q k') v, over what the slots hold as well where documents go on from a past; midq
+ * is its fake quantization for an output projection that takes that. */
 static int attend(cq_layer *l, cq_stream *s, const cq_batch *b) {
     const cq_config *c = l->env->config;
     const cq_past *past = l->env->past;
     heads r = heads_of(l);
     double scale = 1 / sqrt((double)c->head_dim);
-    if (past)
-        return CQ_RUN(s, attention_cached, .dtype = l->env->dtype, .tokens = b->tokens,
+    cq_fq fq = cq_linear_fq(l, l->out, NULL);
+    void *midq = cq_linear_acts(l, l->out) ? l->midq.data : NULL;
+    if (past) {
+        CQ_TRY(CQ_RUN(s, attention_cached, .dtype = l->env->dtype, .tokens = b->tokens,
                       .n_docs = b->n_docs, .starts = b->starts, .slot = past->slot.data,
                       .past = past->past.data, .heads = c->heads, .kv_heads = c->kv_heads,
                       .head_dim = c->head_dim, .room = past->room, .scale = scale, .q = r.q,
                       .k = r.k, .v = r.v, .ldq = r.ld, .ldk = r.ld, .ldv = r.ldv,
                       .k_cache = l->keys.data, .v_cache = l->values.data, .out = l->mid.data,
-                      .act = l->env->act);
+                      .act = l->env->act));
+        return midq ? CQ_RUN(s, fake_quant, .dtype = l->env->dtype, .rows = b->tokens,
+                             .cols = c->heads * c->head_dim, .x = l->mid.data, .y = midq, .fq = fq,
+                             .act = l->env->act)
+                    : CQ_OK;
+    }
     return CQ_RUN(s, attention_forward, .dtype = l->env->dtype, .tokens = b->tokens,
                   .n_docs = b->n_docs, .starts = b->starts, .heads = c->heads,
                   .kv_heads = c->kv_heads, .head_dim = c->head_dim, .scale = scale, .q = r.q,
                   .k = r.k, .v = r.v, .ldq = r.ld, .ldk = r.ld, .ldv = r.ldv, .out = l->mid.data,
-                  .lse = l->lse.data, .act = l->env->act);
+                  .lse = l->lse.data, .outq = midq, .fq = fq, .act = l->env->act);
 }
 
 int cq_attention_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) {
-    const cq_layer_env *e = l->env;
-    const cq_config *c = e->config;
-    int64_t rows = b->tokens, width = cq_layer_proj_width(l), q = c->heads * c->head_dim;
-    int64_t size = cq_dtype_bytes(cq_layer_act(e)), at = 0;
+    int64_t rows = b->tokens, width = cq_layer_proj_width(l);
+    int64_t size = cq_dtype_bytes(cq_layer_act(l->env)), at = 0;
     for (int i = 0; i < l->n_in; i++) {
         const void *x = l->in[i]->act_quant ? l->xq.data : l->x.data;
         CQ_TRY(cq_linear_forward(l, l->in[i], s, x, rows, (char *)l->proj.data + at * size, width));
@@ -97,12 +103,7 @@ int cq_attention_forward(cq_layer *l, cq_stream *s, const cq_batch *b, void *h) 
         CQ_TRY(s->table->headnorm_forward(s, &a));
     }
     CQ_TRY(attend(l, s, b));
-    const void *mid = l->mid.data;
-    if (cq_linear_acts(l, l->out)) {
-        CQ_TRY(CQ_RUN(s, fake_quant, .dtype = e->dtype, .rows = rows, .cols = q, .x = mid,
-                      .y = l->midq.data, .fq = cq_linear_fq(l, l->out, NULL), .act = e->act));
-        mid = l->midq.data;
-    }
+    const void *mid = cq_linear_acts(l, l->out) ? l->midq.data : l->mid.data;
     return cq_linear_add(l, l->out, s, mid, rows, h);
 }
 

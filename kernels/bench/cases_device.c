@@ -96,6 +96,12 @@ static void attention(bench *b, bool backward) {
                 .head_dim = 128, .scale = 0.088, .q = bench_floats(b, q), .k = bench_floats(b, kv),
                 .v = bench_floats(b, kv), .ldq = 4096, .ldk = 1024, .ldv = 1024,
                 .out = bench_floats(b, q), .lse = bench_floats(b, 32 * T));
+        MEASURE(b, attention_forward, "Qwen, quantized too", flops, 8 * (q + kv) + 4 * q,
+                .tokens = T, .n_docs = DOCS, .starts = bench_bounds(b, DOCS, T), .heads = 32,
+                .kv_heads = 8, .head_dim = 128, .scale = 0.088, .q = bench_floats(b, q),
+                .k = bench_floats(b, kv), .v = bench_floats(b, kv), .ldq = 4096, .ldk = 1024,
+                .ldv = 1024, .out = bench_floats(b, q), .lse = bench_floats(b, 32 * T),
+                .outq = bench_floats(b, q), .fq = quantized(b));
         return;
     }
     MEASURE(b, attention_backward, "Qwen, 4096 in a document", 2.5 * flops, 16 * (q + kv),

@@ -18,7 +18,7 @@ constexpr int THREADS = 256, ROWS = 64, KEYS = 32, SIDE = 32;
 /// A block: ROWS queries of one head. Thread (y, x) of 16 x 16 has rows 4 y .. 4 y + 3 and columns
 /// x + 16 c of the scores and of the result.
 template <typename T, int NC>
-__global__ void __launch_bounds__(THREADS) forward(cq_heads a, T *out, float *lse) {
+__global__ void __launch_bounds__(THREADS) forward(cq_heads a, cq_attended<T> to) {
     CQ_DYN_SMEM(float, room);
     CQ_SHARED(int32_t, begin, [ROWS]);
     int64_t q0 = (int64_t)blockIdx.x * ROWS, h = blockIdx.y, kh = h / (a.heads / a.kv_heads);
@@ -102,18 +102,32 @@ __global__ void __launch_bounds__(THREADS) forward(cq_heads a, T *out, float *ls
         }
         __syncthreads();
     }
+    int saturated = 0;
+    cq_fake_group group = {};
+    if (to.outq)
+        group = cq_fake_group_of(to.fq, 0, 448.0f);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-        if (y + r >= n)
-            continue;
-        int64_t row = q0 + y + r;
+        int64_t row = q0 + y + r, at = (row * a.heads + h) * a.dim + x;
+        bool in = y + r < n;
 #pragma unroll
-        for (int c = 0; c < NC; c++)
-            if (x + 16 * c < dim)
-                cq_put(out + (row * a.heads + h) * a.dim + x + 16 * c, o[r][c] / sum[r]);
-        if (lse && x == 0)
-            lse[row * a.heads + h] = most[r] + logf(sum[r]);
+        for (int c = 0; c < NC; c++) {
+            T value;
+            cq_put(&value, in ? o[r][c] / sum[r] : 0.0f);
+            if (in && x + 16 * c < dim)
+                to.out[at + 16 * c] = value;
+            if (to.outq && 16 * c < dim) { /* sixteen lanes have the values of a block */
+                int clamped;
+                float q = cq_fake_lanes16(cq_value(value), group, &clamped);
+                if (in)
+                    cq_put(to.outq + at + 16 * c, q);
+                saturated += clamped && in && x == 0;
+            }
+        }
+        if (to.lse && in && x == 0)
+            to.lse[row * a.heads + h] = most[r] + logf(sum[r]);
     }
+    cq_fake_count(to.fq.saturated, saturated);
 }
 
 /// Probabilities and gradients of the scores of a tile: rows are queries q0 .. q0 + n, columns keys
@@ -240,7 +254,7 @@ int forward_in(cq_stream *s, const cq_heads &a, const cq_attention_forward_args 
     int64_t bytes = ((ROWS + 2 * KEYS) * ld + ROWS * (KEYS + 1)) * (int64_t)sizeof(float);
     CQ_TRY(cq_cuda_shared_bytes((const void *)forward<T, NC>, bytes, "attention_forward"));
     dim3 grid(cq_blocks(a.tokens, ROWS), (unsigned)a.heads);
-    CQ_LAUNCH((forward<T, NC>), grid, THREADS, (size_t)bytes, s, a, (T *)o->out, (float *)o->lse);
+    CQ_LAUNCH((forward<T, NC>), grid, THREADS, (size_t)bytes, s, a, cq_attended_of<T>(o));
     CQ_CUDA_END("attention_forward");
 }
 template <typename T> int forward_of(cq_stream *s, const cq_attention_forward_args *a) {
@@ -289,9 +303,20 @@ extern "C" int cq_cuda_attention_forward(cq_stream *s, const cq_attention_forwar
     CQ_TRY(check("attention_forward", a->head_dim));
     if (a->tokens < 1)
         return CQ_OK;
+    if (a->outq)
+        CQ_TRY(cq_fake_columns(a->fq, a->heads * a->head_dim));
     if (s->compute == CQ_COMPUTE_BF16 && cq_attention_has_bf16(cq_heads_of(a)))
-        return cq_attention_bf16_forward(s, a);
-    return a->act == CQ_BF16 ? forward_of<__nv_bfloat16>(s, a) : forward_of<float>(s, a);
+        CQ_TRY(cq_attention_bf16_forward(s, a));
+    else
+        CQ_TRY(a->act == CQ_BF16 ? forward_of<__nv_bfloat16>(s, a) : forward_of<float>(s, a));
+    if (!a->outq || cq_attention_fuses(a))
+        return CQ_OK;
+    cq_fake_quant_args after = {};
+    after.rows = a->tokens, after.cols = a->heads * a->head_dim;
+    after.x = a->out, after.y = a->outq;
+    after.fq = a->fq, after.top = 448.0f;
+    after.dtype = a->dtype, after.act = a->act;
+    return cq_cuda_fake_quant(s, &after);
 }
 
 extern "C" int cq_cuda_attention_backward(cq_stream *s, const cq_attention_backward_args *a) {

@@ -1,6 +1,7 @@
 /// attention.cuh - what the FP32 and the BF16 attention share.
 #pragma once
 #include "kernels/cuda/docs.cuh"
+#include "kernels/cuda/fake.cuh"
 
 struct cq_heads {
     int64_t tokens, n_docs;
@@ -17,6 +18,25 @@ template <typename Args> static inline cq_heads cq_heads_of(const Args *a) {
     h.q = a->q, h.k = a->k, h.v = a->v;
     h.ldq = a->ldq, h.ldk = a->ldk, h.ldv = a->ldv;
     return h;
+}
+
+/// What the forward writes. A block of 16 values lies in one head where `outq` is set.
+template <typename T> struct cq_attended {
+    T *out, *outq;
+    cq_fq fq;
+    float *lse;
+};
+/// Whether a forward quantizes as it writes; else that is done afterwards.
+static inline bool cq_attention_fuses(const cq_attention_forward_args *a) {
+    return a->outq && a->fq.amax && !a->fq.offsets && a->head_dim % 16 == 0;
+}
+template <typename T>
+static inline cq_attended<T> cq_attended_of(const cq_attention_forward_args *a) {
+    cq_attended<T> to = {};
+    to.out = (T *)a->out, to.lse = (float *)a->lse;
+    if (cq_attention_fuses(a))
+        to.outq = (T *)a->outq, to.fq = a->fq;
+    return to;
 }
 
 /// begin[i]: where the document of token q0 + i begins, for i < n; the threads of a block together.

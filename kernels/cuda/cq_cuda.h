@@ -101,23 +101,3 @@ template <typename T> __device__ __forceinline__ T cq_block_sum(T v, T *room) {
     __syncthreads();
     return total;
 }
-
-/// Fake quantization of one value by a pair of lanes or more is never needed: a thread that holds
-/// 16 consecutive values of a block calls cq_nvfp4_block_fake. With 16 lanes per block, one value
-/// each, `lanes16` are the 16 lanes (half a warp) and this is the same arithmetic.
-__device__ __forceinline__ float cq_fake_lane16(float x, float amax, float block_amax, float top,
-                                                int *saturated) {
-    *saturated = 0;
-    if (!(amax > 0.0f))
-        return 0.0f;
-    float ws2 = cq_nvfp4_tensor_scale(amax, block_amax >= 0.0f ? top : 448.0f);
-    unsigned bits = __float_as_uint(x) & 0x7fffffffu;
-    for (int d = 8; d > 0; d >>= 1) {
-        unsigned other = __shfl_xor_sync(0xffffffffu, bits, d);
-        bits = bits > other ? bits : other;
-    }
-    uint8_t s8 = block_amax >= 0.0f ? cq_nvfp4_scale_static(block_amax, amax, top)
-                                    : cq_nvfp4_scale_dynamic(__uint_as_float(bits), ws2, saturated);
-    float den = cq_e4m3_decode(s8) * ws2;
-    return cq_e2m1_decode(cq_e2m1_encode(x / den)) * den;
-}

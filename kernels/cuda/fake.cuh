@@ -1,7 +1,8 @@
 /// fake.cuh - NVFP4 fake quantization inside a kernel, bit for bit that of kernels/nvfp4.h.
 ///
-/// Three layouts of a block of 16 values:
+/// Four layouts of a block of 16 values:
 ///   cq_fake16        one thread holds it
+///   cq_fake_lanes16  sixteen neighbouring lanes hold a value each
 ///   cq_fake_quads    four neighbouring lanes hold four values each (a float4 per lane, coalesced),
 ///                    N such blocks at once: lane j of the four works out the scale of block j
 ///   cq_fake_flat     a whole kernel over dense rows: reads a source, writes a plain and a
@@ -172,6 +173,16 @@ __device__ __forceinline__ int cq_fake16(float v[16], const cq_fake_group &g, fl
         v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
     }
     return saturated;
+}
+
+/// Fake quantization of the block that the sixteen lanes of half a warp hold, in the dynamic form.
+/// Whole warps call it. *saturated becomes 1 in all of them when the scale saturated.
+__device__ __forceinline__ float cq_fake_lanes16(float x, const cq_fake_group &g, int *saturated) {
+    float largest = fabsf(x);
+    for (int d = 8; d > 0; d >>= 1)
+        largest = cq_max_nan(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+    cq_fake_scale s = cq_fake_scale_of<false>(g, largest, -1.0f, saturated);
+    return s.inverse > 0.0f ? cq_fake_value(x, s) : cq_fake_divided(x, s);
 }
 
 /// Fake quantization in place of N <= 4 blocks that the four lanes of a quad (lane / 4) hold: v[k]

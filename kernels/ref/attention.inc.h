@@ -58,7 +58,9 @@ static int CQ_FN(attention_forward)(const cq_attention_forward_args *a) {
             for (int64_t h = 0; h < a->heads; h++)
                 CQ_FN(attention_row)(a, a->starts[d], t, h, p);
     free(p);
-    return CQ_OK;
+    return a->outq ? cq_ref_fake_rows(&a->fq, a->dtype, a->tokens, a->heads * a->head_dim, a->out,
+                                      a->outq, NULL, 448.0f)
+                   : CQ_OK;
 }
 
 /* Query t of head h: writes dq, adds to the sums dk and dv [document, head_dim]. dq_sum holds one

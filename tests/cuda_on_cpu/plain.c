@@ -50,8 +50,9 @@ enum { MOST = 12 };
 #define F(name)                                                                                    \
     if (!status)                                                                                   \
         status = widen(&f[n++], (void **)(uintptr_t)&b.name);
-#define PLAIN(op, fields)                                                                          \
-    int cq_emu_plain_##op(cq_stream *s, const cq_##op##_args *a) {                                 \
+#define PLAIN(op, fields) PLAIN_AS(int cq_emu_plain_##op, op, fields)
+#define PLAIN_AS(name, op, fields)                                                                 \
+    name(cq_stream *s, const cq_##op##_args *a) {                                                  \
         if (a->act != CQ_BF16)                                                                     \
             return CQ_EMU_NOT_PLAIN;                                                               \
         cq_##op##_args b = *a;                                                                     \
@@ -71,7 +72,7 @@ PLAIN(gatednorm_forward, F(y) F(z) F(out) F(outq))
 PLAIN(gatednorm_backward, F(y) F(z) F(dout) F(dy) F(dz))
 PLAIN(headnorm_forward, F(x) F(y))
 PLAIN(headnorm_backward, F(x) F(dy) F(dx))
-PLAIN(attention_forward, F(q) F(k) F(v) F(out))
+PLAIN_AS(static int attend, attention_forward, F(q) F(k) F(v) F(out))
 PLAIN(attention_backward, F(q) F(k) F(v) F(out) F(dout) F(dq) F(dk) F(dv))
 PLAIN(attention_cached, F(q) F(k) F(v) F(out))
 PLAIN(conv_forward, F(x) F(y))
@@ -90,3 +91,18 @@ PLAIN(gather_rows, F(x) F(y) F(yq))
 PLAIN(combine_forward, F(y))
 PLAIN(combine_backward, F(y) F(dy))
 PLAIN(ungather_rows, F(dy))
+
+int cq_emu_plain_attention_forward(cq_stream *s, const cq_attention_forward_args *a) {
+    cq_attention_forward_args b = *a;
+    cq_fake_quant_args fake = {.dtype = a->dtype,
+                               .rows = a->tokens,
+                               .cols = a->heads * a->head_dim,
+                               .x = a->out,
+                               .y = a->outq,
+                               .fq = a->fq,
+                               .top = 448.0f,
+                               .act = a->act};
+    b.outq = NULL;
+    int status = attend(s, &b);
+    return status || !a->outq ? status : cq_emu_plain_fake_quant(s, &fake);
+}

@@ -12,7 +12,8 @@
 #define CQ_EMU_POINTERS_gatednorm_backward P(y) P(z) P(w) P(rstd) P(dout) P(dy) P(dz) P(dw)
 #define CQ_EMU_POINTERS_headnorm_forward P(x) P(w) P(positions) P(y)
 #define CQ_EMU_POINTERS_headnorm_backward P(x) P(w) P(positions) P(dy) P(dx) P(dw)
-#define CQ_EMU_POINTERS_attention_forward P(starts) P(q) P(k) P(v) P(out) P(lse)
+#define CQ_EMU_POINTERS_attention_forward                                                          \
+    P(starts) P(q) P(k) P(v) P(out) P(lse) P(outq) P(fq.amax) P(fq.offsets) P(fq.saturated)
 #define CQ_EMU_POINTERS_attention_backward                                                         \
     P(starts) P(q) P(k) P(v) P(out) P(lse) P(dout) P(dq) P(dk) P(dv)
 #define CQ_EMU_POINTERS_attention_cached                                                           \
