@@ -11,6 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef CQ_CUDA_CODE /* the build says it */
+#define CQ_CUDA_CODE "other devices"
+#endif
+
 namespace {
 
 enum { RING_BYTES = 8 << 20, LARGEST_STAGED = 1 << 20 };
@@ -75,9 +79,8 @@ int check_device(int index, int *major, int *minor) {
     e = cudaFuncGetAttributes(&attributes, probe);
     if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction)
         return cq_fail(CQ_EUSAGE,
-                       "cuda: device %d has compute capability %d.%d, this build has code for 9.0 "
-                       "and 10.0",
-                       index, *major, *minor);
+                       "cuda: device %d has compute capability %d.%d, this build has code for %s",
+                       index, *major, *minor, CQ_CUDA_CODE);
     return e == cudaSuccess ? CQ_OK : failed("looking at the device", e);
 }
 
@@ -319,7 +322,8 @@ int describe(char *text, int64_t size) {
 
 bool has_fp4(const cq_stream *s) {
     const device *d = static_cast<const device *>(s->device);
-    return d->capability_major == 10; /* what this build has code for */
+    return d->capability_major == 10 ||
+           d->capability_major == 12; /* as the build has code for it */
 }
 
 } // namespace

@@ -1,4 +1,4 @@
-/// matmul_nvfp4.cu - products of NVFP4 matrices on FP4 tensor cores (compute capability 10.0)
+/// matmul_nvfp4.cu - products of NVFP4 matrices on FP4 tensor cores (compute capability 10 and 12)
 /// through cuBLASLt.
 ///
 /// cuBLASLt counts columns first: asked for C' = B A', B is its first operand, transposed, A its
@@ -164,7 +164,7 @@ extern "C" int cq_cuda_matmul_nvfp4(cq_stream *s, const cq_matmul_nvfp4_args *a)
                        (long long)a->k);
     if (a->m == 0 || a->n == 0)
         return CQ_OK;
-    if (d->capability_major != 10)
+    if (!s->table->memory->has_fp4(s))
         return opened(s, a);
     char *room = (char *)cq_cuda_scratch(s, a_bytes + b_bytes + 256);
     if (!room)

@@ -80,7 +80,7 @@ function device.device(given)
   stream.threads = C.cq_threads_set(o.threads > 0 and o.threads or ranks.threads())
   if o.compute == "nvfp4" then
     if not C.cq_stream_has_fp4(stream) then
-      errors.usage("option --compute: nvfp4 wants a GPU of compute capability 10.0 (--device=cuda), wanted bf16 or f32")
+      errors.usage("option --compute: nvfp4 wants a GPU of compute capability 10 or 12 (--device=cuda), wanted bf16 or f32")
     elseif o.copies ~= "packed" then
       errors.usage("option --compute: nvfp4 multiplies packed weights, wanted --copies=packed")
     end
