@@ -140,14 +140,31 @@ Test(graph, the_longest_unused_one_leaves) {
             once(&a, n);
     expect(&a, 32, 32, 32);
     once(&a, 0);
+    once(&a, 32);
     once(&a, 32); /* instead of 1 */
-    expect(&a, 33, 32, 33);
+    expect(&a, 33, 33, 34);
     cr_expect_eq(forgotten, 1);
     once(&a, 0);
     once(&a, 2);
-    expect(&a, 33, 32, 35);
+    expect(&a, 33, 33, 36);
     once(&a, 1);
-    expect(&a, 34, 32, 35);
+    expect(&a, 34, 33, 36);
+}
+
+Test(graph, many_that_come_once_leave_the_recorded_ones_alone) {
+    asked a = {0};
+    once(&a, 0);
+    for (int64_t n = 1; n < 200; n++)
+        once(&a, n);
+    once(&a, 0);
+    expect(&a, 200, 1, 1);
+    for (int64_t n = 1000; n < 2000; n++)
+        once(&a, n);
+    once(&a, 0);
+    expect(&a, 1200, 1, 2);
+    once(&a, 1999);
+    once(&a, 1700); /* forgotten */
+    expect(&a, 1201, 2, 3);
 }
 
 Test(graph, a_stop_is_seen_before_a_pass_is_played) {

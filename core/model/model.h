@@ -126,9 +126,8 @@ CQ_API int cq_model_take_batch(cq_model *m, const cq_batch *b);
 CQ_API const cq_batch *cq_model_batch(const cq_model *m);
 /// h = embedding of the batch taken last.
 CQ_API int cq_model_embed(cq_model *m, cq_stream *s);
-/// Both, and cq_model_forward takes the batch, too. The residual stream after block l is
-/// *cq_model_hidden(m, l) right after its forward (all l stay valid in the SAVE and RECOMPUTE
-/// modes).
+/// cq_model_take_batch and cq_model_embed. The residual stream after block l is *cq_model_hidden(m,
+/// l) right after its forward (all l stay valid in the SAVE and RECOMPUTE modes).
 CQ_API int cq_model_embed_forward(cq_model *m, cq_stream *s, const cq_batch *b);
 CQ_API int cq_model_block_forward(cq_model *m, cq_stream *s, const cq_batch *b, int64_t block);
 CQ_API const cq_tensor *cq_model_hidden(const cq_model *m, int64_t block);
