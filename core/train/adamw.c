@@ -98,7 +98,7 @@ static int plan_moment(cq_adamw *a, cq_plan *p, int64_t i, int k) {
 int cq_adamw_plan(cq_adamw *a, cq_plan *p) {
     CQ_TRY(cq_plan_add(p, &a->sums, CQ_FOR_RESULTS, "gradient norms", CQ_F64, CQ_SHAPE1(a->n)));
     if (cq_plan_on_device(p))
-        CQ_TRY(cq_plan_add(p, &a->now, CQ_FOR_GRADIENT, "numbers of the step", CQ_U8,
+        CQ_TRY(cq_plan_add(p, &a->now, CQ_FOR_LOGITS, "numbers of the step", CQ_U8,
                            CQ_SHAPE2(a->n, (int64_t)sizeof *a->fresh)));
     if (a->ordered)
         CQ_TRY(cq_shares_plan(&a->shares, p));
