@@ -147,7 +147,7 @@ graphs() { # recorded passes: the bits of passes that run, in training and in ge
   done
   cmp <(grep -v '^waits' "$out/train-true.txt") <(grep -v '^waits' "$out/train-false.txt") && cmp <(grep '^{' "$out/text-true.txt") <(grep '^{' "$out/text-false.txt") || return 1
   played=$(sed -n 's/^waits, but not of \([0-9]*\) passes.*/\1/p' "$out/train-true.txt")
-  echo "the same bits, $played of 48 passes played;$(grep -h -o 'kept: [0-9]* tokens/s\|alone: [0-9]*' "$out/speed-true.txt" "$out/speed-false.txt" | tr '\n' ' ')"
+  echo "the same bits, $played of 60 passes played;$(grep -h -o 'kept: [0-9]* tokens/s\|alone: [0-9]*' "$out/speed-true.txt" "$out/speed-false.txt" | tr '\n' ' ')"
   [ "$played" -gt 30 ]
 }
 fp4() { # on FP4 tensor cores: KL near that of BF16 products; one line where there are none

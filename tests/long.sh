@@ -25,7 +25,7 @@ echo
 echo "| recipe, model | seed | steps | KL PTQ | KL PTQ, mse | KL after | ratio | CKA PTQ | CKA after | export |"
 echo "|---|---|---|---|---|---|---|---|---|---|"
 seeds=$(part 3 1); steps=$(part 60 8)
-[ "$share" = 1 ] || head -n 60 "$test" >"$work/short.jsonl"
+[ "$share" = 1 ] || head -n 24 "$test" >"$work/short.jsonl"
 [ "$share" = 1 ] || test=$work/short.jsonl
 for pair in nemotron_nano:nemotron_h_gsm8k qwen3:qwen3_gsm8k; do
   recipe=${pair%%:*}; model=${pair##*:}
@@ -81,9 +81,12 @@ trial() { # NAME TRIALS COMMAND...: its last line is the result
   [ $rc != 77 ] || line="skipped: $line"
   printf '| %s | %s | %s | %d |\n' "$name" "$n" "$line" $((SECONDS - t))
 }
-n=$(part 40 2); trial "stop at step k of 40 and resume" "$n" bash tests/recipes/resume.sh --trials="$n"
-n=$(part 100 5); trial "kills in a sweep of 12 runs" "$n" bash tests/recipes/sweep.sh --trials="$n"
-n=$(part 20 1); [ "$n" = 1 ] || trial "kills while a cache is made" "$n" bash tests/recipes/teacher_cache.sh --kills="$n"
+# the twentieth of these is what tests/run.sh calls by itself
+[ "$share" != 1 ] || trial "stop at step k of 40 and resume" 40 bash tests/recipes/resume.sh --trials=40
+[ "$share" != 1 ] || trial "kills in a sweep of 12 runs" 100 bash tests/recipes/sweep.sh --trials=100
+[ "$share" != 1 ] || trial "kills while a cache is made" 20 bash tests/recipes/teacher_cache.sh --kills=20
+[ "$share" != 1 ] || trial "PTQ block by block killed, begun again" 20 bash tests/recipes/ptq.sh --kills=20
+[ "$share" != 1 ] || trial "ranks killed or stopped; bits of 2, 3 and 4 ranks over 20 steps" 50 bash tests/recipes/ranks.sh --trials=50 --steps=20
 # shellcheck disable=SC2317
 cached() { # ROUNDS LEAST: training from a cache beside the ideal of a step without its teacher, both gsm8k models
   local model documents="--data=$train --holdout=$work/few.jsonl --steps=$1 --top_k=64"
@@ -104,9 +107,6 @@ EOT
 }
 n=$(part 30 5); least=0.9; [ "$share" = 1 ] || least=0.7 # few rounds say little on a busy machine
 trial "steps from a cache, at least 90 % of 1 / (1 - teacher's share)" "$n" cached "$n" "$least"
-[ "$share" -gt 1 ] || trial "PTQ block by block killed, begun again" 20 bash tests/recipes/ptq.sh --kills=20 # run.sh kills it twice
-# the twentieth of this one is what tests/run.sh calls by itself
-[ "$share" != 1 ] || trial "ranks killed or stopped; bits of 2, 3 and 4 ranks over 20 steps" 50 bash tests/recipes/ranks.sh --trials=50 --steps=20
 n=$(part 200 10); trial "Ctrl-C at the prompt" "$n" bash tests/recipes/prompt.sh --trials="$n"
 # shellcheck disable=SC2317
 listed() { # RUNS: seconds of `runs list` once the index is there
@@ -121,5 +121,5 @@ driver() { # seconds before the first step beyond loading, calibration and evalu
   CKAQAD_PROFILE=1 build/ckaqad recipes/nemotron_nano.lua --steps="$1" --out="$work/driver" | awk '
     /^driver:/ { line = $0; ok = $2 < 0.3 && $8 < 1 } END { print line; exit !ok }'
 }
-trial "driver cost: at most 0.3 s and 1 %" 60 driver 60 # all of them: in fewer, compiling its loops is most of what it costs
+trial "driver cost: at most 0.3 s and 1 %" 120 driver 120 # all of them: in fewer, compiling its loops is most of what it costs
 exit "$failed"

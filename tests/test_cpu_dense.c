@@ -213,8 +213,8 @@ static void run_rmsnorm(ways *w, int64_t rows, int64_t dim, bool accumulate) {
 Test(cpu_dense, rmsnorm_of_odd_and_wide_rows) {
     EVERY_ISA(41, run_rmsnorm(&w, 1, 1, false);)
     EVERY_ISA(51, run_rmsnorm(&w, 37, 83, true);)
-    EVERY_ISA(61, run_rmsnorm(&w, WAYS_PICK(200, 1100), 192, false);)
-    EVERY_ISA(71, run_rmsnorm(&w, 9, 5003, true);)
+    EVERY_ISA(61, run_rmsnorm(&w, WAYS_ROWS(40, WAYS_PICK(200, 1100)), 192, false);)
+    EVERY_ISA(71, run_rmsnorm(&w, WAYS_ROWS(3, 9), 5003, true);)
 }
 
 static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups, int64_t more) {
@@ -254,16 +254,17 @@ static void run_gatednorm(ways *w, int64_t rows, int64_t dim, int64_t groups, in
 Test(cpu_dense, gated_norm_by_group_with_a_strided_gate) {
     EVERY_ISA(81, run_gatednorm(&w, 1, 4, 4, 7);)
     EVERY_ISA(91, run_gatednorm(&w, 53, 99, 3, 7);)
-    EVERY_ISA(101, run_gatednorm(&w, WAYS_PICK(150, 700), 384, 8, 7);)
+    EVERY_ISA(101, run_gatednorm(&w, WAYS_ROWS(40, WAYS_PICK(150, 700)), 384, 8, 7);)
 }
 #ifdef WAYS_CUDA
 Test(cpu_dense, norms_of_activations_in_bf16) {
     EVERY_ISA(45, w.act = CQ_BF16; run_rmsnorm(&w, 37, 83, true);)
-    EVERY_ISA(55, w.act = CQ_BF16; run_rmsnorm(&w, WAYS_PICK(200, 1100), 192, false);)
-    EVERY_ISA(65, w.act = CQ_BF16; run_rmsnorm(&w, 9, 5004, true);)
+    EVERY_ISA(55, w.act = CQ_BF16;
+              run_rmsnorm(&w, WAYS_ROWS(40, WAYS_PICK(200, 1100)), 192, false);)
+    EVERY_ISA(65, w.act = CQ_BF16; run_rmsnorm(&w, WAYS_ROWS(3, 9), 5004, true);)
     EVERY_ISA(85, w.act = CQ_BF16; run_gatednorm(&w, 53, 99, 3, 7);)
-    EVERY_ISA(95, w.act = CQ_BF16; run_gatednorm(&w, 70, 384, 8, 4);)
-    EVERY_ISA(105, w.act = CQ_BF16; run_gatednorm(&w, 70, 1536, 3, 12);)
+    EVERY_ISA(95, w.act = CQ_BF16; run_gatednorm(&w, WAYS_ROWS(20, 70), 384, 8, 4);)
+    EVERY_ISA(105, w.act = CQ_BF16; run_gatednorm(&w, WAYS_ROWS(20, 70), 1536, 3, 12);)
     EVERY_ISA(108, w.act = CQ_BF16; run_gatednorm(&w, 5, 400, 2, 8);)
 }
 #endif

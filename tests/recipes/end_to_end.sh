@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 top=$PWD; work=$(mktemp -d /tmp/ckaqad-e2e-XXXXXX); trap 'rm -rf "$work"' EXIT
-head -n 60 tests/data/gsm8k_test.jsonl >"$work/holdout.jsonl"
+head -n 24 tests/data/gsm8k_test.jsonl >"$work/holdout.jsonl"
 short="--data=$top/tests/data/gsm8k_train.jsonl --holdout=$work/holdout.jsonl"
 
 # shellcheck disable=SC2086

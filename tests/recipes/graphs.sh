@@ -24,7 +24,7 @@ written() { # OPTION...
   ways recipes/generate.lua --json "$@"
   cmp -s <(grep '^{' "$work/true") <(grep '^{' "$work/false") || fail "$*: $(diff "$work/true" "$work/false" | head -n 4)"
 }
-trained 10 --model=tests/golden/nemotron_h_gsm8k --steps=2 --again=true --copies=packed --compute=bf16
-trained 12 --model=tests/golden/qwen3_gsm8k --steps=2
+trained 6 --model=tests/golden/nemotron_h_gsm8k --steps=4 --batch=1 --again=true --copies=packed --compute=bf16
+trained 6 --model=tests/golden/qwen3_gsm8k --steps=2 --batch=2
 for model in qwen3_gsm8k nemotron_h_gsm8k; do written --model=tests/golden/$model --prompt="Tom has 3 apples" --samples=2 --tokens=6; done
 echo "the bits of passes that are not recorded; passes were played"

@@ -1,4 +1,4 @@
--- Steps of four micro-batches; prints what they gave, how many passes were played instead of run, and on the emulated device how often
+-- A few steps; prints what they gave, how many passes were played instead of run, and on the emulated device how often
 -- the host waited in a step.
 --   build/ckaqad tests/recipes/waits.lua --model=DIR --data=FILE --rule=ratio --later=true    (tests/recipes/waits.sh)
 local ffi = require "ffi"
@@ -14,7 +14,8 @@ local opt = cq.options {
   layer = "cka",    -- loss on hidden states
   cka = "all",      -- blocks
   later = true,     -- results stay where they are until somebody looks
-  steps = 2,        -- of four micro-batches
+  steps = 2,        -- steps
+  batch = 4,        -- micro-batches of a step
   again = false,    -- calibrates once more after half of the steps
   fault = false,    -- a weight of the student is not a number
 }
@@ -26,7 +27,7 @@ cq.balance.define("look", function(pass) return { kl = 1, cka = pass.kl / 2 } en
 local teacher = cq.model.open(opt.model)
 local student = teacher:quantize { preset = "all" }
 local documents = opt.data == "random" and cq.data.random(opt.model, 8, 32) or opt.data
-local data = cq.data.open(documents, { model = teacher, seq = 32, batch = 4, micro = 1, seed = 3 })
+local data = cq.data.open(documents, { model = teacher, seq = 32, batch = opt.batch, micro = 1, seed = 3 })
 local terms = { cq.loss.kl { top_k = 16 }, cq.loss.layer(opt.layer, { blocks = opt.cka, tokens = 16 }) }
 local adam = cq.optim.adamw(student)
 local balance = cq.balance.get(opt.rule == "late" and "ratio" or opt.rule, { max = 100 })
