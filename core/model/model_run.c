@@ -66,6 +66,36 @@ static int64_t bf16_bytes_between(const cq_model *m, int64_t tokens) {
     return 2 * (values + 16 * (tokens + c->hidden + c->experts)); /* rows end on 16 bytes */
 }
 
+/* What the operations of a device take beside the plan (cq_cuda_scratch): slopes and partial sums
+ * of attention, states of the scan between chunks of 64, partial sums of a convolution and of
+ * norms. Operands that are not where tensor cores want them are small change beside these. */
+static int64_t device_scratch(const cq_model *m, int64_t tokens) {
+    const cq_config *c = &m->config;
+    bool back = m->env.mode != CQ_MODE_INFER, rounds = m->compute == CQ_COMPUTE_BF16;
+    bool narrow = m->env.act == CQ_BF16;
+    int64_t bytes = 4096 * (int64_t)c->hidden;
+    if (cq_config_count(c, '*') + cq_config_count(c, 'Q') > 0) {
+        int64_t q = tokens * c->heads * c->head_dim, kv = tokens * c->kv_heads * c->head_dim;
+        int64_t group = c->heads / c->kv_heads, blocks = (tokens + 63) / 64 * c->kv_heads;
+        int64_t parts = blocks < 1024 ? (1023 + blocks) / blocks : 1;
+        int64_t of_keys =
+            8 * kv * (parts < group ? parts : group); /* where a block has some heads */
+        int64_t need = rounds && !narrow ? 4 * kv + (back ? 4 * q : 0) : 0;
+        bytes = max64(bytes, need + (back ? 8 * (tokens + 64) * c->heads : 0) +
+                                 (back && rounds && parts > 1 ? of_keys : 0));
+    }
+    if (cq_config_count(c, 'M') > 0) {
+        int64_t chunks = tokens / 64, heads = c->mamba_heads, times = back ? 2 : 1;
+        int64_t states = chunks * heads * c->mamba_state * c->mamba_head_dim;
+        int64_t channels = heads * c->mamba_head_dim + 2 * c->mamba_groups * c->mamba_state;
+        int64_t pairs = tokens * c->mamba_groups * 64;
+        bytes = max64(bytes, 4 * times * (states + pairs) + 12 * heads * tokens +
+                                 2 * chunks * (36 + 28 * heads));
+        bytes = max64(bytes, back ? 4 * chunks * channels * (c->conv_width + 1) : 0);
+    }
+    return bytes;
+}
+
 static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     cq_dtype t = m->env.dtype;
     int64_t rows = m->env.tokens, dim = m->config.hidden;
@@ -79,6 +109,7 @@ static int plan_shared(cq_model *m, cq_plan *p, int64_t longest) {
     if (!infer)
         CQ_TRY(cq_plan_add(p, &m->dh, keep, "residual gradient", t, CQ_SHAPE2(rows, dim)));
     if (cq_plan_on_device(p)) {
+        cq_plan_reserve(p, device_scratch(m, rows));
         CQ_TRY(cq_plan_add(p, &m->ids, keep, "token ids", CQ_I32, CQ_SHAPE1(rows)));
         CQ_TRY(cq_plan_add(p, &m->labels, keep, "labels", CQ_I32, CQ_SHAPE1(rows)));
         CQ_TRY(cq_plan_add(p, &m->positions, keep, "positions", CQ_I32, CQ_SHAPE1(rows)));

@@ -52,6 +52,7 @@ static const char *const purpose_names[CQ_N_PURPOSES] = {
     [CQ_FOR_GENERATION] = "generation",
     [CQ_FOR_HOST_TEACHER] = "teacher blocks, host",
     [CQ_FOR_HOST_OPTIMIZER] = "optimizer, host",
+    [CQ_FOR_KERNELS] = "kernel scratch",
 };
 
 const char *cq_purpose_name(cq_purpose purpose) {
@@ -159,6 +160,12 @@ int cq_plan_add(cq_plan *plan, cq_tensor *slot, cq_purpose purpose, const char *
     if (end > r->peak)
         r->peak = end;
     return CQ_OK;
+}
+
+void cq_plan_reserve(cq_plan *plan, int64_t bytes) {
+    region *r = &plan->regions[CQ_FOR_KERNELS]; /* never `used`, so never mapped */
+    int64_t whole = (bytes + (1 << 20) - 1) / (1 << 20) * (1 << 20); /* as they take it */
+    r->peak = whole > r->peak ? whole : r->peak;
 }
 
 int64_t cq_plan_mark(const cq_plan *plan, cq_purpose purpose) { return plan->regions[purpose].end; }

@@ -21,7 +21,8 @@ typedef enum cq_purpose {
     CQ_FOR_GENERATION = 10,     ///< keys, values and states of sequences, their logits
     CQ_FOR_HOST_TEACHER = 11,   ///< of a device: teacher blocks in pinned host memory
     CQ_FOR_HOST_OPTIMIZER = 12, ///< of a device: moments and master weights there
-    CQ_N_PURPOSES = 13
+    CQ_FOR_KERNELS = 13,        ///< of a device: what its operations take beside the plan
+    CQ_N_PURPOSES = 14
 } cq_purpose;
 
 typedef struct cq_plan cq_plan;
@@ -41,6 +42,9 @@ CQ_API void cq_plan_close(cq_plan *plan);
 /// and dtype are filled now, its data at commit. CQ_EUSAGE after commit, CQ_ESHAPE on overflow.
 CQ_API int cq_plan_add(cq_plan *plan, cq_tensor *slot, cq_purpose purpose, const char *name,
                        cq_dtype dtype, cq_shape shape);
+/// Counts what operations of a device take by themselves, at most `bytes` at a time; the largest
+/// call holds. Nothing is allocated for it.
+CQ_API void cq_plan_reserve(cq_plan *plan, int64_t bytes);
 /// The current end of a purpose's region, for `rewind`.
 CQ_API int64_t cq_plan_mark(const cq_plan *plan, cq_purpose purpose);
 /// Lets the next declarations of `purpose` reuse the bytes from `mark` on.

@@ -48,6 +48,8 @@ int cq_layers_plan(cq_distill *d, cq_plan *p, int64_t tokens) {
     if (!(d->sampled = calloc((size_t)tokens, 2 * sizeof *d->sampled)))
         return cq_fail(CQ_ENOMEM, "distill: no memory for its rows");
     int64_t g = d->together = blocks_together(d, p, n, wide);
+    if (cq_plan_on_device(p)) /* rows in four BF16 parts */
+        cq_plan_reserve(p, 8 * g * n * wide);
     CQ_TRY(cq_plan_add(p, &d->order, CQ_FOR_RESULTS, "order of the taps", CQ_I32,
                        CQ_SHAPE1(d->n_taps)));
     CQ_TRY(

@@ -111,7 +111,7 @@ local purposes = {
 local function planned(o, mode)
   local count, out = plan.count(o, modes[mode]), { total = 0, host = 0, optimizer = 0, stream = 0 }
   for name, purpose in pairs(purposes) do
-    out[name] = count[tonumber(purpose)]
+    out[name] = count[tonumber(purpose)] + (name == "scratch" and count[tonumber(C.CQ_FOR_KERNELS)] or 0)
     out.total = out.total + out[name]
   end
   out.stream, out.optimizer = count[tonumber(C.CQ_FOR_HOST_TEACHER)], count[tonumber(C.CQ_FOR_HOST_OPTIMIZER)]

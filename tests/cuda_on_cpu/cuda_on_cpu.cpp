@@ -511,7 +511,7 @@ uint64_t gcd(uint64_t a, uint64_t b) { return b ? gcd(b, a % b) : a; }
 void cq_emu_run(const cq_emu_launch *l) {
     std::lock_guard<std::recursive_mutex> mine(turn);
     set_up();
-    if (E.error[0] || !launch_is_right(l))
+    if (E.error[0] || !launch_is_right(l) || cq_emu_rehearses())
         return;
     E.launch = l;
     blockDim = l->block;

@@ -449,10 +449,22 @@ const cq_memory cq_emu_memory = {open_stream, close_stream, take,      give,    
                                  forget,      changes,      available, describe, count,    has_fp4};
 }
 
+static int64_t most_scratch = 0;
+static bool rehearses = false;
+extern "C" bool cq_emu_rehearses(void) { return rehearses; }
+extern "C" void cq_emu_rehearse(bool on) {
+    rehearses = on;
+    most_scratch = 0;
+}
+extern "C" int64_t cq_emu_scratch(void) { return most_scratch; }
+
 /* The content is NaN at each call: what an operation does not write it must not read. */
 extern "C" void *cq_cuda_scratch(cq_stream *s, int64_t bytes) {
     device *d = s && s->device ? static_cast<device *>(s->device) : &orphan;
     int64_t wanted = (int64_t)up((uintptr_t)(bytes > 0 ? bytes : 1), ALIGN);
+    most_scratch = std::max(most_scratch, wanted);
+    if (rehearses)
+        return reinterpret_cast<void *>((uintptr_t)ALIGN); /* nobody looks there */
     if (wanted > d->scratch_bytes) {
         give(d->scratch, d->scratch_bytes, false);
         *d = device{nullptr, 0};

@@ -22,6 +22,11 @@ int64_t cq_emu_waits(void);
 bool cq_emu_recording(void);
 typedef int (*cq_emu_operation)(cq_stream *s, const void *arguments);
 int cq_emu_keep(cq_stream *s, cq_emu_operation operation, const void *arguments, size_t bytes);
+/// The most that an operation asked of cq_cuda_scratch. While operations are rehearsed, since the
+/// rehearsal began: their kernels do not run.
+int64_t cq_emu_scratch(void);
+void cq_emu_rehearse(bool on);
+bool cq_emu_rehearses(void);
 /// CQ_OK, or the error that a kernel or the memory noted, which is forgotten then.
 int cq_emu_status(const char *op);
 /// Notes an error unless one is noted already.

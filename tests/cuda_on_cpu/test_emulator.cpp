@@ -1,6 +1,11 @@
 /* test_emulator.cpp - the emulated device: right kernels run right in every order of threads, and
  * each mistake of the list below is noticed, in a process of its own. */
 #include "kernels/cuda/cq_cuda.h"
+extern "C" {
+#include "core/model/model.h"
+#include "core/tensor/plan.h"
+#include "tests/cuda_on_cpu/memory.h"
+}
 #include <signal.h>
 #include <string>
 #include <sys/wait.h>
@@ -444,11 +449,70 @@ std::string in_child(void (*run)()) {
     return text;
 }
 
+/* What a plan counts for the scratch of a device is what the operations of a training ask for at
+ * these shapes, and less than half as much again. */
+void check_scratch(const char *folder, cq_compute compute, cq_dtype act, int64_t tokens) {
+    cq_model *m = nullptr;
+    cq_plan *p = nullptr;
+    EXPECT(!cq_model_create(&m, folder, CQ_F32) && !cq_plan_open(&p), "%s", cq_error());
+    cq_model_set_compute(m, compute);
+    cq_model_set_activations(m, act);
+    cq_plan_imagine(p);
+    EXPECT(!cq_model_plan_params(m, p, true) &&
+               !cq_model_plan_work(m, p, tokens, tokens, CQ_MODE_SAVE, 1),
+           "%s", cq_error());
+    const cq_config *c = cq_model_config(m);
+    int64_t planned = cq_plan_bytes(p, CQ_FOR_KERNELS), docs[2] = {0, tokens};
+    cq_stream s = {};
+    s.compute = compute;
+    float sums;
+    cq_rmsnorm_backward_args n = {};
+    n.rows = tokens, n.dim = c->hidden, n.dw = &sums;
+    cq_emu_rehearse(true);
+    EXPECT(!cq_cuda_rmsnorm_backward(&s, &n), "%s", cq_error());
+    if (c->heads > 0) {
+        cq_attention_backward_args a = {};
+        a.tokens = tokens, a.n_docs = 1, a.starts = docs, a.act = act;
+        a.heads = c->heads, a.kv_heads = c->kv_heads, a.head_dim = c->head_dim, a.scale = 0.1;
+        a.ldq = a.lddq = c->heads * c->head_dim;
+        a.ldk = a.ldv = a.lddk = a.lddv = c->kv_heads * c->head_dim;
+        EXPECT(!cq_cuda_attention_backward(&s, &a), "%s", cq_error());
+    }
+    if (c->mamba_heads > 0) {
+        cq_ssd_backward_args a = {};
+        a.tokens = tokens, a.n_docs = 1, a.starts = docs, a.act = act;
+        a.heads = c->mamba_heads, a.head_dim = c->mamba_head_dim, a.groups = c->mamba_groups;
+        a.state = c->mamba_state, a.ldx = a.lddx = a.heads * a.head_dim;
+        a.ldB = a.ldC = a.lddB = a.lddC = a.groups * a.state, a.ld_dt = a.ldd_dt = a.heads;
+        EXPECT(!cq_cuda_ssd_backward(&s, &a), "%s", cq_error());
+        cq_conv_backward_args v = {};
+        v.tokens = tokens, v.n_docs = 1, v.starts = docs, v.act = act, v.width = c->conv_width;
+        v.channels = v.ldx = v.lddx = a.ldx + 2 * a.ldB, v.dw = v.db = &sums;
+        EXPECT(!cq_cuda_conv_backward(&s, &v), "%s", cq_error());
+    }
+    int64_t asked = cq_emu_scratch();
+    cq_emu_rehearse(false);
+    EXPECT(asked <= planned && planned < asked + asked / 2 + (8 << 20),
+           "%s, compute %d, act %d: %.1f MiB of scratch planned, %.1f asked for", folder, compute,
+           act, (double)planned / 1048576, (double)asked / 1048576);
+    printf("%s, %d tokens: scratch %.1f MiB, planned %.1f\n", folder, (int)tokens,
+           (double)asked / 1048576, (double)planned / 1048576);
+    cq_plan_close(p);
+    cq_model_close(m);
+}
+
 } // namespace
 
-int main() {
+int main(int argc, char **argv) {
     int noticed = 0;
     check_right();
+    std::string root = argc > 1 ? argv[1] : ".";
+    for (const char *folder : {"/kernels/bench/nano_slice", "/kernels/bench/qwen3_4b"})
+        for (int64_t tokens : {2048, 8192}) {
+            check_scratch((root + folder).c_str(), CQ_COMPUTE_F32, CQ_F32, tokens);
+            check_scratch((root + folder).c_str(), CQ_COMPUTE_BF16, CQ_F32, tokens);
+            check_scratch((root + folder).c_str(), CQ_COMPUTE_BF16, CQ_BF16, tokens);
+        }
     for (const mistake &m : mistakes) {
         std::string text = in_child(m.run);
         /* with AddressSanitizer the program may end there, with its report */
