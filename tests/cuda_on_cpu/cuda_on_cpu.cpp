@@ -641,7 +641,8 @@ int cq_emu_barrier_vote(int predicate, int what, const char *file, int line) {
 void cq_emu_collective(unsigned mask, void (*fn)(void *const *), void *arguments, const char *what,
                        bool orders_memory, const char *file, int line) {
     int t = E.running, lane = t % LANES, i = 0;
-    orders_memory &= E.watched;
+    orders_memory = orders_memory && E.watched;
+    (void)orders_memory;
     warp &w = E.warps[t / LANES];
     if (!(mask >> lane & 1u))
         cq_emu_fail("%s, %s:%d: mask %08x lacks this lane, %d", what, base_name(file), line, mask,
