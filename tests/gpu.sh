@@ -71,6 +71,9 @@ golden_act() { # MODEL: activations in BF16; errors at most twice those of the p
   paste "tests/golden/$1.bf16.txt" "$out/act-$1.txt"
   awk -f tests/golden/bf16.awk "tests/golden/$1.bf16.txt" "$out/act-$1.txt"
 }
+differences() { # MODEL: gradients against central differences of the loss, every tensor
+  "$dir/ckaqad" tests/recipes/differences.lua --device=cuda --model="tests/golden/$1" --stride=1
+}
 recipe() { # COMPUTE: the embedded run on both devices: the same lines, close numbers
   local where
   for where in cpu cuda; do
@@ -174,6 +177,7 @@ done
 part golden "golden: quantizer" 60 golden_quantizer
 for model in nemotron_h_tiny qwen3_tiny; do
   part golden "golden: $model, f32" 60 golden $model
+  part golden "golden: $model, differences" 60 differences $model
   part golden "golden: $model, bf16" 60 golden_bf16 $model
   part golden "golden: $model, bf16 activations" 60 golden_act $model
 done

@@ -8,6 +8,9 @@ g=tests/golden
 for model in nemotron_h_tiny qwen3_tiny; do
   build/ckaqad_on_cpu $g/check.lua --model=$g/$model --golden=$g/$model.golden.safetensors --kernels=cuda_on_cpu
 done
+# gradients against differences of the loss, a few tensors (tests/gpu.sh: all)
+build/ckaqad_on_cpu tests/recipes/differences.lua --device=cuda --model=$g/nemotron_h_tiny --stride=27
+build/ckaqad_on_cpu tests/recipes/differences.lua --device=cuda --model=$g/qwen3_tiny --stride=9
 reports=$(mktemp -d /tmp/ckaqad-device-XXXXXX)
 trap 'rm -rf "$reports"' EXIT
 for model in nemotron_h_tiny qwen3_tiny; do # products in BF16, the teacher's matrices in BF16 alone
