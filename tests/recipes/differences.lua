@@ -46,34 +46,45 @@ for p in student:params() do
   end
 end
 
-local function loss()
-  local pass, sum = cq.distill(teacher, student, part, terms), 0
+local function mean(pass)
+  local sum = 0
   for block = 0, student.n_blocks - 1 do sum = sum + 1 - pass.cka[block] end
-  return pass.kl + sum / student.n_blocks, pass
+  return sum / student.n_blocks
 end
 call.cq_model_zero_grad(student.c)
-local here, pass = loss()
-pass:backward { kl = 1, cka = 1 }
+local pass = cq.distill(teacher, student, part, terms)
+local weight, here = pass.kl / mean(pass), 2 * pass.kl -- both terms count as much
+pass:backward { kl = 1, cka = weight }
+local function loss()
+  local now = cq.distill(teacher, student, part, terms)
+  return now.kl + weight * mean(now)
+end
 
-local worst, where, looked = 0, "", 0
-for i = 1, #params, opt.stride do
-  local p = params[i]
+-- How far the rise of the loss along a tensor's gradient is from its norm; nil for an expert that saw no token.
+local function off_by(p)
   local x, n = values_of(p.value)
   local g, norm, size = values_of(p.grad), 0, 0
   for k = 0, n - 1 do norm, size = norm + g[k] ^ 2, size + x[k] ^ 2 end
-  norm, size = math.sqrt(norm), math.sqrt(size)
+  if norm == 0 then return nil end
+  norm, size = math.sqrt(norm), math.max(math.sqrt(size), 0.1) -- some biases are 0
   local moved, sides = native.new("float[?]", n), {}
-  local h = math.min(0.02 * size, 2e-3 * here / norm) -- so that the loss changes by a thousandth
+  local h = math.min(0.02 * size, 1e-3 * here / norm) -- so that the loss changes by a thousandth: no other experts are chosen
   for _, side in ipairs { 1, -1 } do
     for k = 0, n - 1 do moved[k] = x[k] + side * h * g[k] / norm end
     set(p, moved)
     sides[side] = loss()
   end
   set(p, x)
-  local got = (sides[1] - sides[-1]) / (2 * h)
-  local off = math.abs(got - norm) / norm
-  looked, off = looked + 1, off == off and off or math.huge
-  if off > worst then worst, where = off, native.string(p.name) end
+  local noise = 4e-6 * here / h -- of the loss in FP32
+  local off = math.abs((sides[1] - sides[-1]) / (2 * h) - norm) / (norm + noise)
+  return off == off and off or math.huge
+end
+
+local worst, where, looked = 0, "", 0
+for i = 1, #params, opt.stride do
+  local off = off_by(params[i])
+  looked = looked + (off and 1 or 0)
+  if off and off > worst then worst, where = off, native.string(params[i].name) end
 end
 print(("%d of %d tensors: differences are off by at most %.2g of the gradient (%s)"):format(looked, #params, worst, where))
 cq.refuse(worst >= 0.02 and "a gradient is not that of the loss" or nil)
