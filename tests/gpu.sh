@@ -148,8 +148,8 @@ graphs() { # recorded passes: the bits of passes that run, in training and in ge
       "$dir/ckaqad" recipes/generate.lua $model --prompt="Tom has 3 apples" --samples=8 --tokens=64 --json --graphs=$on >"$out/text-$on.txt" &&
       "$dir/ckaqad" recipes/bench_generate.lua $model --compute=bf16 --again=1 --graphs=$on >"$out/speed-$on.txt"; } 2>&1 || return 1
   done
-  cmp <(grep -v '^waits' "$out/train-true.txt") <(grep -v '^waits' "$out/train-false.txt") && cmp <(grep '^{' "$out/text-true.txt") <(grep '^{' "$out/text-false.txt") || return 1
-  played=$(sed -n 's/^waits, but not of \([0-9]*\) passes.*/\1/p' "$out/train-true.txt")
+  cmp <(grep -v '^played ' "$out/train-true.txt") <(grep -v '^played ' "$out/train-false.txt") && cmp <(grep '^{' "$out/text-true.txt") <(grep '^{' "$out/text-false.txt") || return 1
+  played=$(sed -n 's/^played \([0-9]*\) passes$/\1/p' "$out/train-true.txt")
   echo "the same bits, $played of 60 passes played;$(grep -h -o 'kept: [0-9]* tokens/s\|alone: [0-9]*' "$out/speed-true.txt" "$out/speed-false.txt" | tr '\n' ' ')"
   [ "$played" -gt 30 ]
 }

@@ -254,7 +254,7 @@ static int send_numbers(const numbers *k) {
         return CQ_OK;
     for (int64_t i = 0; i < a->n; i++)
         if (updates(a, i)) {
-            cq_adamw_args u = arguments(a, i);
+            cq_adamw_args u = {.beta1 = a->o.beta1, .beta2 = a->o.beta2};
             add_numbers(&u, k, i);
             a->fresh[i] = cq_update_now(&u);
         }

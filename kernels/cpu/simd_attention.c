@@ -13,7 +13,6 @@
 #include <float.h>
 #include <math.h>
 
-#include "kernels/cpu/fakequant.h"
 #include "kernels/cpu/sequence.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/tile.h"
@@ -91,9 +90,9 @@ static float softmax_row(float *s, int64_t n, float scale, float *max, float *su
     return factor;
 }
 
-/// One block of queries of `n_heads` query heads from `head` on; returns the saturated blocks.
-static int64_t forward_unit(const cq_attention_forward_args *a, const view *d, int64_t start,
-                            int64_t head, int64_t n_heads, int64_t q0, float *scratch) {
+/// One block of queries of `n_heads` query heads from `head` on.
+static void forward_unit(const cq_attention_forward_args *a, const view *d, int64_t start,
+                         int64_t head, int64_t n_heads, int64_t q0, float *scratch) {
     int64_t dim = d->dim, ldo = a->heads * dim, nq = min64(QUERIES, d->length - q0);
     float *kt = scratch, *s = kt + dim * LD, *max = s + QUERIES * LD,
           *sum = max + UNIT_HEADS * QUERIES, scale = (float)a->scale;
@@ -117,22 +116,16 @@ static int64_t forward_unit(const cq_attention_forward_args *a, const view *d, i
             mix_tile(out, ldo, dim, s, d->v, d->ldv, q0, nq, k0, nk, k0 > 0);
         }
     }
-    int64_t saturated = 0;
     for (int64_t h = 0; h < n_heads; h++)
         for (int64_t i = 0; i < nq; i++) {
             float total = sum[h * QUERIES + i];
-            int64_t at = (start + q0 + i) * ldo + (head + h) * dim;
-            float *out = (float *)a->out + at;
+            float *out = (float *)a->out + (start + q0 + i) * ldo + (head + h) * dim;
             for (int64_t c = 0; c < dim; c++)
                 out[c] /= total;
             if (a->lse)
                 ((float *)a->lse)[(start + q0 + i) * a->heads + head + h] =
                     max[h * QUERIES + i] + logf(total);
-            if (a->outq && dim % FQ_BLOCK == 0)
-                saturated += fq_rows(&a->fq, start + q0 + i, 1, dim, (float *)a->outq + at, out,
-                                     NULL, 448.0f);
         }
-    return saturated;
 }
 
 /// What one query head of the document adds to dQ, dK and dV for keys k0 .. k0 + nk. kt, vt [dim,
@@ -191,14 +184,13 @@ static void backward_unit(const cq_attention_backward_args *a, const view *d, in
     }
 }
 
+int CQ_OP(fake_quant)(cq_stream *s, const cq_fake_quant_args *a);
+
 int CQ_OP(attention_forward)(cq_stream *s, const cq_attention_forward_args *a) {
     CQ_F32_OR_REF(attention_forward);
     CQ_TRY(scratch_check(s, "attention_forward", cq_attention_scratch_bytes(0, a->head_dim)));
     int64_t group = a->heads / a->kv_heads, parts = (group + UNIT_HEADS - 1) / UNIT_HEADS;
-    int64_t width = a->heads * a->head_dim, saturated = 0;
-    if (a->outq)
-        CQ_TRY(fq_check("attention_forward", &a->fq, width));
-#pragma omp parallel num_threads(s->threads) reduction(+ : saturated)
+#pragma omp parallel num_threads(s->threads)
     for (int64_t doc = 0; doc < a->n_docs; doc++) {
         int64_t start = a->starts[doc], length = a->starts[doc + 1] - start;
         int64_t blocks = (length + QUERIES - 1) / QUERIES;
@@ -213,15 +205,20 @@ int CQ_OP(attention_forward)(cq_stream *s, const cq_attention_forward_args *a) {
                       .v = (const float *)a->v + start * a->ldv + kv * a->head_dim,
                       .ldk = a->ldk,
                       .ldv = a->ldv};
-            saturated +=
-                forward_unit(a, &d, start, kv * group + first, min64(UNIT_HEADS, group - first),
-                             block * QUERIES, scratch_of_thread(s));
+            forward_unit(a, &d, start, kv * group + first, min64(UNIT_HEADS, group - first),
+                         block * QUERIES, scratch_of_thread(s));
         }
     }
-    if (a->outq && a->head_dim % FQ_BLOCK) /* a block is of two heads */
-        saturated = fq_rows(&a->fq, 0, a->tokens, width, a->outq, a->out, NULL, 448.0f);
-    fq_count(&a->fq, saturated);
-    return CQ_OK;
+    if (!a->outq)
+        return CQ_OK;
+    /* whole rows: a head's few blocks at a time would each wait for their own latencies */
+    return CQ_OP(fake_quant)(s, &(cq_fake_quant_args){.dtype = a->dtype,
+                                                      .rows = a->tokens,
+                                                      .cols = a->heads * a->head_dim,
+                                                      .x = a->out,
+                                                      .y = a->outq,
+                                                      .fq = a->fq,
+                                                      .top = 448.0f});
 }
 
 int CQ_OP(attention_backward)(cq_stream *s, const cq_attention_backward_args *a) {

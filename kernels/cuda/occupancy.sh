@@ -35,10 +35,10 @@ sort "$work"/*.tsv | c++filt | sed 's/(anonymous namespace):://g; s/__nv_bfloat1
     if ($1 == "attention.cu" && $2 ~ /^forward/) dynamic = 4 * (128 * 129 + 64 * 33)
     if ($1 == "attention.cu" && $2 ~ /^backward_kv/) dynamic = 4 * (6 * 32 * 129 + 2 * 32 * 33)
     if ($1 == "attention.cu" && $2 ~ /^backward_q/) dynamic = 4 * (5 * 32 * 129 + 2 * 32 * 33)
-    if ($1 == "attention_bf16.cu" && $2 ~ /^forward<(128|\(int\)128)/) dynamic = 2 * 4 * 64 * 136
-    if ($1 == "attention_bf16.cu" && $2 ~ /^forward<(64|\(int\)64)/) dynamic = 2 * 4 * 64 * 72
-    if ($1 == "attention_bf16_backward.cu" && $2 ~ /^backward_(kv|q)<(128|\(int\)128)/) dynamic = 2 * 6 * 64 * 136 + ($2 ~ /_kv/) * 1024
-    if ($1 == "attention_bf16_backward.cu" && $2 ~ /^backward_(kv|q)<(64|\(int\)64)/) dynamic = 2 * 6 * 64 * 72 + ($2 ~ /_kv/) * 1024
+    if ($1 == "attention_bf16.cu" && $2 ~ /^forward<128/) dynamic = 2 * 4 * 64 * 136
+    if ($1 == "attention_bf16.cu" && $2 ~ /^forward<64/) dynamic = 2 * 4 * 64 * 72
+    if ($1 == "attention_bf16_backward.cu" && $2 ~ /^backward_(kv|q)<128/) dynamic = 2 * 6 * 64 * 136 + ($2 ~ /_kv/) * 1024
+    if ($1 == "attention_bf16_backward.cu" && $2 ~ /^backward_(kv|q)<64/) dynamic = 2 * 6 * 64 * 72 + ($2 ~ /_kv/) * 1024
     if ($1 == "grouped.cu" && $2 ~ /<simt,/) dynamic = 8 * 2 * 16 * 132
     if ($1 == "grouped.cu" && match($2, /(true|false), (true|false)>,/)) { # operands that are copied have four stages, others two
       split(substr($2, RSTART, RLENGTH), copies, /[,>]/)

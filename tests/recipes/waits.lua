@@ -81,5 +81,5 @@ local ok, problem = pcall(function()
 end)
 if not ok then print(problem, weights() == before and "weights as before" or "weights changed") end
 print("weights " .. weights())
-print(("waits, but not of %d passes that were played"):format(tonumber(C.cq_graphs_played(student:stream()))))
+print(("played %d passes"):format(tonumber(C.cq_graphs_played(student:stream()))))
 if documents ~= opt.data then os.remove(documents) end

@@ -9,7 +9,7 @@ fail() { echo "waits.sh: $1" >&2; exit 1; }
 go() { # PROGRAM OUT OPTION...
   local program=$1 out=$2; shift 2
   "$program" tests/recipes/waits.lua --model=tests/golden/qwen3_gsm8k --data="$work/train.jsonl" "$@" >"$out.all" 2>&1 || fail "$*: $(tail -n 3 "$out.all")"
-  grep -v '^waits ' "$out.all" >"$out"
+  grep -v '^waits \|^played ' "$out.all" >"$out"
 }
 same() { # FILE FILE: the same results
   cmp -s "$work/$1" "$work/$2" || fail "$1 and $2 differ: $(diff "$work/$1" "$work/$2" | head -n 4)"
